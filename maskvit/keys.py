@@ -1,0 +1,19 @@
+"""Randomness as a function of (seed, step, sample, name): nothing is threaded through state."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+from jaxtyping import Array, Int, Key
+
+
+def stream_keys(keys: Key[Array, "*b"], name: str) -> Key[Array, "*b"]:
+    """Independent keys for the purpose `name` (crc32, as Python's own hash differs between processes)."""
+    fold = lambda key: jax.random.fold_in(key, zlib.crc32(name.encode()))  # noqa: E731
+    return fold(keys) if keys.ndim == 0 else jax.vmap(fold)(keys)
+
+
+def sample_keys(seed: int, step: Int[Array, ""] | int, batch_size: int) -> Key[Array, " b"]:
+    """One key per sample of the global batch of `step`."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)

@@ -1,0 +1,44 @@
+"""Input adapters: one modality's pixels or class ids to tokens with position (MultiMAE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Num
+
+from maskvit.models.vit import Dense, uniform_by_fan_in
+from maskvit.modalities import Modality
+from maskvit.patches import patchify, resample_pos_embed, sincos_position_table
+
+
+def frozen_position_table(module: nn.Module, grid: tuple[int, int], width: int) -> Float[Array, "h w d"]:
+    """The module's `pos_embed` parameter: carried in checkpoints, never trained."""
+    return jax.lax.stop_gradient(module.param("pos_embed", lambda _: jnp.asarray(sincos_position_table(grid, width))))
+
+
+class InputAdapter(nn.Module):
+    """Patch projection (after a class embedding for categorical modalities) plus the fixed position table."""
+
+    modality: Modality
+    width: int
+    grid: tuple[int, int]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, values: Num[Array, "b h w *c"]) -> Num[Array, "b n d"]:
+        """`values`: model values (continuous, float) or class ids (categorical, int; -1 embeds to zero)."""
+        spec, patch = self.modality, self.modality.patch_pixels
+        if spec.kind == "categorical":
+            table = self.param("class_embed", nn.initializers.normal(0.02), (spec.num_classes, spec.embed_dim), jnp.float32)
+            known = (values >= 0)[..., None]
+            values = jnp.where(known, jnp.take(table, jnp.maximum(values, 0), axis=0), 0.0)
+        vectors = patchify(values, patch)
+        tokens = Dense(self.width, self.dtype, bias_init=uniform_by_fan_in(vectors.shape[-1]), name="proj")(vectors)
+        grid = values.shape[1] // patch, values.shape[2] // patch
+        # The reference resamples image-like tables with bicubic, class maps' with bilinear kernels.
+        method = "bilinear" if spec.kind == "categorical" else "bicubic"
+        position = resample_pos_embed(frozen_position_table(self, self.grid, self.width), grid, method)
+        return tokens + position.reshape(-1, self.width).astype(tokens.dtype)

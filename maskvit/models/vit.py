@@ -1,0 +1,194 @@
+"""The Vision Transformer: linear layers, attention, blocks, and an encoder that can stop at a block's attention.
+
+The maths is plain JAX; modules only hold parameters. Compute runs in `dtype`, while parameters, layer-norm statistics
+and softmax stay in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+# "B": the sizes of ViT-B and so on; heads of width 64.
+VARIANTS = {
+    "Ti": dict(width=192, depth=12, heads=3),
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16),
+}
+
+
+def xavier_uniform(parts: int = 1):
+    """Xavier uniform over a (in, out) kernel; `parts` > 1 treats a fused kernel as that many separate ones."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        bound = math.sqrt(6.0 / (shape[0] + shape[1] / parts))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def uniform_by_fan_in(fan_in: int):
+    """PyTorch's default bias of a convolution, uniform within 1 / sqrt(fan_in); MultiMAE's patch projections keep it."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        bound = 1.0 / math.sqrt(fan_in)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Dense(nn.Module):
+    """A linear layer (kernel "in out"). `columns` computes only that slice of the outputs."""
+
+    features: int
+    dtype: Any = jnp.float32
+    kernel_init: Any = xavier_uniform()
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        kernel, bias = kernel[:, columns].astype(self.dtype), bias[columns].astype(self.dtype)
+        # One flat matrix product: XLA's CPU backend is slow where a weight gradient contracts two batch axes.
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with eps 1e-6 and two-pass float32 statistics, as PyTorch computes it."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def split_heads(x: Float[Array, "b n d"], heads: int) -> Float[Array, "b a n e"]:
+    """Head h owns channels h*e ... h*e + e - 1."""
+    b, n, d = x.shape
+    return x.reshape(b, n, heads, d // heads).transpose(0, 2, 1, 3)
+
+
+def attention_weights(
+    q: Float[Array, "b a q e"], k: Float[Array, "b a n e"], mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b a q n"]:
+    """Softmax over keys of q k^T / sqrt(e), in float32. `mask` True where a key may be attended to."""
+    logits = jnp.einsum("baqe,bane->baqn", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def attend(
+    q: Float[Array, "b q d"], k: Float[Array, "b n d"], v: Float[Array, "b n d"], heads: int, mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b q d"]:
+    """Multi-head attention on projected tokens; `mask` as in `attention_weights`."""
+    weights = attention_weights(split_heads(q, heads), split_heads(k, heads), mask)
+    out = jnp.einsum("baqn,bane->baqe", weights.astype(v.dtype), split_heads(v, heads))
+    b, a, n, e = out.shape
+    return out.transpose(0, 2, 1, 3).reshape(b, n, a * e)
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        hidden = jax.nn.gelu(Dense(self.hidden, self.dtype, name="fc1")(x), approximate=False)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
+
+
+class SelfAttention(nn.Module):
+    """Fused q | k | v projection, attention, output projection."""
+
+    width: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.qkv = Dense(3 * self.width, self.dtype, xavier_uniform(parts=3))
+        self.proj = Dense(self.width, self.dtype)
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return self.proj(attend(q, k, v, self.heads, mask))
+
+    def weights(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
+        """The softmax attention of the tokens in `queries` over all tokens; values and projection are not computed."""
+        q = self.qkv(x[:, queries], columns=slice(0, self.width))
+        k = self.qkv(x, columns=slice(self.width, 2 * self.width))
+        return attention_weights(split_heads(q, self.heads), split_heads(k, self.heads), mask)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without dropout."""
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.norm1 = layer_norm(self.dtype)
+        self.attn = SelfAttention(self.width, self.heads, self.dtype)
+        self.norm2 = layer_norm(self.dtype)
+        self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+    def attention(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
+        """This block's attention of the tokens in `queries`, and nothing beyond it."""
+        return self.attn.weights(self.norm1(x), queries, mask)
+
+
+class Encoder(nn.Module):
+    """A stack of separate blocks `block_00`, `block_01`, ... without a final norm.
+
+    Separate, not scanned: their names map one to one to every checkpoint family, and a pass can stop inside any block.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        block = nn.remat(Block) if self.remat else Block
+        for i in range(self.depth):
+            setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype))
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        x = x.astype(self.dtype)
+        for i in range(self.depth):
+            x = getattr(self, f"block_{i:02d}")(x, mask)
+        return x
+
+    def attention(
+        self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b a q n"]:
+        """The attention of block `block` (negative counts from the end); later work is not computed."""
+        block %= self.depth
+        x = x.astype(self.dtype)
+        for i in range(block):
+            x = getattr(self, f"block_{i:02d}")(x, mask)
+        return getattr(self, f"block_{block:02d}").attention(x, queries, mask)
+
+    def attentions(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> list[Float[Array, "b a n n"]]:
+        """The attention maps of every block, for pictures and rollout."""
+        x = x.astype(self.dtype)
+        maps = []
+        for i in range(self.depth):
+            block = getattr(self, f"block_{i:02d}")
+            maps.append(block.attention(x, slice(None), mask))
+            x = block(x, mask)
+        return maps

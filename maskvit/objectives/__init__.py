@@ -1,0 +1,45 @@
+"""Objectives: what training minimises, as pure functions with the state outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from maskvit.configuration import check_arguments, hashable, look_up
+from maskvit.modalities import parse_modalities
+from maskvit.objectives.multimae import multimae
+
+
+class Objective(Protocol):
+    """What the train step, the evaluators and the pictures know of a method.
+
+    `init(key) -> (params, state)`;
+    `plan(params, batch, keys) -> (plan, counts)`: what to hide, and how many samples each loss is a mean over;
+    `loss(params, state, batch, keys, step, plan=None, counts=None) -> (scalar, (state, metrics))`;
+    `after_update(state, params, step) -> state`: what follows the optimiser (a teacher's average);
+    `predict(params, state, batch) -> {feature: "b d"}`; `visualize(params, state, batch, keys) -> pictures' arrays`.
+    """
+
+    model: Any
+
+    def init(self, key: Any) -> tuple[Any, Any]: ...
+    def plan(self, params: Any, batch: Any, keys: Any) -> tuple[Any, Any]: ...
+    def loss(self, params: Any, state: Any, batch: Any, keys: Any, step: Any, plan: Any = None, counts: Any = None) -> Any: ...
+    def after_update(self, state: Any, params: Any, step: Any) -> Any: ...
+    def predict(self, params: Any, state: Any, batch: Any) -> Any: ...
+    def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
+
+
+OBJECTIVES = {"multimae": multimae}
+
+
+def build_objective(config: Mapping[str, Any]) -> Any:
+    """The objective of a config with `modalities`, `image_size` and `objective` blocks (plain data)."""
+    block = {key: hashable(value) for key, value in config["objective"].items()}
+    name = block.pop("name", None)
+    constructor = look_up("config.objective.name", OBJECTIVES, name)
+    given = ("modalities", "image_size")
+    check_arguments("config.objective", constructor, block, given)
+    size = config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return constructor(parse_modalities(config["modalities"]), size, **block)

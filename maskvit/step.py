@@ -1,0 +1,92 @@
+"""The train step and the state it starts from: what training, benchmarks and tests share. Pure; knows no data library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maskvit.keys import sample_keys
+from maskvit.objectives import Objective
+from maskvit.optim import Optimizer
+from maskvit.types import Batch, Metrics, TrainState
+
+
+def init_state(objective: Objective, optimizer: Optimizer, seed: int) -> TrainState:
+    """A fresh state at step 0; the same for the same seed whatever the devices."""
+    params, objective_state = objective.init(jax.random.key(seed))
+    return state_from_params(params, objective_state, optimizer)
+
+
+def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -> TrainState:
+    """Step 0 with given parameters and fresh optimiser moments."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.tx.init(params), objective_state, zero)
+
+
+def gradients(
+    state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int
+) -> tuple[Any, Any, Any, Metrics]:
+    """(loss, gradients, objective state, metrics) of a batch worked off in `micro_batches` equal parts.
+
+    Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:
+    then the number of samples behind each loss is known, and the parts' gradients add up to the whole batch's exactly.
+    """
+    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    if micro_batches == 1:
+        (loss, (objective_state, metrics)), grads = value_and_grad(state.params, state.objective_state, batch, keys, state.step)
+        return loss, grads, objective_state, metrics
+
+    split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
+    parts = jax.tree.map(split, (batch, keys))
+    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, *part), parts)
+    counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
+
+    def accumulate(total: Any, part: Any) -> Any:
+        (micro_batch, micro_keys), plan = part
+        result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
+        (loss, (_, metrics)), grads = result
+        return jax.tree.map(jnp.add, total, (loss, grads, metrics)), None
+
+    shapes = jax.eval_shape(lambda *x: accumulate_shapes(value_and_grad, state, *x, counts), jax.tree.map(lambda x: x[0], (parts, plans)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (loss, grads, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, plans))
+    return loss, grads, state.objective_state, metrics
+
+
+def accumulate_shapes(value_and_grad: Any, state: TrainState, part: Any, counts: Any) -> Any:
+    """One part's (loss, gradients, metrics), for their shapes only."""
+    (micro_batch, micro_keys), plan = part
+    result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
+    (loss, (_, metrics)), grads = result
+    return loss, grads, metrics
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, objective: Objective, optimizer: Optimizer, seed: int, micro_batches: int = 1
+) -> tuple[TrainState, Metrics]:
+    """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
+
+    `batch`: a global batch. Step, data position and schedule advance on skipped steps too.
+    """
+    batch_size = jax.tree.leaves(batch)[0].shape[0]
+    keys = sample_keys(seed, state.step, batch_size)
+    loss, grads, objective_state, metrics = gradients(state, batch, keys, objective, micro_batches)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    learning_rate = optimizer.schedule(state.step)
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+    objective_state = objective.after_update(objective_state, params, state.step)
+    new = (params, opt_state, objective_state)
+    old = (state.params, state.opt_state, state.objective_state)
+    params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    one = jnp.ones(())
+    metrics = dict(metrics, loss=(loss, one), learning_rate=(learning_rate, one), grad_norm=(grad_norm, one))
+    metrics["skipped"] = (1.0 - finite, one)
+    skipped = state.skipped + (1 - finite.astype(jnp.int32))
+    return TrainState(state.step + 1, params, opt_state, objective_state, skipped), metrics

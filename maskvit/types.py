@@ -1,0 +1,106 @@
+"""The vocabulary of the package: what every part hands to the next.
+
+Axis letters, one legend for the whole package:
+
+    b batch, h w grid or image, c channels, n all tokens, v visible tokens, q predicted (hidden) tokens,
+    d width, a heads, m modalities
+
+One polarity: `masked` is True where a token is hidden; an attention `mask` is True where attention is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+# Modalities by name (continuous: uint8 or float32 "b h w c" in stored units, NaN where missing; categorical: int32
+# "b h w", -1 where missing), and optionally `label` Int "b", `present` Bool "b m" (which input modalities a sample
+# has, in the order of the objective's inputs), `valid` Bool "b" (False for the padding of the last evaluation batch).
+Batch = dict[str, Array]
+
+# A plain nested dict of arrays with the package's own stable names ("encoder/block_00/attn/qkv/kernel").
+Params = dict[str, Any]
+
+# Importance per token, "b n"; comparable inside one sample and modality only.
+Guidance = Float[Array, "b n"]
+
+# Scalars by name. A value is (numerator, denominator): sums over micro-batches and devices stay exact.
+Metrics = dict[str, tuple[Array, Array]]
+
+
+class TokenLayout(NamedTuple):
+    """Static: which span of the token sequence belongs to which modality, and its grid.
+
+    `names`, `grids` (rows, columns), in token order. Hashable, so it may be a static argument of `jit`.
+    """
+
+    names: tuple[str, ...]
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens per modality."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of all modalities, the global token not counted."""
+        return sum(self.sizes)
+
+    def span(self, name: str) -> slice:
+        """The slice of modality `name` in the token axis."""
+        index = self.names.index(name)
+        start = sum(self.sizes[:index])
+        return slice(start, start + self.sizes[index])
+
+    def spans(self) -> tuple[slice, ...]:
+        """The slice of every modality, in token order."""
+        return tuple(self.span(name) for name in self.names)
+
+
+class TokenBatch(NamedTuple):
+    """Embedded tokens of all modalities, position added, in the order of `layout`.
+
+    `present`: True for tokens that exist; None where every sample has every modality.
+    """
+
+    tokens: Float[Array, "b n d"]
+    layout: TokenLayout
+    present: Bool[Array, "b n"] | None = None
+
+
+class MaskPlan(NamedTuple):
+    """Everything a decoder or loss may know of masking; all shapes are static.
+
+    `visible_ids` ascend; slots whose `visible_valid` is False (a sample with too few tokens) point at hidden tokens
+    and must be ignored. `predicted_ids` are the hidden tokens a loss is taken on; hidden but not predicted is legal.
+    `masked` is True where hidden (absent tokens included).
+    """
+
+    visible_ids: Int[Array, "b v"]
+    visible_valid: Bool[Array, "b v"]
+    predicted_ids: Int[Array, "b q"]
+    predicted_valid: Bool[Array, "b q"]
+    masked: Bool[Array, "b n"]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step. Leaves are untyped: optax and Orbax fill them with specs."""
+
+    step: Any  # int32; keys learning rate, data order and randomness; advances on skipped steps too
+    params: Any
+    opt_state: Any
+    objective_state: Any  # () for MultiMAE; a teacher, centres, loss averages for others
+    skipped: Any  # int32; updates skipped so far because loss or gradient was not finite
+
+
+def path_name(path: Any) -> str:
+    """A tree path as "encoder/block_00/norm1/scale": how parameters are named in rules, reports and errors."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def tree_paths(tree: Any) -> dict[str, Any]:
+    """Flatten a nested dict into {"a/b/c": leaf}, in sorted key order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
