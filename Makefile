@@ -1,0 +1,62 @@
+# `make demo` and `make test` do all their own set-up: they need Python 3.11 or newer, make, and a package index for pip.
+#   PYTHON=python3.12   the Python that .venv is made with (first use only)
+#   TORCH=1             `make test` installs torch first, so that the tests that compare with it run
+#   WORKERS=4           test processes
+PYTHON ?= python3
+WORKERS ?= 2
+TORCH ?=
+TORCH_REQUIREMENT ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+# XLA compiles the same small models in every run: keep the results.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+# The tested pins of this Python version where there are some, else the ranges of requirements.txt alone.
+TAG = $$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+INSTALL = lock=requirements-$(TAG).lock; test -f $$lock || { echo "no tested lock for this Python: installing from requirements.txt"; lock=requirements.txt; }; \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $$lock --editable
+
+.PHONY: help demo test lint torch clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   the main job on embedded data, on the CPU, in minutes; writes runs/demo/"
+	@echo "make test   all tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove .venv and caches; runs/ stays"
+
+demo: $(VENV)/.stamp-run
+	JAX_PLATFORMS=cpu $(BIN)/python -m maskvit.demo --workdir runs/demo
+
+test: $(VENV)/.stamp-test $(if $(TORCH),torch)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.stamp-lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+torch: $(VENV)/.stamp-test
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(TORCH_REQUIREMENT)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+# A stamp is older than what it was made from whenever that changes: the environment is then brought up to date.
+$(VENV)/.stamp: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskvit needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp pyproject.toml requirements.txt $(wildcard requirements-*.lock)
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp pyproject.toml requirements.txt $(wildcard requirements-*.lock)
+	$(INSTALL) '.[test]'
+	@touch $@ $(VENV)/.stamp-run
+
+$(VENV)/.stamp-lint: $(VENV)/.stamp-test
+	$(INSTALL) '.[lint]'
+	@touch $@

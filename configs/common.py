@@ -1,0 +1,136 @@
+"""What the shipped experiments share, as plain data, and `smoke`, which shrinks any of them to a test's size.
+
+An experiment is one file whose `get_config()` starts from a block here and changes what makes it that experiment. Every
+key is a constructor's argument; a key that no constructor has is an error that lists the known ones.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+INPUTS = ("rgb", "depth", "semseg")
+
+
+def modalities() -> ConfigDict:
+    """rgb, depth and semseg as in the public MultiMAE checkpoint: any other modality is declared the same way."""
+    return ConfigDict(
+        dict(
+            rgb=dict(
+                kind="continuous", channels=3, patch=16, loss="mse", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            ),
+            # Stored as 16-bit counts of 1/512 m; the model sees count / 2**16, standardised. A sensor's depth has holes:
+            # missing=0.0 says that the count 0 means "not measured".
+            depth=dict(
+                kind="continuous", channels=1, patch=16, loss="l1", scale=1 / 65536, standardize=True,
+                missing=config_dict.placeholder(float), metres_per_count=1 / 512,
+            ),
+            semseg=dict(kind="categorical", num_classes=133, patch=16, stride=4, loss="cross_entropy", embed_dim=64),
+        )
+    )
+
+
+def multimae_b() -> ConfigDict:
+    """MultiMAE-B from scratch: 98 of 588 tokens visible at random, the published recipe, 1600 epochs at batch 2048."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            image_size=(224, 224),
+            total="1600 epochs",
+            # The recipe's 2,048 even on one card: what does not fit at once is worked off in micro-batches.
+            global_batch=2048,
+            micro_batch=0,  # samples at once over all devices; 0 = the largest that fits
+            modalities=modalities(),
+            objective=dict(
+                name="multimae",
+                inputs=INPUTS,
+                outputs=("rgb", "depth", "semseg", "norm_rgb"),
+                encoder=dict(width=768, depth=12, heads=12),
+                decoder=dict(width=256, depth=2, heads=8),
+                num_global_tokens=1,
+                num_visible=98,
+                scores=dict(name="random"),
+                budget=dict(name="dirichlet", alphas=1.0),
+                guidance=dict(),
+                compute_dtype="bfloat16",
+                remat=False,
+            ),
+            optimizer=dict(
+                base_lr=1e-4,  # times global_batch / 256
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.05,
+                decay_all=True,
+                clip_norm=config_dict.placeholder(float),
+            ),
+            schedule=dict(total_epochs=1600.0, start_epochs=0.0, warmup_epochs=40.0, min_lr=0.0),
+            data=dict(
+                train=dict(source="tfds", name="multimodal_folder", data_dir="data", split="train"),
+                augment=dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize="pil"),
+                workers=8,
+                prefetch=2,
+            ),
+            evaluators=dict(),
+            init_from=dict(path="", fresh=(), drop=()),
+            log_every=50,
+            picture_every="5 epochs",
+            checkpoint=dict(every="1 epochs", keep=3),
+            writers=(),
+        )
+    )
+
+
+def attention_guided(config: ConfigDict, scores: str = "attention_high", query: str = "mean") -> ConfigDict:
+    """Hide what the model attends to most (or least): one extra forward pass over all tokens per step."""
+    config.objective.scores = dict(name=scores)
+    config.objective.guidance = dict(name="self_attention", query=query)
+    return config
+
+
+def continue_multimae_b() -> ConfigDict:
+    """100 more epochs from the converted public checkpoint, on the tail (epoch 1500 to 1600) of its schedule."""
+    config = multimae_b()
+    config.total = "100 epochs"
+    config.schedule.start_epochs = 1500.0
+    config.init_from.path = "checkpoints/multimae_b"
+    return config
+
+
+def scenes() -> ConfigDict:
+    """A small MultiMAE on rendered 64 x 64 scenes: the same code as at full size, for a CPU and minutes."""
+    config = multimae_b()
+    config.image_size = (64, 64)
+    for name in INPUTS:
+        config.modalities[name].patch = 8
+    config.modalities.depth.missing = 0.0  # the sky
+    config.modalities.semseg.num_classes = 12
+    config.modalities.semseg.embed_dim = 16
+    with config.unlocked():
+        config.objective.encoder = dict(width=128, depth=4, heads=2)
+        config.objective.decoder = dict(width=64, depth=1, heads=2)
+        config.data.train = dict(source="tfds", name="scenes", data_dir="runs/demo/data", split="train")
+    config.objective.num_visible = 32
+    config.objective.compute_dtype = "float32"
+    config.data.workers = 0
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same experiment, shrunk: same code, same objective and schedule form, sizes for a few seconds on a CPU."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.image_size = (32, 32)
+        for name in config.modalities:
+            config.modalities[name].patch = 8
+        config.objective.encoder = dict(width=32, depth=2, heads=2)
+        config.objective.decoder = dict(width=16, depth=1, heads=2)
+        config.objective.num_visible = 8
+        config.total = "2 steps"
+        config.global_batch = 8
+        config.micro_batch = 4
+        config.data.workers = 0
+        config.log_every = 1
+        config.picture_every = "2 steps"
+        config.checkpoint = dict(every="1 steps", keep=2)
+        config.init_from = dict(path="", fresh=(), drop=())
+        for name in config.evaluators:
+            config.evaluators[name].every = "2 steps"
+    return config

@@ -1,0 +1,23 @@
+"""How the demo's checkpoint was made: a small MultiMAE from scratch on 12,000 rendered scenes, random masking.
+
+    python -m maskvit.data.builders scenes --data_dir data/scenes --num_train 12000 --num_val 1000
+    python main.py --config=configs/pretrain/scenes.py --workdir=runs/scenes
+    python convert_torch_checkpoint.py --src runs/scenes --dst assets/multimae_scenes.pth --to multimae
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.scenes()
+    config.total = "1600 steps"
+    config.global_batch = 256
+    config.micro_batch = 128
+    config.optimizer.base_lr = 1e-3
+    config.schedule = dict(total_epochs=35.0, start_epochs=0.0, warmup_epochs=2.0, min_lr=0.0)
+    config.data.train.data_dir = "data/scenes"
+    config.log_every = 20
+    config.picture_every = "400 steps"
+    config.checkpoint = dict(every="400 steps", keep=2)
+    config.evaluators = dict(knn=dict(type="knn", every="800 steps", baselines=True))
+    return config

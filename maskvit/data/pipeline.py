@@ -1,0 +1,486 @@
+"""Batches for one process out of a global order that depends on (seed, step) alone.
+
+The rows of the global batch of step s are records order(seed, epoch)[s' * B : (s' + 1) * B], s' being the step inside its
+epoch; process p of P takes the contiguous rows [p * B / P, (p + 1) * B / P). What happens to a record depends on (seed,
+epoch, record) only. So neither the number of worker processes nor of processes, nor where a run was stopped, changes a
+batch. Grain supplies worker processes and ordered prefetch; its own iterator state is not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import multiprocessing
+import multiprocessing.util
+import os
+import queue
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from maskvit.data import transforms
+from maskvit.data.sources import Source
+from maskvit.modalities import Modality
+
+CHUNK = 16  # records that one worker prepares at a time: batches of thousands then neither stall the start nor fill the memory
+PROBES = 64  # records looked at, at most, before the first batch
+MAX_BAD_SHARE, MAX_BAD_COUNT = 0.01, 10  # a run stops where both are exceeded
+REPLACEMENTS = 10  # records tried in place of a bad one
+READ_ERRORS = (ValueError, OSError, RuntimeError)  # what decoders and record readers raise on damaged data
+
+_log = logging.getLogger(__name__)
+
+
+# --- order and randomness ---------------------------------------------------------------------------------------------
+
+
+def _philox(seed: int, use: str, *numbers: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(use.encode()), *numbers]))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_records: int) -> Int[np.ndarray, " num_records"]:
+    """The permutation of records of one epoch: a stable sort of raw Philox bits, which no NumPy release may change."""
+    order = np.argsort(_philox(seed, "order", epoch).random_raw(num_records), kind="stable").astype(np.int32)
+    order.setflags(write=False)
+    return order
+
+
+def record_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator that augments record `index` in `epoch`."""
+    return np.random.Generator(_philox(seed, "augment", epoch, index))
+
+
+def steps_per_epoch(num_records: int, global_batch: int) -> int:
+    """Whole global batches in the data; the shuffle drops another remainder in every epoch. Raises where there is none."""
+    if global_batch < 1:
+        raise ValueError(f"config.global_batch is {global_batch}; it must be at least 1")
+    if num_records < global_batch:
+        raise ValueError(
+            f"the training data hold {num_records} records, fewer than config.global_batch = {global_batch}: "
+            f"set it to {num_records} or less, or use more data"
+        )
+    return num_records // global_batch
+
+
+# --- records to arrays ------------------------------------------------------------------------------------------------
+
+
+def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dtype]:
+    """Look at a few records spread over the data: does each modality exist and fit its declaration?
+
+    Returns: dtype per modality in the batches.
+
+    Raises:
+      ValueError: a modality that no record looked at has (and that the source does not say may be lacking), class ids
+        out of range, or not one readable record.
+    """
+    if len(source) == 0:
+        raise ValueError(f"no records: {source.describe()}")
+    dtypes: dict[str, np.dtype] = {}
+    readable, first_error = 0, None
+    indices = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int))
+    for count, index in enumerate(np.random.default_rng(0).permutation(indices)):  # not the same end of the data first
+        if count >= 8 and readable and len(dtypes) == len(modalities):
+            break
+        try:
+            record = source[int(index)]
+            arrays = transforms.decode_record(record, modalities)
+        except READ_ERRORS as error:
+            first_error = first_error or ValueError(f"record {int(index)}: {error}")
+            continue
+        readable += 1
+        for name, array in arrays.items():
+            if modalities[name].kind == "categorical":
+                try:
+                    transforms.check_class_ids(array, modalities[name])
+                except transforms.RecordError as error:
+                    raise ValueError(f"record {record['id']!r}: {error}") from error
+            dtype = transforms.output_dtype(array, modalities[name])
+            dtypes[name] = np.promote_types(dtypes.get(name, dtype), dtype)
+    if not readable:
+        raise ValueError(f"none of {len(indices)} records tried is readable ({source.describe()}); the first: {first_error}")
+    for name in modalities:
+        if name not in dtypes and name not in source.may_lack:
+            raise ValueError(
+                f"modality {name!r} has no data in {source.describe()}: drop it from config.modalities, "
+                f"or name it in config.data's may_lack if only some records lack it"
+            )
+    return {
+        name: dtypes.get(name, np.dtype(np.int32 if modality.kind == "categorical" else np.float32))
+        for name, modality in modalities.items()
+    }
+
+
+class _Records:
+    """What training and evaluation share: record -> arrays of the model's size, and arrays -> batch. Picklable."""
+
+    def __init__(self, source: Source, modalities: Mapping[str, Modality], image_size: tuple[int, int], inputs: Sequence[str] | None):
+        self.source = source
+        self.modalities = dict(modalities)
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        for modality in self.modalities.values():
+            modality.size(self.image_size)
+        self.inputs = tuple(self.modalities if inputs is None else inputs)
+        unknown = sorted(set(self.inputs) - set(self.modalities))
+        if unknown:
+            raise ValueError(f"input {unknown[0]!r} is not declared in config.modalities ({', '.join(self.modalities)})")
+        self.dtypes = probe(source, self.modalities)
+
+    def decode(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        arrays = transforms.decode_record(record, self.modalities)
+        for name, array in arrays.items():
+            if self.dtypes[name] == np.uint8 and array.dtype != np.uint8:
+                raise transforms.RecordError(f"modality {name!r} is {array.dtype} here and uint8 in the other records")
+        lacking = [name for name in self.modalities if name not in arrays and name not in self.source.may_lack]
+        if lacking:
+            raise transforms.RecordError(f"lacks modality {lacking[0]!r}; if that is expected, name the modality in config.data's may_lack")
+        return arrays
+
+    def example(self, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """One row of a batch out of a record and its transformed arrays."""
+        row: dict[str, Any] = {}
+        for name, modality in self.modalities.items():
+            row[name] = arrays[name] if name in arrays else transforms.absent(modality, self.image_size, self.dtypes[name])
+        row["label"] = np.int32(record.get("label", -1))
+        if self.source.may_lack:
+            row["present"] = np.array([name in arrays for name in self.inputs])
+        return row
+
+    def padding(self) -> dict[str, Any]:
+        """A row that stands for no example: finite everywhere, so that what is computed from it stays finite."""
+        row: dict[str, Any] = {}
+        for name, modality in self.modalities.items():
+            empty = transforms.absent(modality, self.image_size, self.dtypes[name])
+            row[name] = empty if modality.kind == "categorical" else np.zeros_like(empty)
+        row["label"] = np.int32(-1)
+        if self.source.may_lack:
+            row["present"] = np.ones(len(self.inputs), bool)
+        return row
+
+    def stack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        stacked = {}
+        for name in rows[0]:
+            dtype = self.dtypes.get(name)
+            stacked[name] = np.stack([row[name] for row in rows], dtype=dtype, casting="same_kind" if dtype is None else "safe")
+        return stacked
+
+
+class _TrainChunks(_Records):
+    """Chunk number -> rows of a training batch."""
+
+    def __init__(self, *args: Any, augment: transforms.Augment, seed: int, global_batch: int, rows: tuple[int, int]):
+        super().__init__(*args)
+        self.augment, self.seed, self.global_batch, self.rows = augment, seed, global_batch, rows
+        self.epoch_steps = steps_per_epoch(len(self.source), global_batch)
+        self.chunks_per_batch = math.ceil((rows[1] - rows[0]) / CHUNK)
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        step, part = divmod(int(number), self.chunks_per_batch)
+        epoch, step = divmod(step, self.epoch_steps)
+        first = self.rows[0] + part * CHUNK
+        last = min(first + CHUNK, self.rows[1])
+        bad: list[str] = []
+        rows = [self._row(epoch, step * self.global_batch + row, bad) for row in range(first, last)]
+        return {**self.stack(rows), "bad": bad}
+
+    def _row(self, epoch: int, position: int, bad: list[str]) -> dict[str, Any]:
+        order = epoch_order(self.seed, epoch, len(self.source))
+        for attempt in range(REPLACEMENTS):
+            index = int(order[(position + attempt) % len(order)])
+            identity = f"record {index}"
+            try:
+                record = self.source[index]
+                identity = repr(record["id"])
+                arrays = self.decode(record)
+                height, width = next(iter(arrays.values())).shape[:2]
+                rng = record_rng(self.seed, epoch, index)
+                geometry = transforms.draw_geometry(rng, height, width, self.image_size, self.augment)
+                arrays = transforms.transform(arrays, self.modalities, geometry, self.image_size, self.augment.resize)
+                return self.example(record, arrays)
+            except READ_ERRORS as error:
+                bad.append(f"{identity}: {error}")
+        raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {bad[-1]}")
+
+
+class _EvalChunks(_Records):
+    """Chunk number -> rows of an evaluation batch, records in stored order, padded behind the last."""
+
+    def __init__(self, *args: Any, crop: float, resize: str, batch_size: int, rows: tuple[int, int], num_records: int):
+        super().__init__(*args)
+        self.crop, self.resize, self.batch_size, self.rows, self.num_records = crop, resize, batch_size, rows, num_records
+        self.chunks_per_batch = math.ceil((rows[1] - rows[0]) / CHUNK)
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        step, part = divmod(int(number), self.chunks_per_batch)
+        first = self.rows[0] + part * CHUNK
+        last = min(first + CHUNK, self.rows[1])
+        bad: list[str] = []
+        rows, ids = [], []
+        for index in range(step * self.batch_size + first, step * self.batch_size + last):
+            identity, row = self._row(index, bad) if index < self.num_records else ("", None)
+            ids.append(identity)
+            rows.append(
+                {
+                    **(self.padding() if row is None else row),
+                    "valid": np.bool_(row is not None),
+                    "index": np.int32(index if identity else -1),
+                }
+            )
+        return {**self.stack(rows), "id": ids, "bad": bad}
+
+    def _row(self, index: int, bad: list[str]) -> tuple[str, dict[str, Any] | None]:
+        identity = f"record {index}"
+        try:
+            record = self.source[index]
+            identity = str(record["id"])
+            arrays = self.decode(record)
+            height, width = next(iter(arrays.values())).shape[:2]
+            geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
+            return identity, self.example(record, transforms.transform(arrays, self.modalities, geometry, self.image_size, self.resize))
+        except READ_ERRORS as error:
+            bad.append(f"{identity!r}: {error}")
+            return identity, None
+
+
+def _join(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Chunks of rows -> one batch; lists (ids, complaints) are chained."""
+    batch = {}
+    for name, first in chunks[0].items():
+        parts = [chunk[name] for chunk in chunks]
+        batch[name] = [item for part in parts for item in part] if isinstance(first, list) else np.concatenate(parts)
+    return batch
+
+
+# --- the iterator -----------------------------------------------------------------------------------------------------
+
+
+class Batches(Iterator[dict[str, Any]]):
+    """Host batches, prepared in the background from construction on.
+
+    `bad_samples` counts the records of the batches handed out so far that could not be used: training replaced them by the
+    next in order, evaluation marked them invalid. Above 1 % and 10 of them the next batch raises RuntimeError, with examples.
+    `close()` (or the end of a `with` block) ends threads and worker processes.
+    """
+
+    def __init__(self, chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, workers: int, prefetch: int):
+        for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
+            if value < least:
+                raise ValueError(f"config.data {name} is {value}; it must be at least {least}")
+        self.bad_samples = 0
+        self._seen = 0
+        self._workers = workers
+        self._describe = chunks.source.describe()
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        pipeline = _grain_iterator(chunks, first_step, end_step, workers)
+        # the thread holds no reference to this object, so that dropping the last one ends it
+        self._thread = threading.Thread(target=_prepare, args=(pipeline, self._queue, self._stop), name="maskvit-batches", daemon=True)
+        self._thread.start()
+        # at the interpreter's end before grain's own clean-up, which fails on a worker that is just being started
+        self._finalizer = multiprocessing.util.Finalize(self, _end, args=(self._stop, self._thread), exitpriority=100)
+
+    def __next__(self) -> dict[str, Any]:
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise ValueError("these batches were closed")
+        batch, error = self._queue.get()
+        if error is None:
+            error = self._count_bad(batch.pop("bad"), len(batch["label"]))
+        if error is not None:
+            self._error = self._explain(error)
+            self.close()
+            raise self._error
+        return batch
+
+    def _count_bad(self, bad: list[str], rows: int) -> RuntimeError | None:
+        for complaint in bad[: max(0, 20 - self.bad_samples)]:
+            _log.warning("bad sample %s", complaint)
+        self.bad_samples += len(bad)
+        self._seen += rows
+        if self.bad_samples <= MAX_BAD_COUNT or self.bad_samples <= MAX_BAD_SHARE * self._seen:
+            return None
+        return RuntimeError(
+            f"{self.bad_samples} of {self._seen} records could not be used, more than {MAX_BAD_SHARE:.0%}: {self._describe}. "
+            f"The latest: {'; '.join(bad[:3])}"
+        )
+
+    def _explain(self, error: BaseException) -> BaseException:
+        if "Worker process was terminated" not in str(error):
+            return error
+        explained = RuntimeError(
+            f"a loader worker process died ({error}). Exit code -9 is most often the system's answer to a lack of memory: lower "
+            f"config.data workers (now {self._workers}) or prefetch. Starting the same command again goes on from the last checkpoint"
+        )
+        explained.__cause__ = error
+        return explained
+
+    def close(self) -> None:
+        """End the background thread and the worker processes; may be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join(timeout=30)
+
+
+def _prepare(pipeline: Any, batches: queue.Queue[Any], stop: threading.Event) -> None:
+    """Body of the background thread: move batches from `pipeline` to the queue until told to stop, then close it."""
+    if hasattr(signal, "pthread_sigmask"):
+        # Threads and processes started from here on inherit it: a SIGTERM or Ctrl-C for the whole process group must not
+        # take the workers away from a main process that is still writing its checkpoint.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        while not stop.is_set():
+            item: tuple[Any, BaseException | None]
+            try:
+                item = (next(pipeline), None)
+            except BaseException as error:  # handed to the consumer, StopIteration included
+                item = (None, error)
+            while not stop.is_set():
+                try:
+                    batches.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if item[1] is not None:
+                break
+    finally:
+        pipeline.close()
+
+
+def _grain_iterator(chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, workers: int) -> Any:
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain reads flags of its own when it starts workers
+        flags.FLAGS.mark_as_parsed()
+    per_batch = chunks.chunks_per_batch
+    stop = 2**62 if end_step is None else end_step * per_batch
+    numbers = grain.MapDataset.range(first_step * per_batch, stop)
+    if workers:
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, math.ceil(per_batch / workers)))
+        data = numbers.map(chunks).to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=_start_worker)
+    else:
+        # Pillow and zstd release the interpreter lock, so a few threads do help
+        threads = min(4, os.cpu_count() or 1)
+        data = numbers.map(chunks).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    return iter(data.batch(per_batch, drop_remainder=False, batch_fn=_join))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In each worker process: leave signals to the main process, and end with it."""
+    del index, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="maskvit-parent-watch", daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _process_rows(size: int, name: str, process_index: int, process_count: int) -> tuple[int, int]:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} of {process_count} processes")
+    if size < 1 or size % process_count:
+        raise ValueError(f"{name} = {size} does not divide by the {process_count} processes: set it to a multiple of {process_count}")
+    share = size // process_count
+    return process_index * share, (process_index + 1) * share
+
+
+def train_batches(
+    source: Source,
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    *,
+    seed: int,
+    global_batch: int,
+    start_step: int = 0,
+    augment: Mapping[str, Any] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    inputs: Sequence[str] | None = None,
+) -> Batches:
+    """This process's rows of the global batches of steps start_step, start_step + 1, ... without end.
+
+    Args:
+      global_batch: rows over all processes.
+      augment: keys of `transforms.Augment`.
+      workers: processes that decode; 0 decodes in threads of this process.
+      prefetch: finished batches kept ready.
+      inputs: order of the columns of `present`; the modalities' order if None.
+
+    Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none), and
+      `present` bool "b m" if the source may lack modalities.
+
+    Raises:
+      ValueError: settings or data that do not fit, before the first batch.
+    """
+    rows = _process_rows(global_batch, "config.global_batch", process_index, process_count)
+    if seed < 0 or start_step < 0:
+        raise ValueError(f"seed ({seed}) and start_step ({start_step}) must not be negative")
+    steps_per_epoch(len(source), global_batch)
+    settings = transforms.parse_augment(augment)
+    chunks = _TrainChunks(source, modalities, image_size, inputs, augment=settings, seed=int(seed), global_batch=global_batch, rows=rows)
+    return Batches(chunks, int(start_step), None, workers, prefetch)
+
+
+def eval_batches(
+    source: Source,
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    resize: str = "pil",
+    crop: float | int = 0.875,
+    limit: int | None = None,
+    inputs: Sequence[str] | None = None,
+) -> Batches:
+    """Every record once, in stored order, middle crop, over all processes together.
+
+    Args:
+      batch_size: rows over all processes; each yields its contiguous rows of every batch, so all yield equally many batches.
+      crop: image side over the side of the resized picture it is cut from.
+      limit: only the first so many records.
+
+    Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
+      `index` int32 "b" (record number, -1 for padding), `id` list of str (not for the device).
+    """
+    rows = _process_rows(batch_size, "batch_size", process_index, process_count)
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop is {crop}; it must be above 0 and at most 1")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None for every record")
+    transforms.check_resize(resize, "resize")
+    num_records = len(source) if limit is None else min(limit, len(source))
+    chunks = _EvalChunks(
+        source, modalities, image_size, inputs, crop=crop, resize=resize, batch_size=batch_size, rows=rows, num_records=num_records
+    )
+    return Batches(chunks, 0, math.ceil(num_records / batch_size), workers, prefetch)

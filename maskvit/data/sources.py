@@ -1,0 +1,223 @@
+"""Random access to records: record i is a dict of encoded bytes per modality, a label and an id.
+
+Every data set prepared by TensorFlow Datasets in the `array_record` format is read here, without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from maskvit.modalities import Modality
+
+# What a builder may state about a modality in its metadata ("modalities": {name: {field: value}}) and the config repeats.
+STATED = ("kind", "channels", "num_classes", "missing", "metres_per_count")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the pipeline reads from. Sources travel to worker processes by pickle and open their files there.
+
+    Attributes:
+      label_names: names of the labels 0, 1, ...; () where there are none.
+      may_lack: modalities that some records may lack; where it is not empty, batches carry `present`.
+    """
+
+    label_names: tuple[str, ...]
+    may_lack: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """-> {"id": str, optional "label": int, per modality bytes or an array; missing or b"" where absent}."""
+        ...
+
+    def describe(self) -> str:
+        """One line: where the data come from."""
+        ...
+
+
+class ListSource:
+    """Records that lie in memory: a handful of pictures of one's own, or a test's."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], label_names: Sequence[str] = (), may_lack: Sequence[str] = ()):
+        self.records = list(records)
+        self.label_names = tuple(label_names)
+        self.may_lack = tuple(may_lack)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"id": str(index), **self.records[index]}
+
+    def describe(self) -> str:
+        return f"{len(self)} records in memory"
+
+
+class TfdsSource:
+    """A split of a data set prepared by any TFDS builder in `array_record` format.
+
+    Args:
+      modalities: what the records must hold.
+      data_dir: the folder of the prepared data: TFDS's root (then `name` says which), or that of one version.
+      name: the builder's name, "name" or "name/config" or "name/config:1.0.0"; not needed where `data_dir` is one version's folder.
+      split: TFDS's notation, for example "train" or "train[:90%]".
+      features: modality -> feature of the data set where the two names differ, for example {"rgb": "image"}.
+      label: feature with the class; None where the labels are of no interest. A data set without "label" has none.
+      may_lack: modalities that some records may lack; None asks the data set's own metadata.
+
+    Raises:
+      FileNotFoundError: nothing prepared there.
+      ValueError: another file format, an unknown split, a modality without a feature, or metadata that contradict the config.
+    """
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality],
+        *,
+        data_dir: str,
+        name: str = "",
+        split: str = "train",
+        features: Mapping[str, str] | None = None,
+        label: str | None = "label",
+        may_lack: Sequence[str] | None = None,
+    ):
+        data_dir = os.path.abspath(os.path.expanduser(data_dir))
+        builder = _open_builder(data_dir, name)
+        self.directory = str(builder.data_dir)  # one version's folder: workers open it without looking for the name
+        self.name = builder.info.full_name
+        self.split = split
+        stored = builder.info.features
+        self.features = _match_features(modalities, dict(features or {}), list(stored), self.name)
+        metadata = dict(builder.info.metadata or {})
+        _check_metadata(metadata, modalities, self.directory)
+        if label is not None and label != "label" and label not in stored:
+            raise ValueError(f"config.data label is {label!r}, but {self.name} has the features {', '.join(sorted(stored))}")
+        self.label = label if label in stored else None
+        self.label_names = tuple(getattr(stored[self.label], "names", None) or ()) if self.label else ()
+        if may_lack is None:
+            may_lack = [modality for modality in metadata.get("may_lack", ()) if modality in modalities]
+        unknown = sorted(set(may_lack) - set(modalities))
+        if unknown:
+            raise ValueError(f"config.data may_lack names {unknown[0]!r}; declared modalities: {', '.join(modalities)}")
+        self.may_lack = tuple(may_lack)
+        self._lock = threading.Lock()
+        self._reader: Any = None
+        self._length = len(self._open(builder))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        stored = self._open()[index]
+        record: dict[str, Any] = {modality: _as_data(stored[feature]) for modality, feature in self.features.items()}
+        record["id"] = _as_text(stored["id"]) if "id" in stored else f"{self.name}/{self.split}/{index}"
+        if self.label is not None:
+            record["label"] = int(stored[self.label])
+        return record
+
+    def describe(self) -> str:
+        return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}"
+
+    def _open(self, builder: Any = None) -> Any:
+        """The data set's reader, opened on first use in each process."""
+        with self._lock:
+            if self._reader is None:
+                import tensorflow_datasets as tfds
+
+                builder = builder or tfds.builder_from_directory(self.directory)
+                # pictures stay encoded: our transforms decode them, and TFDS would want OpenCV for 16 bits
+                skip = {
+                    key: tfds.decode.SkipDecoding()
+                    for key, feature in builder.info.features.items()
+                    if type(feature) is tfds.features.Image
+                }
+                try:
+                    self._reader = builder.as_data_source(self.split, decoders=skip or None)
+                except NotImplementedError as error:
+                    raise ValueError(
+                        f"{self.directory} is stored as {builder.info.file_format}; only array_record can be read at random: "
+                        'prepare it with file_format="array_record"'
+                    ) from error
+                except (ValueError, KeyError) as error:
+                    known = ", ".join(f"{key} ({value.num_examples})" for key, value in builder.info.splits.items())
+                    raise ValueError(f"cannot read split {self.split!r} of {self.name}; known: {known}. {error}") from error
+            return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_reader", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _reader=None, _lock=threading.Lock())
+
+
+def _open_builder(data_dir: str, name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
+        return tfds.builder_from_directory(data_dir)
+    try:
+        if not name:
+            raise tfds.core.DatasetNotFoundError("no name given")
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"no prepared data set {name!r} under {data_dir}: prepare it first, or set config.data's name and data_dir to a folder "
+            f"that holds <name>/<version>/dataset_info.json ({error})"
+        ) from error
+
+
+def _match_features(modalities: Mapping[str, Modality], renamed: dict[str, str], stored: list[str], data_set: str) -> dict[str, str]:
+    listed = ", ".join(sorted(stored))
+    unknown = sorted(set(renamed) - set(modalities))
+    if unknown:
+        raise ValueError(f"config.data features names modality {unknown[0]!r}; declared in config.modalities: {', '.join(modalities)}")
+    matched = {modality: renamed.get(modality, modality) for modality in modalities}
+    for modality, feature in matched.items():
+        if feature not in stored:
+            raise ValueError(
+                f"modality {modality!r} has no data: {data_set} has the features {listed}, none is {feature!r}. "
+                f"Map it with config.data features = {{{modality!r}: <feature>}} or drop it from config.modalities"
+            )
+    return matched
+
+
+def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality], directory: str) -> None:
+    """Raise where what the builder stored about a modality contradicts the config."""
+    for name, stated in (metadata.get("modalities") or {}).items():
+        if name not in modalities:
+            continue
+        for field in STATED:
+            ours = getattr(modalities[name], field)
+            if field not in stated or _same(stated[field], ours):
+                continue
+            raise ValueError(
+                f"{directory} states {field} = {stated[field]!r} for modality {name!r}, config.modalities.{name}.{field} is {ours!r}: "
+                "set the config to what is stored, or build the data set again"
+            )
+
+
+def _same(stored: Any, ours: Any) -> bool:
+    if isinstance(stored, (int, float)) and isinstance(ours, (int, float)):
+        return bool(np.isclose(stored, ours, rtol=1e-6, atol=0, equal_nan=True))
+    return stored == ours
+
+
+def _as_data(value: Any) -> bytes | np.ndarray:
+    """Encoded bytes as they are, however TFDS wraps them; arrays as arrays that the transforms know."""
+    if isinstance(value, bytes):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind in "OS":
+        return bytes(array.item())
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _as_text(value: Any) -> str:
+    value = value.item() if isinstance(value, np.ndarray) else value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,61 @@
+"""Evaluators: figures of a model on data of their own, scheduled from the config or run alone (`config.total = 0`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from jax.sharding import Mesh
+
+from maskvit.configuration import check_arguments, look_up
+from maskvit.evaluators.knn import Knn
+from maskvit.modalities import Modality
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """What the training loop knows of an evaluator.
+
+    Its constructor takes the keys of its config block, without `type` and `every`, and the context `CONTEXT`, and raises
+    ValueError or FileNotFoundError for whatever can be known to be wrong before any work.
+    """
+
+    def run(self, params: Any, objective_state: Any) -> Iterator[tuple[str, float]]:
+        """Yield (name of a figure, its value); the loop puts the evaluator's own name before it ("knn/mean/top1_k20").
+
+        Every process must iterate, and all get the same values.
+        """
+        ...
+
+
+EVALUATORS = {"knn": Knn}
+
+# What the loop supplies to every evaluator beside its config block.
+CONTEXT = ("objective", "modalities", "image_size", "mesh", "data")
+
+
+def build_evaluators(
+    evaluators: Mapping[str, Mapping[str, Any]],
+    *,
+    objective: Any,
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    data: Mapping[str, Any],
+) -> dict[str, Evaluator]:
+    """The evaluators of `config.evaluators` by their names there.
+
+    `type` says which one it is, `every` is the loop's, all else are the evaluator's arguments. `data` is `config.data`.
+    Raises ValueError for an unknown type or key, listing the known ones.
+    """
+    context = dict(objective=objective, modalities=modalities, image_size=image_size, mesh=mesh, data=data)
+    built: dict[str, Evaluator] = {}
+    for name, block in evaluators.items():
+        where = f"config.evaluators.{name}"
+        if "type" not in block:
+            raise ValueError(f"{where} lacks the key 'type'; known types: {', '.join(EVALUATORS)}")
+        constructor = look_up(f"{where}.type", EVALUATORS, block["type"])
+        arguments = {key: value for key, value in block.items() if key not in ("type", "every")}
+        check_arguments(where, constructor, arguments, given=CONTEXT)
+        built[name] = constructor(**context, **arguments)
+    return built

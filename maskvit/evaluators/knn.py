@@ -1,0 +1,250 @@
+"""Weighted k-nearest-neighbour classification of frozen features: the quickest honest look at a representation.
+
+The protocol is that of DINO (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021), after
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Num, Shaped
+
+from maskvit.data import open_source
+from maskvit.data.pipeline import eval_batches
+from maskvit.data.sources import Source
+from maskvit.modalities import Modality
+from maskvit.sharding import place_batch, replicated
+
+TRAIN_CHUNK, TEST_CHUNK = 8192, 128  # similarities held at a time; the result does not depend on them
+
+
+# The classifier
+
+
+def _normalize(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+@functools.partial(jax.jit, static_argnames=("ks", "num_classes", "num_train"))
+def _ranks(
+    train: Float[Array, "c r d"],
+    train_labels: Int[Array, "c r"],
+    test: Float[Array, "t d"],
+    test_labels: Int[Array, " t"],
+    temperature: Float[Array, ""],
+    ks: tuple[int, ...],
+    num_classes: int,
+    num_train: int,
+) -> Int[Array, "k t"]:
+    """For every k, the place of each test example's own class among the votes, 0 = first. `train` comes in c chunks."""
+    most, (chunks, rows, _) = max(ks), train.shape
+    tests = test.shape[0]
+    test = _normalize(test)
+
+    def merge(best: Any, chunk: Any) -> tuple[Any, None]:
+        index, features, labels = chunk
+        similarity = jnp.matmul(test, _normalize(features).T, precision="highest", preferred_element_type=jnp.float32)
+        similarity = jnp.where(index * rows + jnp.arange(rows) < num_train, similarity, -jnp.inf)
+        # What was found before stands first: among equals `top_k` then takes the example that is stored earlier.
+        candidates = jnp.concatenate([best[0], similarity], axis=1)
+        values, where = jax.lax.top_k(candidates, most)
+        candidate_labels = jnp.concatenate([best[1], jnp.broadcast_to(labels, (tests, rows))], axis=1)
+        return (values, jnp.take_along_axis(candidate_labels, where, axis=1)), None
+
+    none = jnp.full((tests, most), -jnp.inf), jnp.zeros((tests, most), jnp.int32)
+    (similarity, labels), _ = jax.lax.scan(merge, none, (jnp.arange(chunks), train, train_labels))
+
+    votes = jax.nn.one_hot(labels, num_classes) * jnp.exp(similarity / temperature)[..., None]
+    classes = jnp.arange(num_classes)
+    ranks = []
+    for k in ks:
+        scores = votes[:, :k].sum(axis=1)
+        # A class that the training examples do not have gets no vote and comes last.
+        own = jnp.take_along_axis(scores, test_labels[:, None], axis=1, mode="fill", fill_value=-1.0)
+        before = (scores > own) | ((scores == own) & (classes < test_labels[:, None]))
+        ranks.append(before.sum(axis=1, dtype=jnp.int32))
+    return jnp.stack(ranks)
+
+
+def weighted_knn(
+    train_features: Num[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test_features: Num[np.ndarray, "t d"],
+    test_labels: Int[np.ndarray, " t"],
+    ks: Sequence[int],
+    num_classes: int,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """Classify by the k most similar training examples: {"top1_k20": percent right, "top5_k20": ...} for every k.
+
+    Similarity is the cosine; a neighbour votes for its class with exp(similarity / temperature). Exact. Ties: the training
+    example stored earlier is the nearer one, the class with the lower id ranks first. Classes without a vote are ranked
+    too, as the protocol does, so top-5 says little where k is below 5.
+
+    Raises ValueError for a k above the number of training examples, labels out of range, or features that are not finite.
+    """
+    n, t = len(train_features), len(test_features)
+    if not ks or min(ks) < 1 or max(ks) > n:
+        raise ValueError(f"k-NN with ks = {tuple(ks)} over {n} training examples: each k must be between 1 and {n}")
+    if not t:
+        raise ValueError("k-NN without test examples")
+    for name, labels in (("training", train_labels), ("test", test_labels)):
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"k-NN: {name} labels range from {labels.min()} to {labels.max()}, for {num_classes} classes")
+    for name, features in (("training", train_features), ("test", test_features)):
+        if bad := int((~np.isfinite(features).all(axis=1)).sum()):
+            raise ValueError(f"k-NN: the features of {bad} of {len(features)} {name} examples are not finite")
+    rows = min(TRAIN_CHUNK, n)
+    train = jnp.asarray(_in_chunks(np.asarray(train_features, np.float32), rows))
+    labels = jnp.asarray(_in_chunks(np.asarray(train_labels, np.int32), rows))
+    tests = _in_chunks(np.asarray(test_features, np.float32), min(TEST_CHUNK, t))
+    own = _in_chunks(np.asarray(test_labels, np.int32), min(TEST_CHUNK, t))
+    rank = functools.partial(_ranks, train, labels, temperature=jnp.float32(temperature), ks=tuple(ks), num_classes=num_classes, num_train=n)
+    ranks = np.concatenate([np.asarray(rank(test=x, test_labels=y)) for x, y in zip(tests, own, strict=True)], axis=1)[:, :t]
+    return {f"top{m}_k{k}": 100.0 * int((row < m).sum()) / t for k, row in zip(ks, ranks, strict=True) for m in (1, 5)}
+
+
+def _in_chunks(array: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[np.ndarray, "c r ..."]:
+    """Cut into chunks of `rows`, the last one filled with zeros."""
+    missing = -len(array) % rows
+    return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)).reshape(-1, rows, *array.shape[1:])
+
+
+# Features of a whole data set
+
+
+class Examples(NamedTuple):
+    """Features by name and labels of all usable examples of a source, in stored order, on the host."""
+
+    features: dict[str, Num[np.ndarray, "n d"]]
+    labels: Int[np.ndarray, " n"]
+
+
+def pixel_features(images: Num[Array, "b h w c"]) -> dict[str, Num[Array, "b d"]]:
+    """What any representation must beat: the mean colour, and the pixels themselves. Missing pixels count as 0."""
+    known = jnp.nan_to_num(images) if jnp.issubdtype(images.dtype, jnp.floating) else images
+    return {"mean_colour": known.astype(jnp.float32).mean(axis=(1, 2)), "raw_pixels": known.reshape(len(known), -1)}
+
+
+class Knn:
+    """Weighted k-NN on the features of an unmasked pass over the first input modality.
+
+    Figures: "<feature>/top1_k<k>" and top5, in percent, for every feature of `objective.predict` (of a MultiMAE "mean" and
+    "global") and, with `baselines`, "mean_colour" and "raw_pixels" of the same images.
+
+    Args:
+      train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "validation".
+      limit_train, limit_test: only the first so many examples; None for all.
+      ks: numbers of neighbours.
+      temperature: of the votes.
+      batch_size: images at once over all devices, rounded up to a multiple of them; the figures do not depend on it.
+      crop: image side over the side of the resized picture it is cut from; 1.0 where pictures come in the model's size.
+      baselines: also classify by mean colour and raw pixels, centred on the training examples; for small images.
+
+    Raises ValueError for data without labels or with fewer training examples than neighbours.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Any,
+        modalities: Mapping[str, Modality],
+        image_size: tuple[int, int],
+        mesh: Mesh,
+        data: Mapping[str, Any],
+        train: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        limit_train: int | None = None,
+        limit_test: int | None = None,
+        ks: Sequence[int] = (10, 20),
+        temperature: float = 0.07,
+        batch_size: int = 256,
+        crop: float | int = 0.875,
+        baselines: bool = False,
+    ):
+        self._objective, self._image_size, self._mesh = objective, tuple(image_size), mesh
+        self._input = objective.model.inputs[0]
+        self._modalities = {self._input: modalities[self._input]}
+        if baselines and self._modalities[self._input].kind != "continuous":
+            raise ValueError(f"k-NN baselines need pixels, but the first input {self._input!r} has class ids: set baselines=False")
+        self._ks, self._temperature, self._baselines = tuple(int(k) for k in ks), temperature, baselines
+        self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+        self._workers, self._crop = int(data.get("workers", 0)), crop
+        self._limits = {"train": limit_train, "test": limit_test}
+        default = dict(data["train"])
+        blocks = {"train": train or default, "test": test or {**default, "split": "validation"}}
+        self._sources = {split: self._open(block) for split, block in blocks.items()}
+        available = min(len(self._sources["train"]), limit_train or math.inf)
+        if not self._ks or min(self._ks) < 1 or max(self._ks) > available:
+            raise ValueError(f"k-NN with ks = {self._ks} over {available} training examples: each k must be between 1 and {available}")
+        self._baseline_figures: list[tuple[str, float]] = []
+        self._extract = jax.jit(self._features, static_argnames="pixels", out_shardings=replicated(mesh))
+
+    def _open(self, block: Mapping[str, Any]) -> Source:
+        """Open a source for the one modality that is read; what the block says of others is left out."""
+        arguments = {"source": "tfds", **block}
+        if arguments.get("features"):
+            arguments["features"] = {key: value for key, value in arguments["features"].items() if key in self._modalities}
+        if arguments.get("may_lack"):
+            arguments["may_lack"] = [name for name in arguments["may_lack"] if name in self._modalities]
+        return open_source(arguments.pop("source"), self._modalities, **arguments)
+
+    def _features(self, params: Any, state: Any, batch: Any, pixels: bool) -> tuple[dict[str, Array], Array, Array]:
+        """(features by name, labels, valid) of a global batch, whole on every device."""
+        features = self._objective.predict(params, state, {k: v for k, v in batch.items() if k in (self._input, "present")})
+        features |= pixel_features(batch[self._input]) if pixels else {}
+        return features, batch["label"], batch["valid"]
+
+    def examples(self, split: str, params: Any, objective_state: Any, pixels: bool) -> Examples:
+        """All usable examples of "train" or "test", each once, the same on every process."""
+        from tqdm import tqdm
+
+        source, limit = self._sources[split], self._limits[split]
+        total = math.ceil(min(len(source), limit or math.inf) / self._batch_size)
+        batches = eval_batches(
+            source, self._modalities, self._image_size, batch_size=self._batch_size, process_index=jax.process_index(),
+            process_count=jax.process_count(), workers=self._workers, crop=self._crop, limit=limit, inputs=(self._input,),
+        )  # fmt: skip
+        parts: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        hidden = True if jax.process_index() else None  # None: shown on a terminal only
+        with batches, tqdm(total=total, desc=f"k-NN {split}", unit="batch", leave=False, disable=hidden) as bar:
+            for batch in batches:
+                result = self._extract(params, objective_state, place_batch(batch, self._mesh), pixels)
+                features, labels, valid = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
+                parts.append(({name: values[valid] for name, values in features.items()}, labels[valid]))
+                bar.update()
+        labels = np.concatenate([part for _, part in parts])
+        if (labels < 0).any():
+            raise ValueError(f"k-NN needs labels, but {(labels < 0).sum()} of {len(labels)} records have none: {source.describe()}")
+        return Examples({name: np.concatenate([features[name] for features, _ in parts]) for name in parts[0][0]}, labels)
+
+    def run(self, params: Any, objective_state: Any) -> Iterator[tuple[str, float]]:
+        """Yield ("mean/top1_k20", percent) and so on; the baselines, which no training changes, are computed once."""
+        pixels = self._baselines and not self._baseline_figures
+        train = self.examples("train", params, objective_state, pixels)
+        test = self.examples("test", params, objective_state, pixels)
+        names = [len(source.label_names) for source in self._sources.values()]
+        num_classes = int(max(*names, train.labels.max() + 1, test.labels.max() + 1))
+        for feature, train_features in train.features.items():
+            test_features = test.features[feature]
+            baseline = feature in ("mean_colour", "raw_pixels")
+            if baseline:  # all colours lie in one octant: the cosine must see how they differ
+                centre = train_features.mean(axis=0, dtype=np.float32)
+                train_features, test_features = train_features - centre, test_features - centre
+            figures = weighted_knn(
+                train_features, train.labels, test_features, test.labels, self._ks, num_classes, self._temperature
+            )
+            for name, value in figures.items():
+                if baseline:
+                    self._baseline_figures.append((f"{feature}/{name}", value))
+                else:
+                    yield f"{feature}/{name}", value
+        yield from self._baseline_figures

@@ -1,0 +1,56 @@
+"""The arithmetic of a model, counted from its sizes: 2 FLOP per multiply-add of every matrix product, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def block_flops(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
+    """One forward transformer block: projections (4 width^2), MLP (2 mlp_ratio width^2), attention over all pairs."""
+    return 2 * tokens * (4 + 2 * mlp_ratio) * width**2 + 4 * tokens**2 * width
+
+
+def embed_flops(model: Any) -> float:
+    """All input adapters, forward."""
+    specs = [model.modality(name) for name in model.inputs]
+    values = [s.patch_pixels**2 * (s.embed_dim if s.kind == "categorical" else s.channels) for s in specs]
+    return sum(2 * size * value * model.width for size, value in zip(model.layout.sizes, values, strict=True))
+
+
+def encoder_flops(model: Any, tokens: int) -> float:
+    """The encoder on `tokens` tokens and the global ones, forward."""
+    sizes = dict(model.encoder)
+    ratio = sizes.get("mlp_ratio", 4.0)
+    return sizes["depth"] * block_flops(tokens + model.num_global_tokens, sizes["width"], ratio)
+
+
+def decoder_flops(model: Any, output: str, num_visible: int) -> float:
+    """One output's decoder, forward."""
+    sizes, spec = dict(model.decoder), model.modality(output)
+    width, ratio = sizes["width"], sizes.get("mlp_ratio", 4.0)
+    rows, columns = spec.grid(model.image_size)
+    queries, context = rows * columns, num_visible + model.num_global_tokens
+    flops = 2 * context * model.width * width  # to the decoder's width
+    flops += 2 * (2 * queries + 2 * context) * width**2 + 4 * queries * context * width  # cross-attention
+    flops += 2 * queries * 2 * ratio * width**2  # its MLP
+    flops += sizes["depth"] * block_flops(queries, width, ratio)
+    return flops + 2 * queries * width * spec.values_per_token
+
+
+def forward_flops(model: Any, num_visible: int) -> float:
+    """One image through the masked forward pass: embedding, encoder on the visible tokens, all decoders."""
+    return embed_flops(model) + encoder_flops(model, num_visible) + sum(decoder_flops(model, o, num_visible) for o in model.outputs)
+
+
+def guidance_flops(model: Any) -> float:
+    """One image through the attention guidance pass: all blocks but the last, and that one's queries, keys and their product."""
+    sizes = dict(model.encoder)
+    tokens = model.layout.num_tokens + model.num_global_tokens
+    last = 2 * tokens * 2 * sizes["width"] ** 2 + 2 * tokens**2 * sizes["width"]
+    return (sizes["depth"] - 1) * block_flops(tokens, sizes["width"], sizes.get("mlp_ratio", 4.0)) + last
+
+
+def step_flops(objective: Any) -> float:
+    """One image through one training step: forward, backward at twice the forward, and the guidance pass where there is one."""
+    flops = 3 * forward_flops(objective.model, objective.num_visible)
+    return flops + (guidance_flops(objective.model) if objective.guidance is not None else 0.0)

@@ -1,0 +1,50 @@
+"""Strict settings for every test: four host devices, full float32 products, a compilation cache, no TensorFlow."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Before JAX starts: how many devices the CPU plays is read once. A test that wants another number starts a child process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4").strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # with libtpu installed JAX would ask the network for a TPU first
+os.environ.setdefault("MPLBACKEND", "agg")
+# Child processes (worker processes, two-process training, commands) find the package from any directory.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class _WithoutTensorFlow(importlib.machinery.PathFinder):
+    """Hides an installed TensorFlow (some of our dependencies import it wherever they see it): nothing here may need it."""
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname == "tensorflow" else super().find_spec(fullname, path, target)
+
+
+sys.meta_path[:] = [_WithoutTensorFlow if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> pathlib.Path:
+    """The directory of small recorded files that tests compare with."""
+    return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow():
+    """Fails the test that brought TensorFlow in, by whatever way."""
+    yield
+    assert "tensorflow" not in sys.modules, "TensorFlow was imported: maskvit and its tests run without it"

@@ -1,0 +1,346 @@
+"""The same global batches whatever the processes, workers and stops; every record once; damage contained."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskvit.data import codec, pipeline
+from maskvit.data.pipeline import eval_batches, train_batches
+from maskvit.data.sources import ListSource
+from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+
+SIZE = (32, 32)
+MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0.0}, "semseg": SEMSEG})
+PLAIN = {"crop": "none", "flip": 0.0}
+
+
+def encoded(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "png")
+    return out.getvalue()
+
+
+def record(index: int) -> dict:
+    """A picture whose depth holds the record's number, so that it can be told after any augmentation."""
+    rng = np.random.default_rng(index)
+    return {
+        "id": f"s{index}",
+        "label": index % 7,
+        "rgb": encoded(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)),
+        "depth": codec.encode_array(np.full((40, 50), index + 1, np.uint16)),
+        "semseg": encoded(rng.integers(0, 133, (40, 50), dtype=np.uint8)),
+    }
+
+
+@pytest.fixture(scope="module")
+def source() -> ListSource:
+    return ListSource([record(index) for index in range(50)])
+
+
+def numbers(batch) -> list[int]:
+    """Record numbers of the rows, read from their depth."""
+    return [int(value) - 1 for value in np.nanmedian(batch["depth"], axis=(1, 2, 3)).round()]
+
+
+def take(source, count: int, **kwargs) -> list[dict]:
+    settings = {"seed": 3, "global_batch": 8, **kwargs}
+    with train_batches(source, MODALITIES, SIZE, **settings) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert sorted(one) == sorted(other)
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_batch_has_the_declared_form(source):
+    (batch,) = take(source, 1)
+    forms = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    assert forms == {
+        "rgb": ((8, 32, 32, 3), "uint8"),
+        "depth": ((8, 32, 32, 1), "float32"),
+        "semseg": ((8, 8, 8), "int32"),
+        "label": ((8,), "int32"),
+    }
+    assert batch["label"].tolist() == [number % 7 for number in numbers(batch)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_one_global_order(source, processes):
+    whole = take(source, 9)
+    parts = [take(source, 9, process_index=index, process_count=processes) for index in range(processes)]
+    joined = [{name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]} for step in range(9)]
+    assert_same(joined, whole)
+
+
+def test_batches_larger_than_a_chunk_join_in_order(source, monkeypatch):
+    whole = take(source, 3, global_batch=40)
+    monkeypatch.setattr(pipeline, "CHUNK", 64)
+    assert_same(take(source, 3, global_batch=40), whole)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 13])
+def test_starts_at_any_step(source, step):
+    assert_same(take(source, 3, start_step=step), take(source, step + 3)[step:])
+
+
+def test_workers_give_the_same_batches(source):
+    whole = take(source, 6, global_batch=36)
+    assert_same(take(source, 3, global_batch=36, start_step=3, workers=2), whole[3:])
+
+
+def test_an_epoch_has_every_record_at_most_once(source):
+    seen = [number for batch in take(source, 18) for number in numbers(batch)]
+    epochs = [seen[48 * epoch : 48 * (epoch + 1)] for epoch in range(3)]
+    assert all(len(set(epoch)) == 48 for epoch in epochs)
+    dropped = [tuple(sorted(set(range(50)) - set(epoch))) for epoch in epochs]
+    assert len(set(dropped)) == 3 and len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch(source):
+    assert numbers(take(source, 1)[0]) != numbers(take(source, 1, seed=4)[0])
+    one = ListSource([record(0)])
+    pictures = [batch["rgb"].tobytes() for batch in take(one, 6, global_batch=1)]
+    assert len(set(pictures)) == 6  # six epochs of one record: six crops
+    assert not np.array_equal(pipeline.epoch_order(3, 1, 50), pipeline.epoch_order(4, 0, 50))
+    np.testing.assert_array_equal(np.sort(pipeline.epoch_order(3, 1, 50)), np.arange(50))
+    # pinned: the order of a run must outlive releases of NumPy
+    assert pipeline.epoch_order(0, 0, 10).tolist() == [0, 8, 1, 2, 3, 5, 6, 7, 4, 9]
+    np.testing.assert_allclose(pipeline.record_rng(0, 1, 2).random(2), [0.05868554095267242, 0.7570638449782937], rtol=1e-12)
+
+
+def test_augmentation_belongs_to_the_record_not_to_its_row(source):
+    by_number = {}
+    for batch in take(source, 6, global_batch=8):
+        by_number.update(dict(zip(numbers(batch), batch["rgb"], strict=True)))
+    for batch in take(source, 3, global_batch=16):
+        for number, picture in zip(numbers(batch), batch["rgb"], strict=True):
+            if number in by_number:
+                np.testing.assert_array_equal(picture, by_number[number])
+
+
+def corrupted(kinds: dict[int, str], count: int = 400) -> ListSource:
+    records = [record(index % 50) | {"id": f"s{index}"} for index in range(count)]
+    for index, kind in kinds.items():
+        if kind == "truncated":
+            records[index]["rgb"] = records[index]["rgb"][:200]
+        elif kind == "size":
+            records[index]["rgb"] = encoded(np.zeros((1, 1, 3), np.uint8))
+        elif kind == "deep":
+            records[index]["rgb"] = encoded(np.zeros((40, 50), np.uint16))
+        elif kind == "lacking":
+            del records[index]["depth"]
+        elif kind == "classes":
+            records[index]["semseg"] = encoded(np.full((40, 50), 200, np.uint8))
+    return ListSource(records)
+
+
+def test_bad_records_are_replaced_by_the_next_in_order(caplog):
+    kinds = {30: "truncated", 77: "size", 150: "deep", 222: "lacking", 301: "classes"}
+    settings = dict(seed=1, global_batch=40, augment=PLAIN)
+    with caplog.at_level(logging.WARNING), train_batches(corrupted(kinds), MODALITIES, SIZE, **settings) as batches:
+        damaged = [next(batches) for _ in range(10)]
+        assert batches.bad_samples >= 5
+    for index in kinds:
+        assert f"bad sample 's{index}'" in caplog.text
+    for text in ("truncated", "rgb 1 x 1", "config declares 3 channels", "lacks modality 'depth'", "class id 200 is out of range"):
+        assert text in caplog.text
+    order = pipeline.epoch_order(1, 0, 400)
+    whole = [batch for batch in take(corrupted({}), 10, **settings)]
+    flat, expected = (np.concatenate([batch["rgb"] for batch in batches]) for batches in (damaged, whole))
+    for position in range(400):
+        follower = position
+        while int(order[follower % 400]) in kinds:
+            follower += 1
+        np.testing.assert_array_equal(flat[position], expected[follower % 400])
+    assert_same(take(corrupted(kinds), 4, start_step=6, **settings), damaged[6:])
+
+
+def test_too_many_bad_records_stop_the_run():
+    kinds = dict.fromkeys(range(3, 400, 9), "truncated")
+    with train_batches(corrupted(kinds), MODALITIES, SIZE, seed=1, global_batch=40) as batches:
+        with pytest.raises(RuntimeError, match=r"of \d+ records could not be used, more than 1%.*truncated"):
+            for _ in range(10):
+                next(batches)
+        with pytest.raises(RuntimeError, match="could not be used"):  # and it stays stopped
+            next(batches)
+
+
+def test_absent_modalities_are_marked():
+    records = [record(index) for index in range(20)]
+    for index in range(0, 20, 2):
+        records[index]["semseg"] = b""
+    del records[1]["rgb"]
+    source = ListSource(records, may_lack=("rgb", "semseg"))
+    with train_batches(source, MODALITIES, SIZE, seed=0, global_batch=20, inputs=("semseg", "rgb", "depth")) as batches:
+        batch = next(batches)
+    assert batch["present"].dtype == bool
+    for row, number in enumerate(numbers(batch)):
+        assert batch["present"][row].tolist() == [number % 2 == 1, number != 1, True]
+        assert (batch["semseg"][row] == -1).all() == (number % 2 == 0)
+        assert (batch["rgb"][row] == 0).all() == (number == 1)
+    with eval_batches(source, MODALITIES, SIZE, batch_size=20) as batches:
+        np.testing.assert_array_equal(next(batches)["present"][:, 2], np.arange(20) % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "limit", "workers"), [(1, 16, None, 0), (2, 16, None, 0), (4, 64, 49, 0), (2, 8, 3, 0), (1, 40, None, 2)]
+)
+def test_evaluation_sees_every_record_once(source, processes, batch_size, limit, workers):
+    runs = []
+    for index in range(processes):
+        settings = dict(batch_size=batch_size, process_index=index, process_count=processes, limit=limit, workers=workers)
+        with eval_batches(source, MODALITIES, SIZE, **settings) as batches:
+            runs.append(list(batches))
+    assert len({len(run) for run in runs}) == 1
+    count = limit or 50
+    rows = {name: np.concatenate([batch[name] for batches in zip(*runs, strict=True) for batch in batches]) for name in runs[0][0]}
+    assert rows["valid"].tolist() == [True] * count + [False] * (len(rows["valid"]) - count)
+    assert rows["index"][rows["valid"]].tolist() == list(range(count)) and (rows["index"][~rows["valid"]] == -1).all()
+    assert rows["id"][:count].tolist() == [f"s{number}" for number in range(count)]
+    assert numbers({"depth": rows["depth"][:count]}) == list(range(count))
+    assert rows["label"].tolist() == [number % 7 for number in range(count)] + [-1] * (len(rows["label"]) - count)
+    assert np.isfinite(rows["depth"]).all()
+
+
+def test_unusable_record_in_evaluation_is_not_valid():
+    with eval_batches(corrupted({3: "truncated"}, 10), MODALITIES, SIZE, batch_size=10) as batches:
+        (batch,) = list(batches)
+        assert batches.bad_samples == 1
+    assert batch["valid"].tolist() == [index != 3 for index in range(10)]
+    assert batch["index"].tolist() == list(range(10)) and batch["id"][3] == "s3"
+
+
+def test_new_modalities_and_non_square_sizes():
+    modalities = parse_modalities({"normals": dict(channels=3, scale=2 / 255, mean=(1.0,)), "bands": dict(channels=10, patch=8, stride=2)})
+    rng = np.random.default_rng(0)
+    pixels = [(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), rng.integers(0, 9000, (40, 50, 10)).astype(np.uint16)) for _ in range(4)]
+    source = ListSource([{"normals": encoded(normals), "bands": codec.encode_array(bands)} for normals, bands in pixels])
+    with train_batches(source, modalities, (32, 48), seed=0, global_batch=4) as batches:
+        batch = next(batches)
+    assert batch["normals"].shape == (4, 32, 48, 3) and batch["normals"].dtype == np.uint8
+    assert batch["bands"].shape == (4, 16, 24, 10) and batch["bands"].dtype == np.float32
+    assert (batch["label"] == -1).all()
+
+
+def test_errors_before_the_first_batch(source):
+    def start(use=source, modalities=MODALITIES, size=SIZE, **kwargs):
+        train_batches(use, modalities, size, **{"seed": 0, "global_batch": 8, **kwargs})
+
+    for kwargs, text in [
+        (dict(global_batch=9, process_count=2), "config.global_batch = 9 does not divide by the 2 processes: set it to a multiple of 2"),
+        (dict(global_batch=64), "hold 50 records, fewer than config.global_batch = 64: set it to 50 or less"),
+        (dict(size=(32, 40)), "image width 40 is not a multiple of modality 'rgb''s patch 16"),
+        (dict(augment={"flips": 1}), "unknown key 'flips'"),
+        (dict(workers=-1), "workers is -1"),
+        (dict(prefetch=0), "prefetch is 0"),
+        (dict(start_step=-1), "must not be negative"),
+        (dict(inputs=("rgb", "normals")), "input 'normals' is not declared in config.modalities"),
+        (dict(use=corrupted(dict.fromkeys(range(20), "truncated"), 20)), "none of 20 records tried is readable .*truncated"),
+        (dict(use=corrupted(dict.fromkeys(range(20), "lacking"), 20)), "modality 'depth' has no data in 20 records in memory: drop it"),
+        (dict(use=corrupted(dict.fromkeys(range(20), "classes"), 20)), "class id 200 is out of range; .*num_classes = 133"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            start(**kwargs)
+    for kwargs, text in [(dict(crop=0.0), "crop is 0"), (dict(limit=0), "limit is 0"), (dict(resize="gpu"), "resize is 'gpu'")]:
+        with pytest.raises(ValueError, match=text):
+            eval_batches(source, MODALITIES, SIZE, batch_size=8, **kwargs)
+
+
+def test_closing_ends_everything(source):
+    batches = train_batches(source, MODALITIES, SIZE, seed=0, global_batch=8)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert not batches._thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+    dropped = train_batches(source, MODALITIES, SIZE, seed=0, global_batch=8)
+    thread = dropped._thread
+    del dropped
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+CHILD = """
+import os, signal, sys, time, multiprocessing
+sys.path.insert(0, {tests!r})
+import test_pipeline as t
+
+if __name__ == "__main__":
+    source = t.ListSource([t.record(index) for index in range(50)])
+    batches = t.train_batches(source, t.MODALITIES, t.SIZE, seed=0, global_batch=16, workers=2)
+    for _ in range(4): next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2, workers
+    print("workers", *[worker.pid for worker in workers], flush=True)
+    {then}
+"""
+
+
+def child(then: str) -> subprocess.Popen:
+    code = CHILD.format(tests=os.path.dirname(os.path.abspath(__file__)), then=then.replace("\n", "\n    "))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+
+
+@linux
+def test_killed_worker_is_an_error_that_says_so():
+    start = time.monotonic()
+    process = child(
+        "os.kill(workers[0].pid, signal.SIGKILL)\n"
+        "try:\n    for _ in range(100): next(batches)\n"
+        "except RuntimeError as error: print('said', error); sys.exit(7)"
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7, err
+    assert "a loader worker process died" in out and "exit code -9" in out and "lower config.data workers (now 2)" in out
+    assert time.monotonic() - start < 30
+
+
+@linux
+def test_workers_survive_the_groups_sigterm_and_end_with_their_parent():
+    process = child(
+        "signal.signal(signal.SIGTERM, lambda *_: None)\nos.killpg(0, signal.SIGTERM)\n"
+        "for _ in range(20): next(batches)\nprint('went on', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    out, err = process.communicate(timeout=60)
+    assert "went on" in out, err
+    workers = [int(word) for word in out.splitlines()[0].split()[1:]]
+    deadline = time.monotonic() + 15
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode == -signal.SIGKILL and not any(map(alive, workers))
+
+
+@linux
+def test_leaving_without_closing_does_not_hang():
+    process = child("")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert not any(alive(int(word)) for word in out.splitlines()[0].split()[1:])

@@ -1,0 +1,175 @@
+"""Data sets prepared by TFDS builders, read without TensorFlow; what does not fit is an error that says so."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskvit.data import codec, open_source, transforms
+from maskvit.data.sources import ListSource, Source, TfdsSource
+from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+
+MODALITIES = parse_modalities({"rgb": RGB, "depth": DEPTH})
+CLASSES = ("cat", "dog", "emu")
+
+
+def png(value: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((20, 30, 3), value, np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
+def prepare(root, name: str, features, examples, metadata=None, file_format: str = "array_record", split: str = "train"):
+    """Write a data set with a TFDS builder of its own and return the folder of its version."""
+    import tensorflow_datasets as tfds
+
+    class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            stored = tfds.core.MetadataDict(metadata) if metadata else None
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), metadata=stored)
+
+        def _split_generators(self, _):
+            return {split: iter(enumerate(examples))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Prepared.name = name
+    builder = Prepared(data_dir=str(root), file_format=file_format)
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two data sets: one as our builders write them (bytes), one as a third party's (TFDS's own features)."""
+    import tensorflow_datasets as tfds
+
+    root = tmp_path_factory.mktemp("prepared")
+    data = tfds.features.Tensor(shape=(), dtype=np.object_)
+    depth = [codec.encode_array(np.full((20, 30), 100 * i, np.uint16)) for i in range(6)]
+    prepare(
+        root,
+        "packed",
+        {"id": tfds.features.Text(), "rgb": data, "depth": data, "label": tfds.features.ClassLabel(names=CLASSES)},
+        [{"id": f"s{i}", "rgb": png(i), "depth": b"" if i == 2 else depth[i], "label": i % 3} for i in range(6)],
+        {"modalities": {"depth": {"metres_per_count": 1 / 512}}, "may_lack": ["depth"]},
+    )
+    prepare(
+        root,
+        "third_party",
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "distance": tfds.features.Tensor(shape=(20, 30), dtype=np.float16),
+            "kind": tfds.features.ClassLabel(num_classes=3),
+        },
+        [{"image": io.BytesIO(png(i)), "distance": np.full((20, 30), i, np.float16), "kind": i % 3} for i in range(6)],
+    )
+    return root
+
+
+def test_reads_our_own_form(root):
+    source = open_source("tfds", MODALITIES, name="packed", data_dir=str(root))
+    assert isinstance(source, Source) and len(source) == 6
+    assert source.label_names == CLASSES and source.may_lack == ("depth",)
+    assert "packed/1.0.0, split 'train': 6 records" in source.describe()
+    seen = {}
+    for index in range(6):
+        record = source[index]
+        value = int(record["id"][1:])
+        arrays = transforms.decode_record(record, MODALITIES)
+        assert (arrays["rgb"] == value).all() and record["label"] == value % 3
+        assert ("depth" in arrays) == (value != 2)
+        if value != 2:
+            assert arrays["depth"].dtype == np.uint16 and (arrays["depth"] == 100 * value).all()
+        seen[record["id"]] = index
+    assert len(seen) == 6
+
+
+def test_reads_a_third_party_form_by_feature_names(root):
+    names = {"rgb": "image", "depth": "distance"}
+    source = open_source("tfds", MODALITIES, name="third_party", data_dir=str(root), features=names, label="kind")
+    record = source[3]
+    assert isinstance(record["rgb"], bytes) and record["depth"].dtype == np.float32
+    arrays = transforms.decode_record(record, MODALITIES)
+    assert (arrays["rgb"] == arrays["depth"]).all() and record["label"] == arrays["rgb"][0, 0, 0] % 3
+    assert record["id"] == "third_party/1.0.0/train/3"
+    assert open_source("tfds", MODALITIES, name="third_party", data_dir=str(root), features=names).label is None
+
+
+def test_folder_of_a_version_and_parts_of_splits(root):
+    source = TfdsSource(MODALITIES, data_dir=str(root / "packed" / "1.0.0"), split="train[2:5]")
+    assert len(source) == 3
+    assert source[0]["id"] == TfdsSource(MODALITIES, data_dir=str(root), name="packed")[2]["id"]
+
+
+def test_travels_by_pickle_and_opens_lazily(root):
+    source = open_source("tfds", MODALITIES, name="packed", data_dir=str(root))
+    record = source[1]
+    data = pickle.dumps(source)
+    assert len(data) < 5000
+    copy = pickle.loads(data)
+    assert copy._reader is None and len(copy) == 6
+    assert copy[1] == record
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        (dict(name="absent"), FileNotFoundError, "no prepared data set 'absent' under .*prepare it first"),
+        (dict(name=""), FileNotFoundError, "no prepared data set ''"),
+        (dict(name="packed", split="test"), ValueError, r"cannot read split 'test' of packed/1.0.0; known: train \(6\)"),
+        (dict(name="third_party"), ValueError, "modality 'rgb' has no data: third_party/1.0.0 has the features distance, image, kind"),
+        (dict(name="packed", label="klass"), ValueError, "label is 'klass', but packed/1.0.0 has the features depth, id, label, rgb"),
+        (dict(name="packed", features={"rbg": "x"}), ValueError, "features names modality 'rbg'; declared .*: rgb, depth"),
+        (dict(name="packed", may_lack=("x",)), ValueError, "may_lack names 'x'; declared modalities: rgb, depth"),
+        (dict(name="packed", splt="train"), ValueError, "unknown key 'splt' for source 'tfds'; known: data_dir, name, split, features"),
+    ],
+)
+def test_errors_name_the_thing_and_the_remedy(root, kwargs, error, text):
+    with pytest.raises(error, match=text):
+        open_source("tfds", MODALITIES, data_dir=str(root), **kwargs)
+
+
+def test_unknown_source():
+    with pytest.raises(ValueError, match="source is 'webdataset'; known: tfds"):
+        open_source("webdataset", MODALITIES)
+
+
+def test_metadata_that_contradict_the_config(root):
+    modalities = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "metres_per_count": 0.001}})
+    with pytest.raises(ValueError, match=r"states metres_per_count = 0.00195\d* for modality 'depth', config.modalities.depth.* is 0.001"):
+        open_source("tfds", modalities, name="packed", data_dir=str(root))
+
+
+def test_declared_modality_without_a_feature(root):
+    modalities = parse_modalities({"rgb": RGB, "semseg": SEMSEG})
+    with pytest.raises(ValueError, match="modality 'semseg' has no data: packed/1.0.0 has the features depth, id, label, rgb"):
+        open_source("tfds", modalities, name="packed", data_dir=str(root))
+
+
+def test_list_source():
+    source = ListSource([{"rgb": png(1)}, {"id": "x", "rgb": png(2)}], label_names=("a",))
+    assert len(source) == 2 and source[0]["id"] == "0" and source[1]["id"] == "x" and source.may_lack == ()
+    assert isinstance(source, Source)
+
+
+def test_reading_imports_neither_tensorflow_nor_jax_models(root):
+    code = (
+        "import sys\n"
+        "import maskvit.data, maskvit.data.pipeline\n"
+        "assert 'grain' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
+        "from maskvit.modalities import RGB, parse_modalities\n"
+        f"source = maskvit.data.open_source('tfds', parse_modalities({{'rgb': RGB}}), name='packed', data_dir={str(root)!r})\n"
+        "source[0]\n"
+        "assert 'tensorflow' not in sys.modules and 'maskvit.models' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

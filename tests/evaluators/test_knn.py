@@ -1,0 +1,165 @@
+"""Weighted k-NN against recorded figures, on features of a model, on any number of devices; and its errors."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskvit.data import SOURCES
+from maskvit.data.sources import ListSource
+from maskvit.evaluators import build_evaluators
+from maskvit.evaluators.knn import weighted_knn
+from maskvit.modalities import RGB, parse_modalities
+from maskvit.objectives import build_objective
+from maskvit.sharding import make_mesh, replicated
+
+KS = (1, 5, 10, 20, 100, 200)
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def recorded(fixtures):
+    with np.load(fixtures / "knn.npz") as file:
+        return dict(file)
+
+
+def classify(recorded, **changed):
+    values = {name: recorded[name] for name in ("train_features", "train_labels", "test_features", "test_labels")} | changed
+    return weighted_knn(*values.values(), ks=KS, num_classes=10)
+
+
+def test_percentages_equal_the_recorded_ones(recorded):
+    figures = classify(recorded)
+    assert figures == {name: float(recorded[name]) for name in figures}
+    assert len(figures) == 2 * len(KS)
+
+
+def test_chunks_and_order_of_the_examples_change_nothing(recorded, monkeypatch):
+    expected = classify(recorded)
+    monkeypatch.setattr("maskvit.evaluators.knn.TRAIN_CHUNK", 250)  # a part of the last chunk is padding
+    monkeypatch.setattr("maskvit.evaluators.knn.TEST_CHUNK", 37)
+    assert classify(recorded) == expected
+    monkeypatch.undo()
+    order = np.random.default_rng(0).permutation(600)
+    shuffled = dict(train_features=recorded["train_features"][order], train_labels=recorded["train_labels"][order])
+    assert classify(recorded, **shuffled) == expected
+
+
+def test_ties_go_to_the_earlier_example_and_the_lower_class():
+    test, labels = np.array([[1.0, 0.0]]), np.array([1])
+    same = np.tile(test, (3, 1))
+    assert weighted_knn(same, np.array([1, 2, 2]), test, labels, (1,), 3)["top1_k1"] == 100
+    assert weighted_knn(same, np.array([2, 1, 1]), test, labels, (1,), 3)["top1_k1"] == 0
+    assert weighted_knn(same, np.array([2, 1, 0]), test, labels, (2,), 3)["top1_k2"] == 100  # classes 1 and 2 are level
+    assert weighted_knn(same, np.array([0, 1, 0]), test, labels, (2,), 3)["top1_k2"] == 0
+
+
+def test_bad_input_is_named(recorded):
+    with pytest.raises(ValueError, match="each k must be between 1 and 150"):
+        classify(recorded, train_features=recorded["train_features"][:150], train_labels=recorded["train_labels"][:150])
+    with pytest.raises(ValueError, match="test labels range from 0 to 12, for 10 classes"):
+        classify(recorded, test_labels=np.append(recorded["test_labels"][:-1], 12))
+    broken = recorded["train_features"].copy()
+    broken[3, 4] = np.nan
+    with pytest.raises(ValueError, match="features of 1 of 600 training examples are not finite"):
+        classify(recorded, train_features=broken)
+
+
+# The evaluator
+
+
+def png(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "png")
+    return out.getvalue()
+
+
+def records(count: int, seed: int, labelled: bool = True):
+    """Class = stripes across or along, class + 2 = broad stripes; colours and phase at random: mean colour tells nothing."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(SIZE)
+    result = []
+    for i in range(count):
+        label = i % 4
+        axis, period = (rows, columns)[label % 2], (4, 16)[label // 2]
+        stripes = ((axis + rng.integers(period)) % period < period // 2)[..., None]
+        low, high = rng.integers(0, 100, 3), rng.integers(150, 256, 3)
+        image = (stripes * high + ~stripes * low).astype(np.uint8)
+        result.append({"rgb": png(image)} | ({"label": label} if labelled else {}))
+    return result
+
+
+class Stripes(ListSource):
+    def __init__(self, modalities, *, split="train", labelled=True):
+        assert tuple(modalities) == ("rgb",)  # what is not read is not asked for
+        super().__init__(records(*{"train": (90, 0), "validation": (37, 1)}[split], labelled), ("a", "b", "c", "d"))
+
+
+@pytest.fixture
+def objective(monkeypatch):
+    monkeypatch.setitem(SOURCES, "stripes", Stripes)
+    return build_objective(
+        dict(
+            image_size=SIZE,
+            modalities=dict(rgb=dict(RGB, patch=8), ir=dict(kind="continuous", channels=1, patch=8)),
+            objective=dict(
+                name="multimae", inputs=("rgb", "ir"), outputs=("rgb",), num_visible=6,
+                encoder=dict(width=48, depth=2, heads=2), decoder=dict(width=16, depth=1, heads=2),
+            ),
+        )  # fmt: skip
+    )
+
+
+def evaluator(objective, devices: int, data: dict | None = None, **block):
+    specs = {spec.name: spec for spec in objective.model.modalities}
+    mesh = make_mesh(jax.devices()[:devices])
+    arguments = dict(objective=objective, modalities=specs, image_size=SIZE, mesh=mesh, data=dict(train=data or dict(source="stripes")))
+    return build_evaluators({"near": dict(type="knn", every="1 epochs", crop=1.0) | block}, **arguments)["near"], mesh
+
+
+def test_each_example_counts_once_on_any_number_of_devices(objective):
+    params, state = objective.init(jax.random.key(0))
+    results = []
+    for devices, batch_size in ((1, 16), (4, 10)):
+        knn, mesh = evaluator(objective, devices, ks=(5, 20), batch_size=batch_size, baselines=True)
+        placed = jax.device_put(params, replicated(mesh))
+        test = knn.examples("test", placed, state, pixels=True)
+        assert len(test.labels) == 37 and np.bincount(test.labels).tolist() == [10, 9, 9, 9]
+        assert set(test.features) == {"mean", "global", "mean_colour", "raw_pixels"}
+        assert test.features["mean"].shape == (37, 48) and test.features["raw_pixels"].shape == (37, 32 * 32 * 3)
+        results.append(dict(knn.run(placed, state)))
+        assert dict(knn.run(placed, state)) == results[-1]  # the second time with remembered baselines
+    assert results[0] == results[1]
+    assert {f"{f}/top{m}_k{k}" for f in test.features for m in (1, 5) for k in (5, 20)} == set(results[0])
+    assert results[0]["mean/top1_k5"] > 50 > results[0]["mean_colour/top1_k5"]
+
+
+def test_limits(objective):
+    params, state = objective.init(jax.random.key(0))
+    knn, _ = evaluator(objective, 1, limit_train=20, limit_test=5, ks=(20,))
+    figures = dict(knn.run(params, state))
+    assert set(figures) == {"mean/top1_k20", "mean/top5_k20", "global/top1_k20", "global/top5_k20"}
+    assert all(value in (0, 20, 40, 60, 80, 100) for value in figures.values())
+
+
+def test_config_mistakes_are_named_before_any_work(objective):
+    with pytest.raises(ValueError, match="config.evaluators.near has unknown key 'k'; known: train, test, limit_train"):
+        evaluator(objective, 1, k=20)
+    with pytest.raises(ValueError, match="config.evaluators.near.type is 'svm'; known: knn"):
+        evaluator(objective, 1, type="svm")
+    with pytest.raises(ValueError, match="each k must be between 1 and 8"):
+        evaluator(objective, 1, limit_train=8)
+    with pytest.raises(ValueError, match="unknown key 'fold'"):
+        evaluator(objective, 1, test=dict(source="stripes", fold=1))
+    with pytest.raises(ValueError, match="lacks the key 'type'"):
+        build_evaluators({"x": {}}, objective=None, modalities=parse_modalities({}), image_size=SIZE, mesh=make_mesh(), data={})
+
+
+def test_data_without_labels_are_refused(objective):
+    knn, _ = evaluator(objective, 1, test=dict(source="stripes", split="validation", labelled=False))
+    with pytest.raises(ValueError, match="k-NN needs labels, but 37 of 37 records have none: 37 records in memory"):
+        list(knn.run(*objective.init(jax.random.key(0))))

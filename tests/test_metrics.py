@@ -1,0 +1,179 @@
+"""Accumulation, files that survive a resume, throughput and utilisation, progress."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskvit import metrics
+from maskvit.metrics import Accumulator, JsonlWriter, Progress, Throughput, make_writers
+
+
+def pair(numerator, denominator):
+    return jnp.float32(numerator), jnp.float32(denominator)
+
+
+def test_summarize_weighs_by_the_denominators():
+    parts = [{"loss": pair(6.0, 3.0)}, {"loss": pair(2.0, 1.0), "depth": pair(0.0, 0.0)}, {"loss": pair(8.0, 4.0)}]
+    summary = metrics.summarize(parts)
+    assert summary["loss"] == 2.0 and np.isnan(summary["depth"])
+    assert metrics.summarize(parts[0]) == {"loss": 2.0}
+
+
+def test_accumulator_starts_anew_after_a_summary():
+    accumulator = Accumulator()
+    accumulator.add({"loss": pair(6.0, 3.0)})
+    assert accumulator.summarize() == {"loss": 2.0}
+    accumulator.add({"loss": pair(1.0, 1.0)})
+    assert accumulator.summarize() == {"loss": 1.0}
+    assert accumulator.summarize() == {}
+
+
+def write_run(workdir, resume_step, steps):
+    writer = JsonlWriter(workdir, {}, resume_step)
+    for step in steps:
+        writer.write_scalars(step, {"loss": 1 / step, "lr": 0.5})
+        writer.write_scalars(step, {"knn/top1": step / 10})
+    writer.close()
+
+
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    write_run(whole, None, range(1, 9))
+    write_run(stopped, None, range(1, 7))
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+    write_run(stopped, 4, range(5, 9))
+    assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    write_run(stopped, None, [1])
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_rows_are_json_whatever_the_values(tmp_path):
+    writer = JsonlWriter(tmp_path, {}, None)
+    writer.write_scalars(3, {"loss": float("nan"), "grad_norm": float("inf"), "lr": np.float32(0.25)})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {"step": 3, "loss": None, "grad_norm": None, "lr": 0.25, "non_finite": {"loss": "nan", "grad_norm": "inf"}}
+    writer.close()
+
+
+def test_pictures_are_png_files(tmp_path):
+    writers = make_writers(["jsonl"], tmp_path, {}, None)
+    picture = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    writers.write_images(12, {"masks/rgb": picture})
+    writers.close()
+    with Image.open(tmp_path / "pictures" / "masks_rgb_00000012.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_unknown_writer_lists_the_known(tmp_path):
+    with pytest.raises(ValueError, match="'csv'.*jsonl, tensorboard, wandb"):
+        make_writers(["csv"], tmp_path, {}, None)
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_missing_package_names_the_extra(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ImportError, match=rf'pip install "maskvit\[{name}\]"'):
+        make_writers([name], tmp_path, {}, None)
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    writers = make_writers(["tensorboard"], tmp_path, {}, 4)
+    writers.write_scalars(5, {"loss": 1.0})
+    writers.write_images(5, {"masks": np.zeros((4, 4, 3), np.uint8)})
+    writers.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes() and (tmp_path / "metrics.jsonl").exists()
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_throughput_leaves_pauses_out():
+    clock = Clock()
+    throughput = Throughput(global_batch=8, clock=clock)
+    with throughput.paused():  # first compilation
+        clock.now += 60
+        throughput.step()
+    for _ in range(4):
+        with throughput.waiting():
+            clock.now += 0.5
+        clock.now += 1.5
+        throughput.step()
+    with throughput.paused(), throughput.waiting():  # an evaluator reading its own data
+        clock.now += 30
+    assert throughput.read() == {"images_per_second": 4.0, "steps_per_second": 0.5, "data_wait": 0.25}
+    assert throughput.read() == {}
+
+
+def test_utilisation_is_known_or_absent_and_never_above_one(monkeypatch):
+    h200 = dict(device_kind="NVIDIA H200", device_count=2)
+    assert metrics.flops_utilisation(989e12, 1.0, **h200) == pytest.approx(0.5)
+    assert metrics.flops_utilisation(1e12, 1.0, device_kind="cpu") is None
+    with pytest.raises(metrics.MeasurementError, match="clock"):
+        metrics.flops_utilisation(989e12, 3.0, **h200)
+    monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 1e3)
+    clock = Clock()
+    throughput = Throughput(global_batch=8, flops_per_step=1e9, clock=clock)
+    clock.now += 1
+    throughput.step()
+    assert throughput.read() == {}  # impossible, so not reported
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v4", 275e12),
+        ("TPU v4 lite", None),
+    ],
+)
+def test_peaks(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+VALUES = {"loss": 0.25, "images_per_second": 123.4, "steps_per_second": 0.5, "data_wait": 0.05, "lr": 1e-4}
+
+
+def test_progress_writes_plain_lines_without_a_terminal():
+    stream = io.StringIO()
+    progress = Progress(total=100, start=20, stream=stream)
+    progress.update(39)
+    progress.report(40, VALUES)
+    progress.message("saved")
+    progress.close()
+    assert stream.getvalue() == "step 40/100 (40%)  loss 0.2500  123.4 img/s  data wait 5%  ETA 0:02:00\nsaved\n"
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    stream = Terminal()
+    progress = Progress(total=100, start=20, stream=stream)
+    progress.report(40, VALUES)
+    progress.close()
+    assert "40/100" in stream.getvalue() and "loss 0.2500" in stream.getvalue()
