@@ -101,7 +101,7 @@ def scenes() -> ConfigDict:
     for name in INPUTS:
         config.modalities[name].patch = 8
     config.modalities.depth.missing = 0.0  # the sky
-    config.modalities.semseg.num_classes = 12
+    config.modalities.semseg.num_classes = 14
     config.modalities.semseg.embed_dim = 16
     with config.unlocked():
         config.objective.encoder = dict(width=128, depth=4, heads=2)

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from configs import demo as experiment
     from maskvit.checkpoint import load_params
     from maskvit.convert import convert
-    from maskvit.data.builders import prepare_scenes
+    from maskvit.data.builders import prepare
     from maskvit.objectives import build_objective
 
     times: list[tuple[str, float]] = []
@@ -132,11 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.init_from.path = str(workdir / "imported")
     config = config.to_dict()
     height = config["image_size"][0]
-    timed("rendering scenes", prepare_scenes, workdir / "data", size=height, **SCENES)
+    timed("rendering scenes", prepare, "scenes", str(workdir / "data"), size=height, **SCENES)
     timed("converting the PyTorch checkpoint", convert, CHECKPOINT, workdir / "imported")
 
     objective = build_objective(config)
-    held_out = batches_of(config, objective, "validation", SCENES["num_val"])
+    held_out = batches_of(config, objective, "val", SCENES["num_val"])
     train_set = batches_of(config, objective, "train", 1000)
     imported = jax.device_put(load_params(workdir / "imported")[0])
     # Fixed guided masks: those that the *imported* model's attention asks for, the same for both models.

@@ -154,7 +154,7 @@ def _to_pixels(tokens: Shaped[np.ndarray, "gh gw"], size: tuple[int, int]) -> Sh
 
 def mask_overlay(picture: Picture, masked: Bool[np.ndarray, "gh gw"]) -> Picture:
     """What the model sees: hidden tokens are flat grey."""
-    return np.where(_to_pixels(masked, picture.shape[:2])[..., None], np.uint8(HIDDEN), picture)
+    return np.where(_to_pixels(masked, picture.shape[:2])[..., None], np.array(HIDDEN, np.uint8), picture)
 
 
 def heat_overlay(picture: Picture, guidance: Float[np.ndarray, "gh gw"], limits: tuple[float, float] | None = None) -> Picture:
@@ -283,11 +283,12 @@ def masking_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality],
     """
     inputs, masks, guidance, rebuilt = (dict(arrays[key]) for key in ("inputs", "masked", "guidance", "reconstructions"))
     rows = []
-    for name in (*inputs, *(name for name in rebuilt if name not in inputs)):
+    declared = [name for name in modalities if name in inputs]  # in this order: jit returns dicts sorted by key
+    for name in (*declared, *(name for name in rebuilt if name not in inputs)):
         base = name if name in inputs else name.removeprefix("norm_")
         if base not in inputs or base not in modalities:
             raise ValueError(f"reconstruction {name!r} belongs to no modality of the input; known: {', '.join(inputs)}")
-        rows.append((list(inputs).index(base), name != base, name, base))
+        rows.append((declared.index(base), name != base, name, base))
     rows.sort(key=lambda row: row[:2])  # norm_rgb stands right below rgb
     inputs = {name: np.asarray(values) for name, values in inputs.items()}
     samples = min(samples, min(len(values) for values in inputs.values()))

@@ -46,7 +46,7 @@ class Modality:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     standardize: bool = False
-    missing: float | None = None
+    missing: float | int | None = None
     metres_per_count: float | None = None
     embed_dim: int = 64
 

@@ -173,6 +173,14 @@ def test_masking_panel_keeps_visible_pixels(monkeypatch):
     np.testing.assert_array_equal(rebuilt[hidden], raw[hidden])
 
 
+def test_masking_panel_rows_stand_in_declared_order(monkeypatch):
+    given = arrays(1)
+    words = []
+    monkeypatch.setattr(figures._Sheet, "text", lambda self, xy, text, *rest: words.append(text))
+    figures.masking_panel({key: dict(sorted(value.items())) for key, value in given.items()}, MODALITIES)
+    assert [word for word in words if word in given["reconstructions"]] == ["rgb", "norm_rgb", "depth", "semseg"]
+
+
 def test_masking_panel_refuses_unknown_outputs():
     given = arrays()
     given["reconstructions"]["thermal"] = given["inputs"]["depth"]

@@ -10,14 +10,14 @@ from configs import common
 
 def get_config():
     config = common.scenes()
-    config.total = "1600 steps"
-    config.global_batch = 256
+    config.total = "1200 steps"
+    config.global_batch = 128
     config.micro_batch = 128
-    config.optimizer.base_lr = 1e-3
-    config.schedule = dict(total_epochs=35.0, start_epochs=0.0, warmup_epochs=2.0, min_lr=0.0)
+    config.optimizer.base_lr = 2e-3
+    config.schedule = dict(total_epochs=13.0, start_epochs=0.0, warmup_epochs=0.6, min_lr=0.0)
     config.data.train.data_dir = "data/scenes"
     config.log_every = 20
     config.picture_every = "400 steps"
     config.checkpoint = dict(every="400 steps", keep=2)
-    config.evaluators = dict(knn=dict(type="knn", every="800 steps", baselines=True))
+    config.evaluators = dict(knn=dict(type="knn", every="600 steps", baselines=True))
     return config

@@ -1,0 +1,176 @@
+"""Checkpoints from and to PyTorch: `convert`, `export`, `inspect`, `verify` (see convert_torch_checkpoint.py)."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskvit.checkpoint import load_params, save_imported
+from maskvit.convert import multimae
+from maskvit.convert.reader import ConversionError, Namespace, read_checkpoint, sha256
+from maskvit.convert.rules import Rule, check_keys, to_ours, to_torch
+
+LOG = logging.getLogger("maskvit")
+
+# Public files by the first digits of their SHA-256, which their names carry.
+PUBLIC_FILES = {
+    "afff3f8c": ("multimae-b_98_rgb+-depth-semseg_1600e_multivit-afff3f8c.pth", "MultiMAE-B, 1600 epochs, with decoders"),
+    "bafa5499": ("multimae-b_98_rgb+-depth-semseg_1600e_timm-bafa5499.pth", "MultiMAE-B, 1600 epochs, rgb-only ViT form"),
+    "c477195b": ("mae-b_dec512d8b_1600e_multivit-c477195b.pth", "MAE-B by the MultiMAE authors, MultiViT form"),
+    "f74f3a8d": ("mae-b_dec512d8b_1600e_timm-f74f3a8d.pth", "MAE-B by the MultiMAE authors, ViT form"),
+}
+LICENCE = "CC-BY-NC 4.0"
+
+# (family, how its keys look, why it is not converted)
+OTHER_FAMILIES = (
+    ("MultiViT (MultiMAE's encoder without decoders)", lambda k: "global_tokens" in k and "input_adapters.rgb.proj.weight" in k, "it has no decoders"),
+    ("CrossMAE", lambda k: any("cross_attn" in key for key in k) and "mask_token" in k, "this family is not supported yet"),
+    ("MAE with decoder", lambda k: "mask_token" in k and "decoder_pos_embed" in k, "this family is not supported yet"),
+    ("DINO or iBOT", lambda k: any("last_layer" in key for key in k), "this family is not supported yet"),
+    ("ViT in timm's layout", lambda k: "patch_embed.proj.weight" in k, "it has no decoders"),
+)
+
+
+class Checkpoint(NamedTuple):
+    """A PyTorch file, understood. `adam` by tensor name, `epochs_done` and `adam` None where the file has none."""
+
+    path: Path
+    digest: str
+    state: dict[str, np.ndarray]
+    args: dict[str, Any]
+    adam: dict[str, Any] | None
+    epochs_done: int | None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a MultiMAE file in its public form, its training form, or as a bare state dict."""
+    path = Path(path)
+    content = read_checkpoint(path)
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    state = content.get("model", content) if not _is_tensor(content.get("model")) else content
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) and _is_tensor(value) for key, value in state.items()):
+        raise ConversionError(f"{path}: holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}")
+    state = dict(state)
+    wrong = [key for key, value in state.items() if value.dtype.kind not in "fV"]
+    if wrong:
+        raise ConversionError(f"{path}: {wrong[0]!r} holds {state[wrong[0]].dtype} values, not floating point")
+    args = content.get("args") if state is not content else None
+    plain_args = dict(vars(args)) if isinstance(args, Namespace) else {}
+    adam = epochs = None
+    if "optimizer" in content and multimae.is_multimae(state):
+        adam = multimae.adam_by_key(content["optimizer"], state, str(path))
+    if type(content.get("epoch")) is int:
+        epochs = content["epoch"] + 1  # PyTorch's counter names the last epoch, from 0
+    return Checkpoint(path, sha256(path), state, plain_args, adam, epochs)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def family(state: Mapping[str, Any]) -> tuple[str, str]:
+    """(name of the family, why it cannot be converted; empty if it can)."""
+    if multimae.is_multimae(state):
+        return "MultiMAE", ""
+    return next(((name, reason) for name, looks, reason in OTHER_FAMILIES if looks(state)), ("unknown", "its keys are of no known family"))
+
+
+def understand(checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None) -> tuple[dict[str, Any], list[Rule]]:
+    """The config and the rules of a checkpoint; ConversionError where it is of another family or not whole."""
+    name, reason = family(checkpoint.state)
+    if reason:
+        raise ConversionError(f"{checkpoint.path}: is {name}, and {reason}; only MultiMAE pretraining checkpoints can be converted")
+    config = multimae.infer_config(checkpoint.state, checkpoint.args, str(checkpoint.path), num_heads, decoder_num_heads)
+    rules = multimae.rules(config)
+    check_keys(str(checkpoint.path), checkpoint.state, {rule.key: rule.shape for rule in rules})
+    return config, rules
+
+
+def convert(src: str | Path, dst: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None) -> dict[str, Any]:
+    """Write a PyTorch checkpoint as one of ours, which `config.init_from.path` and `maskvit.load` open. Returns its metadata.
+
+    Optimiser moments and the number of finished epochs come along when the file has them.
+    """
+    checkpoint = open_checkpoint(src)
+    config, rules = understand(checkpoint, num_heads, decoder_num_heads)
+    in_float32 = lambda tree: {key: value.astype(np.float32) for key, value in tree.items()}  # noqa: E731
+    params = to_ours(rules, in_float32(checkpoint.state), str(src))
+    adam = None
+    if checkpoint.adam is not None:
+        trained = [rule for rule in rules if not rule.key.endswith(".pos_emb")]
+        adam = {kind: to_ours(trained, in_float32(checkpoint.adam[kind]), f"{src} ({kind})") for kind in ("mu", "nu")}
+        adam["count"] = checkpoint.adam["count"]
+    public = PUBLIC_FILES.get(checkpoint.digest[:8])
+    source = dict(file=checkpoint.path.name, sha256=checkpoint.digest, family="MultiMAE", epochs_done=checkpoint.epochs_done)
+    if public:
+        source["public_name"] = public[0]
+    metadata = dict(config=config, source=source, licence=LICENCE if public else None)
+    save_imported(dst, params, metadata, adam)
+    LOG.info("%s: MultiMAE with %d tensors, %d values, written to %s", src, len(rules), sum(x.size for x in checkpoint.state.values()), dst)
+    LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none in the file", checkpoint.epochs_done or "not said")
+    if public:
+        LOG.info("licence of these weights: %s (not for commercial use)", LICENCE)
+    return metadata
+
+
+def export(src: str | Path, dst: str | Path) -> None:
+    """Write one of our checkpoints in MultiMAE's key layout: `.safetensors`, or `.pth` ({"model": ...}) where torch is installed."""
+    params, metadata = load_params(src)
+    dst = Path(dst)
+    if dst.suffix not in (".safetensors", ".pth"):
+        raise ConversionError(f"{dst}: name it .safetensors or .pth")
+    config = metadata["config"]
+    if config["objective"].get("name") != "multimae":
+        raise ConversionError(f"{src}: objective {config['objective'].get('name')!r} has no MultiMAE layout")
+    tensors = to_torch(multimae.rules(config), params, str(src))
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    if dst.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, str(dst))
+    else:
+        try:
+            import torch
+        except ImportError as error:
+            raise ConversionError(f"{dst}: writing .pth needs torch; write .safetensors instead, or install torch") from error
+        torch.save({"model": collections.OrderedDict((k, torch.from_numpy(np.array(v))) for k, v in tensors.items())}, dst)
+    LOG.info("%s: %d tensors in MultiMAE's layout written to %s", src, len(tensors), dst)
+
+
+def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None) -> str:
+    """What a file is, as text: family, sizes, modalities, parts with their parameter counts, types, digest."""
+    checkpoint = open_checkpoint(path)
+    state = checkpoint.state
+    name, reason = family(state)
+    frozen = sum(value.size for key, value in state.items() if key.endswith("pos_emb"))
+    total = sum(value.size for value in state.values())
+    public = PUBLIC_FILES.get(checkpoint.digest[:8])
+    lines = [
+        f"file        {checkpoint.path} ({checkpoint.path.stat().st_size:,} bytes)",
+        f"sha256      {checkpoint.digest}" + (f"  = {public[0]}: {public[1]}; {LICENCE}" if public else "  (not one of the known public files)"),
+        f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
+        f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {', '.join(sorted({str(v.dtype) for v in state.values()}))}",
+        f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimiser moments: {'yes' if checkpoint.adam else 'no'}",
+    ]
+    if not reason:
+        config, _ = understand(checkpoint, num_heads, decoder_num_heads)
+        objective = config["objective"]
+        lines += [
+            f"image       {config['image_size']}, {objective['num_global_tokens']} global token(s)",
+            f"encoder     {objective['encoder']}",
+            f"decoders    {objective['decoder']}",
+            f"outputs     {', '.join(objective['outputs'])}",
+        ]
+        lines += [f"modality    {n}: {config['modalities'][n]}" for n in objective["inputs"]]
+    parts: dict[str, list[int]] = {}
+    for key, value in state.items():
+        part = ".".join(key.split(".")[: 2 if "adapters" in key else 1])
+        parts.setdefault(part, []).append(value.size)
+    lines += [f"part        {part:<28} {len(sizes):>4} tensors {sum(sizes):>12,} values" for part, sizes in parts.items()]
+    return "\n".join(lines)

@@ -223,14 +223,17 @@ class _EvalChunks(_Records):
         last = min(first + CHUNK, self.rows[1])
         bad: list[str] = []
         rows, ids = [], []
-        for index in range(step * self.batch_size + first, step * self.batch_size + last):
-            identity, row = self._row(index, bad) if index < self.num_records else ("", None)
+        for slot in range(step * self.batch_size + first, step * self.batch_size + last):
+            real = slot < self.num_records
+            # a limit takes records spread over the data: folders are stored class by class
+            index = slot * len(self.source) // self.num_records if real else -1
+            identity, row = self._row(index, bad) if real else ("", None)
             ids.append(identity)
             rows.append(
                 {
                     **(self.padding() if row is None else row),
                     "valid": np.bool_(row is not None),
-                    "index": np.int32(index if identity else -1),
+                    "index": np.int32(index),
                 }
             )
         return {**self.stack(rows), "id": ids, "bad": bad}
@@ -463,12 +466,12 @@ def eval_batches(
     limit: int | None = None,
     inputs: Sequence[str] | None = None,
 ) -> Batches:
-    """Every record once, in stored order, middle crop, over all processes together.
+    """Every record (or `limit` of them) once, in stored order, middle crop, over all processes together.
 
     Args:
       batch_size: rows over all processes; each yields its contiguous rows of every batch, so all yield equally many batches.
       crop: image side over the side of the resized picture it is cut from.
-      limit: only the first so many records.
+      limit: only so many records, evenly spread over the data.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
       `index` int32 "b" (record number, -1 for padding), `id` list of str (not for the device).

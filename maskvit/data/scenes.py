@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -83,7 +84,7 @@ class Texture:
     pattern: str
     colours: Float32[np.ndarray, "2 3"]
     frequency: float
-    direction: Float32[np.ndarray, "3"]
+    direction: Float32[np.ndarray, "xyz"]
     phase: float
 
 
@@ -92,9 +93,9 @@ class Solid:
     """An object: world point = rotation @ (scale * local point) + centre."""
 
     kind: int
-    centre: Float32[np.ndarray, "3"]
-    rotation: Float32[np.ndarray, "3 3"]
-    scale: Float32[np.ndarray, "3"]
+    centre: Float32[np.ndarray, "xyz"]
+    rotation: Float32[np.ndarray, "xyz uvw"]
+    scale: Float32[np.ndarray, "xyz"]
     texture: Texture
 
     @property
@@ -112,7 +113,7 @@ class Solid:
 class Wall:
     """A vertical wall: points with normal . point = offset, up to `height` metres."""
 
-    normal: Float32[np.ndarray, "3"]
+    normal: Float32[np.ndarray, "xyz"]
     offset: float
     height: float
     texture: Texture
@@ -125,18 +126,27 @@ class Scene:
     `solids[0]` is the nearest and gives the label.
     """
 
-    position: Float32[np.ndarray, "3"]
-    camera: Float32[np.ndarray, "3 3"]
+    position: Float32[np.ndarray, "xyz"]
+    camera: Float32[np.ndarray, "xyz uvw"]
     tangent: float
     solids: tuple[Solid, ...]
     ground: Texture
     walls: tuple[Wall, ...]
-    sun: Float32[np.ndarray, "3"]
-    sun_colour: Float32[np.ndarray, "3"]
-    fill: Float32[np.ndarray, "3"]  # direction of a second light without shadow
-    fill_colour: Float32[np.ndarray, "3"]
-    ambient: Float32[np.ndarray, "3"]
+    sun: Float32[np.ndarray, "xyz"]
+    sun_colour: Float32[np.ndarray, "xyz"]
+    fill: Float32[np.ndarray, "xyz"]  # direction of a second light without shadow
+    fill_colour: Float32[np.ndarray, "xyz"]
+    ambient: Float32[np.ndarray, "xyz"]
     sky: Float32[np.ndarray, "2 3"]
+
+
+class Sample(TypedDict):
+    """A picture with what is known of it; see `render_scene`."""
+
+    rgb: UInt8[np.ndarray, "h w 3"]
+    depth: Float32[np.ndarray, "h w"]
+    semseg: UInt8[np.ndarray, "h w"]
+    label: int
 
 
 def part_extent(part: Part) -> np.ndarray:
@@ -477,7 +487,7 @@ def _shadow(scene: Scene, points: Vectors, normals: Vectors) -> np.ndarray:
     return dark
 
 
-def render_scene(scene: Scene, size: tuple[int, int] = (64, 64)) -> dict[str, np.ndarray | int]:
+def render_scene(scene: Scene, size: tuple[int, int] = (64, 64)) -> Sample:
     """Draw a scene.
 
     Returns:
@@ -547,7 +557,7 @@ def render_scene(scene: Scene, size: tuple[int, int] = (64, 64)) -> dict[str, np
     return {"rgb": np.ascontiguousarray(rgb), "depth": depth, "semseg": semseg, "label": scene.solids[0].kind}
 
 
-def render(seed: int, index: int, size: tuple[int, int] = (64, 64)) -> dict[str, np.ndarray | int]:
+def render(seed: int, index: int, size: tuple[int, int] = (64, 64)) -> Sample:
     """Draw sample `index` of `seed`: `render_scene(sample_scene(seed, index), size)`."""
     return render_scene(sample_scene(seed, index), size)
 

@@ -107,7 +107,8 @@ def weighted_knn(
     labels = jnp.asarray(_in_chunks(np.asarray(train_labels, np.int32), rows))
     tests = _in_chunks(np.asarray(test_features, np.float32), min(TEST_CHUNK, t))
     own = _in_chunks(np.asarray(test_labels, np.int32), min(TEST_CHUNK, t))
-    rank = functools.partial(_ranks, train, labels, temperature=jnp.float32(temperature), ks=tuple(ks), num_classes=num_classes, num_train=n)
+    settings = dict(temperature=jnp.float32(temperature), ks=tuple(ks), num_classes=num_classes, num_train=n)
+    rank = functools.partial(_ranks, train, labels, **settings)
     ranks = np.concatenate([np.asarray(rank(test=x, test_labels=y)) for x, y in zip(tests, own, strict=True)], axis=1)[:, :t]
     return {f"top{m}_k{k}": 100.0 * int((row < m).sum()) / t for k, row in zip(ks, ranks, strict=True) for m in (1, 5)}
 
@@ -141,7 +142,7 @@ class Knn:
     "global") and, with `baselines`, "mean_colour" and "raw_pixels" of the same images.
 
     Args:
-      train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "validation".
+      train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "val".
       limit_train, limit_test: only the first so many examples; None for all.
       ks: numbers of neighbours.
       temperature: of the votes.
@@ -180,7 +181,7 @@ class Knn:
         self._workers, self._crop = int(data.get("workers", 0)), crop
         self._limits = {"train": limit_train, "test": limit_test}
         default = dict(data["train"])
-        blocks = {"train": train or default, "test": test or {**default, "split": "validation"}}
+        blocks = {"train": train or default, "test": test or {**default, "split": "val"}}
         self._sources = {split: self._open(block) for split, block in blocks.items()}
         available = min(len(self._sources["train"]), limit_train or math.inf)
         if not self._ks or min(self._ks) < 1 or max(self._ks) > available:

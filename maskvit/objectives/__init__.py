@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from maskvit.configuration import check_arguments, hashable, look_up
 from maskvit.modalities import parse_modalities
 from maskvit.objectives.multimae import multimae
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the train step, the evaluators and the pictures know of a method.
 

@@ -313,7 +313,7 @@ def multimae(
         raise ValueError("config.objective.inputs and config.objective.outputs must each name at least one modality")
     if compute_dtype not in DTYPES:
         raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
-    used = [spec for name, spec in modalities.items() if name in inputs or {name, f"norm_{name}"} & set(outputs)]
+    used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
     sizes = dict(dict(width=256, depth=2, heads=8), **(decoder or {}))
     for where, block in (("encoder", encoder_sizes(encoder)), ("decoder", sizes)):
         unknown = set(block) - {"width", "depth", "heads", "mlp_ratio"}

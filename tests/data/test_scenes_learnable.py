@@ -12,16 +12,16 @@ import pytest
 
 from maskvit.data import scenes
 
-SIZE, TRAIN, TEST, STEPS, BATCH = 48, 4000, 500, 1000, 64
-WIDTHS = (32, 64, 128, 128)
+SIZE, TRAIN, TEST, STEPS, BATCH = 48, 5000, 500, 1000, 64
+LAYERS = ((5, 2, 32), (3, 2, 64), (3, 1, 64), (3, 2, 128), (3, 1, 128))  # kernel, stride, width
 
 
 def _init(key: jax.Array) -> dict:
     params, wide = {}, 3
-    for index, width in enumerate(WIDTHS):
+    for index, (side, _, width) in enumerate(LAYERS):
         key, draw = jax.random.split(key)
         params[f"conv{index}"] = {
-            "kernel": jax.random.normal(draw, (3, 3, wide, width)) * np.sqrt(2 / (9 * wide)),
+            "kernel": jax.random.normal(draw, (side, side, wide, width)) * np.sqrt(2 / (side * side * wide)),
             "scale": jnp.ones(width),
             "bias": jnp.zeros(width),
         }
@@ -33,12 +33,11 @@ def _init(key: jax.Array) -> dict:
 def _logits(params: dict, pictures: jax.Array) -> jax.Array:
     x = pictures.astype(jnp.float32) / 255
     x = (x - x.mean((1, 2), keepdims=True)) / (x.std((1, 2), keepdims=True) + 0.05)
-    for index in range(len(WIDTHS)):
+    for index, (_, stride, _) in enumerate(LAYERS):
         layer = params[f"conv{index}"]
-        x = jax.lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_general_dilated(x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         mean, var = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # per picture: no running statistics
         x = jax.nn.relu((x - mean) * jax.lax.rsqrt(var + 1e-4) * layer["scale"] + layer["bias"])
-        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 

@@ -96,7 +96,7 @@ def records(count: int, seed: int, labelled: bool = True):
 class Stripes(ListSource):
     def __init__(self, modalities, *, split="train", labelled=True):
         assert tuple(modalities) == ("rgb",)  # what is not read is not asked for
-        super().__init__(records(*{"train": (90, 0), "validation": (37, 1)}[split], labelled), ("a", "b", "c", "d"))
+        super().__init__(records(*{"train": (90, 0), "val": (37, 1)}[split], labelled), ("a", "b", "c", "d"))
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def evaluator(objective, devices: int, data: dict | None = None, **block):
 
 
 def test_each_example_counts_once_on_any_number_of_devices(objective):
-    params, state = objective.init(jax.random.key(0))
+    params, state = jax.jit(objective.init)(jax.random.key(0))
     results = []
     for devices, batch_size in ((1, 16), (4, 10)):
         knn, mesh = evaluator(objective, devices, ks=(5, 20), batch_size=batch_size, baselines=True)
@@ -139,7 +139,7 @@ def test_each_example_counts_once_on_any_number_of_devices(objective):
 
 
 def test_limits(objective):
-    params, state = objective.init(jax.random.key(0))
+    params, state = jax.jit(objective.init)(jax.random.key(0))
     knn, _ = evaluator(objective, 1, limit_train=20, limit_test=5, ks=(20,))
     figures = dict(knn.run(params, state))
     assert set(figures) == {"mean/top1_k20", "mean/top5_k20", "global/top1_k20", "global/top5_k20"}
@@ -160,6 +160,6 @@ def test_config_mistakes_are_named_before_any_work(objective):
 
 
 def test_data_without_labels_are_refused(objective):
-    knn, _ = evaluator(objective, 1, test=dict(source="stripes", split="validation", labelled=False))
+    knn, _ = evaluator(objective, 1, test=dict(source="stripes", split="val", labelled=False))
     with pytest.raises(ValueError, match="k-NN needs labels, but 37 of 37 records have none: 37 records in memory"):
-        list(knn.run(*objective.init(jax.random.key(0))))
+        list(knn.run(*jax.jit(objective.init)(jax.random.key(0))))

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from maskvit.data import codec
-from maskvit.data.builders.records import STATED, RecordBuilder, in_processes, progress
+from maskvit.data.builders.records import RecordBuilder, in_processes, progress
+from maskvit.data.sources import STATED
 from maskvit.data.transforms import nearest_indices, resize_continuous
 from maskvit.modalities import Modality
 
@@ -252,7 +253,7 @@ def _find_splits(root: str, modalities: Sequence[str]) -> dict[str, str]:
     return splits
 
 
-class Folder(RecordBuilder, skip_registration=True):
+class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A folder of pictures: <root>/[<split>/]<modality>/<class or "all">/<file>, modalities paired by class and name.
 
     Args:
@@ -392,4 +393,5 @@ def _says(spec: Modality, field: str) -> bool:
     """Whether a field of the spec means something for its kind."""
     if field in ("channels", "metres_per_count") and spec.kind == "categorical":
         return False
-    return not (field == "num_classes" and spec.kind == "continuous") and getattr(spec, field) is not None
+    value = getattr(spec, field)
+    return not (field == "num_classes" and spec.kind == "continuous") and value is not None and value == value  # NaN always means missing

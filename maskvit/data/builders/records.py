@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-# What a prepared data set states about each modality, for the reader to compare with its config.
-STATED = ("kind", "channels", "num_classes", "missing", "metres_per_count")
 
-
-class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS builder of records {"id": text, "label": class, one bytes feature per modality}; b"" where a modality is absent.
 
     Its metadata: `modalities` (per name the fields of `STATED`), `may_lack`, `recipe` (the settings it was made with).

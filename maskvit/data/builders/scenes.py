@@ -31,7 +31,7 @@ def record(index: int, seed: int, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-class Scenes(RecordBuilder, skip_registration=True):
+class Scenes(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Ray-cast solids on textured ground: rgb, depth (uint16, 1/512 m per count, 0 = sky), semseg, label = kind of the nearest.
 
     Args:

@@ -1,0 +1,169 @@
+"""MultiMAE's key layout: recognise a file, read the sizes off its shapes, and the rules to and from our parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from maskvit import modalities as known
+from maskvit.convert.reader import ConversionError
+from maskvit.convert.rules import Rule, block, layer_norm, linear, patch_head, patch_projection, position_table, reshaped, same
+from maskvit.modalities import parse_modalities
+from maskvit.models import VARIANTS
+
+FIRST_INPUTS = ("rgb", "depth", "semseg")
+DECLARED = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}
+ENCODER_NAMES = {"pretrain_multimae_base": "B", "pretrain_multimae_large": "L"}
+
+
+def is_multimae(keys: Any) -> bool:
+    """Whether these are the keys of a MultiMAE pretraining model."""
+    return "global_tokens" in keys and any(k.startswith("input_adapters.") for k in keys) and any(k.startswith("output_adapters.") for k in keys)
+
+
+def _parts(keys: Any, prefix: str) -> list[str]:
+    return list(dict.fromkeys(key.split(".")[1] for key in keys if key.startswith(prefix + ".")))
+
+
+def _count(keys: Any, pattern: str) -> int:
+    numbers = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
+    return max(numbers, default=-1) + 1
+
+
+def _shape(state: Mapping[str, np.ndarray], key: str, axes: int, where: str) -> tuple[int, ...]:
+    if key not in state:
+        raise ConversionError(f"{where}: looks like MultiMAE, but lacks {key!r}")
+    shape = tuple(state[key].shape)
+    if len(shape) != axes:
+        raise ConversionError(f"{where}: {key!r} has the shape {shape}; {axes} axes expected")
+    return shape
+
+
+def _heads(width: int, given: int | None, from_file: int | None, head_width: int, which: str, flag: str, where: str) -> int:
+    """Heads leave no trace in the shapes: the flag, else the file's args, else the usual width per head."""
+    if given is None and from_file is None and width % head_width:
+        raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {head_width}: give {flag}")
+    heads = given or from_file or width // head_width
+    if width % heads:
+        raise ConversionError(f"{where}: the {which}'s width {width} does not divide into {heads} heads; {flag} says how many there are")
+    return heads
+
+
+def infer_config(
+    state: Mapping[str, np.ndarray], args: Mapping[str, Any], where: str, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> dict[str, Any]:
+    """The config of the model in a file: `image_size`, `modalities` and `objective`, as `objectives.build_objective` takes them."""
+    _, num_global, width = _shape(state, "global_tokens", 3, where)
+    inputs = _parts(state, "input_adapters")
+    inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
+    outputs = _parts(state, "output_adapters")
+    projections = {name: _shape(state, f"input_adapters.{name}.proj.weight", 4, where) for name in inputs}
+    grids = {name: _shape(state, f"input_adapters.{name}.pos_emb", 4, where)[2:] for name in inputs}
+    # The modality with the finest pixels per token has the image's own resolution.
+    finest = max(inputs, key=lambda name: projections[name][2] * grids[name][0])
+    image_size = tuple(side * projections[finest][2] for side in grids[finest])
+    modalities: dict[str, Any] = {}
+    for name in inputs:
+        _, channels, patch_pixels, columns = projections[name]
+        rows = grids[name]
+        if patch_pixels != columns or image_size[0] % rows[0] or (image_size[0] // rows[0]) % patch_pixels:
+            raise ConversionError(f"{where}: modality {name!r} has patches of {patch_pixels} x {columns} pixels on a grid of {rows}: not square or not even")
+        patch = image_size[0] // rows[0]
+        fields: dict[str, Any] = dict(patch=patch, stride=patch // patch_pixels)
+        if f"input_adapters.{name}.class_emb.weight" in state:
+            classes, embed = _shape(state, f"input_adapters.{name}.class_emb.weight", 2, where)
+            fields |= dict(kind="categorical", num_classes=classes, embed_dim=embed, loss="cross_entropy")
+        else:
+            fields |= dict(kind="continuous", channels=channels)
+        modalities[name] = {**DECLARED.get(name, {}), **fields}
+    for name in outputs:
+        if name not in modalities and name.removeprefix("norm_") not in modalities:
+            raise ConversionError(f"{where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")
+    first = f"output_adapters.{outputs[0]}"
+    decoder_width = _shape(state, f"{first}.mask_token", 3, where)[2]
+    model_name = args.get("model")
+    from_name = VARIANTS[ENCODER_NAMES[model_name]]["heads"] if model_name in ENCODER_NAMES else None
+    encoder = dict(
+        width=width,
+        depth=_count(state, r"encoder\.(\d+)\."),
+        heads=_heads(width, num_heads, args.get("num_heads") or from_name, 64, "encoder", "--num-heads", where),
+        mlp_ratio=_shape(state, "encoder.0.mlp.fc1.weight", 2, where)[0] / width,
+    )
+    decoder = dict(
+        width=decoder_width,
+        depth=_count(state, rf"output_adapters\.{re.escape(outputs[0])}\.decoder_transformer\.(\d+)\."),
+        heads=_heads(decoder_width, decoder_num_heads, args.get("decoder_num_heads"), 32, "decoders", "--decoder-num-heads", where),
+        mlp_ratio=_shape(state, f"{first}.mlp.fc1.weight", 2, where)[0] / decoder_width,
+    )
+    objective = dict(
+        name="multimae", inputs=tuple(inputs), outputs=tuple(outputs), encoder=encoder, decoder=decoder, num_global_tokens=num_global
+    )
+    tokens = sum(rows * columns for rows, columns in grids.values())
+    objective["num_visible"] = args.get("num_encoded_tokens") or max(round(tokens / 6), 1)
+    return dict(image_size=image_size, modalities=modalities, objective=objective)
+
+
+def rules(config: Mapping[str, Any]) -> list[Rule]:
+    """Every tensor of the model that `config` describes, in the reference's order."""
+    specs = parse_modalities(config["modalities"])
+    objective, size = config["objective"], tuple(config["image_size"])
+    encoder, decoder = objective["encoder"], objective["decoder"]
+    width, inputs, outputs = encoder["width"], tuple(objective["inputs"]), tuple(objective["outputs"])
+    num_global = objective.get("num_global_tokens", 1)
+    found: list[Rule] = [reshaped("global_tokens", "global_tokens", (1, num_global, width), (num_global, width))]
+    for name in inputs:
+        spec, key, path = specs[name], f"input_adapters.{name}", f"inputs/{name}"
+        found.append(position_table(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), width))
+        channels = spec.channels
+        if spec.kind == "categorical":
+            channels = spec.embed_dim
+            found.append(same(f"{key}.class_emb.weight", f"{path}/class_embed", (spec.num_classes, spec.embed_dim)))
+        found += patch_projection(f"{key}.proj", f"{path}/proj", channels, spec.patch_pixels, width)
+    narrow, hidden = decoder["width"], round(decoder["width"] * decoder.get("mlp_ratio", 4.0))
+    for name in outputs:
+        spec, key, path = specs[name if name in specs else name.removeprefix("norm_")], f"output_adapters.{name}", f"outputs/{name}"
+        found.append(reshaped(f"{key}.mask_token", f"{path}/mask_token", (1, 1, narrow), (narrow,)))
+        found.append(position_table(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), narrow))
+        found += [
+            reshaped(f"{key}.task_embeddings.{other}", f"{path}/modality_embed/{other}", (1, 1, narrow), (narrow,)) for other in sorted(inputs)
+        ]
+        found += linear(f"{key}.decoder.q", f"{path}/cross_attn/q", narrow, narrow)
+        found += linear(f"{key}.decoder.kv", f"{path}/cross_attn/kv", narrow, 2 * narrow)
+        found += linear(f"{key}.decoder.proj", f"{path}/cross_attn/proj", narrow, narrow)
+        for norm in ("context_norm", "query_norm", "out_norm"):
+            found += layer_norm(f"{key}.{norm}", f"{path}/{norm}", narrow)
+        found += linear(f"{key}.mlp.fc1", f"{path}/mlp/fc1", narrow, hidden)
+        found += linear(f"{key}.mlp.fc2", f"{path}/mlp/fc2", hidden, narrow)
+        for i in range(decoder["depth"]):
+            found += block(f"{key}.decoder_transformer.{i}", f"{path}/block_{i:02d}", narrow, hidden)
+        channels = spec.num_classes if spec.kind == "categorical" else spec.channels
+        found += patch_head(f"{key}.out_proj", f"{path}/head", channels, spec.patch_pixels, narrow)
+        found += linear(f"{key}.proj_context", f"{path}/context_proj", width, narrow)
+    for i in range(encoder["depth"]):
+        found += block(f"encoder.{i}", f"encoder/block_{i:02d}", width, round(width * encoder.get("mlp_ratio", 4.0)))
+    return found
+
+
+def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], where: str) -> dict[str, Any] | None:
+    """AdamW's moments of a training checkpoint by tensor name: {"count", "mu", "nu"}; None where no step was taken.
+
+    The optimiser numbers the model's parameters in state-dict order, the frozen position tables left out.
+    """
+    names = [key for key in state if not key.endswith(".pos_emb")]
+    try:
+        numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+        entries = optimizer["state"]
+        if not entries:
+            return None
+        if len(numbers) != len(names) or set(entries) != set(numbers):
+            raise ConversionError(f"{where}: the optimiser has {len(entries)} states for {len(names)} trained tensors")
+        counts = {int(np.asarray(entries[number]["step"])) for number in numbers}
+        if len(counts) != 1:
+            raise ConversionError(f"{where}: the optimiser's tensors have taken different numbers of steps: {sorted(counts)}")
+        moments = {kind: {name: entries[n][kind] for name, n in zip(names, numbers, strict=True)} for kind in ("exp_avg", "exp_avg_sq")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{where}: its 'optimizer' is not AdamW's ({type(error).__name__}: {error})") from error
+    return {"count": counts.pop(), "mu": moments["exp_avg"], "nu": moments["exp_avg_sq"]}

@@ -1,0 +1,191 @@
+"""Tensors out of `.pth` and `.safetensors` files, without torch and without running anything that a file asks for.
+
+A `.pth` is a zip of a pickle and raw storages. The pickle is read with an allow-list: tensors, ordered dicts and an inert
+stand-in for `argparse.Namespace`; any other global is refused by its name before it is looked up.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MAX_PICKLE_BYTES = 64 * 2**20
+STORAGE_TYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+
+class ConversionError(ValueError):
+    """A file is not what it claims, not what is needed, or not safe; nothing in it was imported or called."""
+
+
+class Namespace:
+    """Stands for `argparse.Namespace`: attributes, nothing else."""
+
+
+class _Storage:
+    """Raw values of a storage type, read when the first tensor on it is."""
+
+    def __init__(self, dtype: Any):
+        self.dtype = np.dtype(dtype)
+
+
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a `.pth` or `.safetensors` file holds, with numpy arrays for tensors. ConversionError says what is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ConversionError(f"{path}: the file is empty")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY_MAGIC))
+    if start == LEGACY_MAGIC or (start[:1] == b"\x80" and start[:2] != b"PK"):
+        raise ConversionError(
+            f"{path}: written in PyTorch's format from before 1.6, or a bare pickle; where it comes from a trusted source, rewrite it with "
+            "python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu'), 'NEW')\""
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(path, archive).load()
+    except zipfile.BadZipFile as error:
+        raise ConversionError(f"{path}: not a PyTorch checkpoint, or cut off ({error}); compare its size and SHA-256 with the source's") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import safetensors
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(str(path))
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"{path}: not a sound safetensors file ({error})") from error
+
+
+class _Archive:
+    """One open `.pth`."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
+        self.path, self.archive = path, archive
+        self.storages: dict[str, np.ndarray] = {}
+        names = [info.filename for info in archive.infolist()]
+        for info in archive.infolist():
+            parts = info.filename.split("/")
+            if info.filename.startswith("/") or "\\" in info.filename or ".." in parts:
+                raise ConversionError(f"{path}: the archive has the unsafe member name {info.filename!r}")
+            if info.flag_bits & 1:
+                raise ConversionError(f"{path}: member {info.filename!r} is encrypted")
+            # PyTorch stores without compression; so no member can be larger than the file.
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ConversionError(f"{path}: member {info.filename!r} is compressed, which PyTorch never does")
+        if len(set(names)) != len(names):
+            raise ConversionError(f"{path}: the archive has the same member twice")
+        pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise ConversionError(f"{path}: a zip, but not a PyTorch checkpoint: it has no member <name>/data.pkl")
+        self.root = pickles[0].removesuffix("data.pkl")
+        self.sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if self.sizes[pickles[0]] > MAX_PICKLE_BYTES:
+            raise ConversionError(f"{path}: its pickle has {self.sizes[pickles[0]]:,} bytes, more than a state dict needs")
+        if f"{self.root}byteorder" in self.sizes and self._member("byteorder").strip() != b"little":
+            raise ConversionError(f"{path}: its values are not little-endian")
+
+    def _member(self, name: str) -> bytes:
+        try:
+            return self.archive.read(self.root + name)
+        except KeyError as error:
+            raise ConversionError(f"{self.path}: member {self.root + name!r} is missing") from error
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ConversionError(f"{self.path}: member {self.root + name!r} is damaged ({error})") from error
+
+    def load(self) -> Any:
+        try:
+            return _Unpickler(io.BytesIO(self._member("data.pkl")), self).load()
+        except ConversionError:
+            raise
+        except Exception as error:  # a pickle is a program: whatever it does wrong, the file is at fault
+            raise ConversionError(f"{self.path}: its pickle cannot be read ({type(error).__name__}: {error})") from error
+
+    def storage(self, dtype: np.dtype, key: str, count: int) -> np.ndarray:
+        """The values of one storage, read once."""
+        if not isinstance(key, str) or "/" in key or key in (".", ".."):
+            raise ConversionError(f"{self.path}: unsafe storage name {key!r}")
+        if key not in self.storages:
+            data = self._member(f"data/{key}")
+            self.storages[key] = np.frombuffer(data, np.uint8)
+        raw = self.storages[key]
+        if not isinstance(count, int) or count * dtype.itemsize != raw.size:
+            raise ConversionError(f"{self.path}: storage {key!r} has {raw.size:,} bytes, not {count} values of {dtype}")
+        return raw.view(dtype)
+
+    def tensor(self, storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
+        """A tensor on a storage, checked to lie inside it and not to be larger than it."""
+        numbers = (offset, *size, *stride)
+        if not isinstance(storage, np.ndarray) or len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ConversionError(f"{self.path}: a tensor with offset {offset!r}, size {size!r} and stride {stride!r}")
+        count = math.prod(size)
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset
+        if count > storage.size or (count and last >= storage.size):
+            raise ConversionError(f"{self.path}: a tensor of size {size} and stride {stride} at {offset} does not fit its storage of {storage.size}")
+        strides = [s * storage.itemsize for s in stride]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(storage[offset:], size, strides)).reshape(size)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, archive: _Archive):
+        super().__init__(file, encoding="utf-8")
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        archive = self.archive
+
+        def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+            return archive.tensor(storage, offset, tuple(size), tuple(stride))
+
+        # Fresh functions and classes each time: what a pickle writes onto one reaches nothing else.
+        allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch", "Size"): lambda sizes=(): tuple(sizes),
+            ("argparse", "Namespace"): type("Namespace", (Namespace,), {}),
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        if module == "torch" and name in STORAGE_TYPES:
+            return _Storage(STORAGE_TYPES[name])
+        raise ConversionError(
+            f"{archive.path}: its pickle asks for {module}.{name}, which a checkpoint of tensors does not need; nothing was run. Where the "
+            "file comes from a trusted source, save its state dict alone with torch"
+        )
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Storage)):
+            raise ConversionError(f"{self.archive.path}: an unknown persistent id {pid!r}")
+        return self.archive.storage(pid[1].dtype, pid[2], pid[4])

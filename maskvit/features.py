@@ -1,0 +1,240 @@
+"""Features of one's own pictures: open a checkpoint, read a folder, write an array.
+
+    python -m maskvit.features --checkpoint C --images DIR --out features.npz
+
+The file holds `ids` (paths below DIR) and `features` (float32, one row per id) as .npz, or `features` with the ids in the
+metadata as .safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from maskvit.checkpoint import CheckpointError, load_params
+from maskvit.data.pipeline import eval_batches
+from maskvit.modalities import Modality, parse_modalities
+from maskvit.objectives import build_objective
+from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
+from maskvit.types import Params, tree_paths
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = (".npz", ".safetensors")
+FEATURES = ("mean", "global")
+
+
+# Checkpoints
+
+
+class LoadedModel(NamedTuple):
+    """A checkpoint opened for use.
+
+    `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices,
+    `config`: the plain config it was trained or converted with, `metadata`: all that stands beside it (source, licence).
+    """
+
+    objective: Any
+    model: Any
+    params: Params
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def load(path: str | os.PathLike) -> LoadedModel:
+    """Open a checkpoint: a run's workdir, its checkpoints directory, or one step's; of training or of conversion.
+
+    Raises CheckpointError where there is none, it is damaged, or its parameters are not those of its config.
+    """
+    params, metadata = load_params(path)
+    config = metadata.get("config") or {}
+    missing = [key for key in ("modalities", "image_size", "objective") if key not in config]
+    if missing:
+        raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
+    block = dict(config["objective"])
+    block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
+    objective = build_objective({**config, "objective": block})
+    expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
+    found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"the parameters of the checkpoint {path} are not those of the config inside it: {wrong[0]} has shape "
+            f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    params = jax.device_put(params, parameter_shardings(params, make_mesh()))
+    return LoadedModel(objective, objective.model, params, config, metadata)
+
+
+def _default_visible(config: Mapping[str, Any], inputs: Sequence[str]) -> int:
+    """A sixth of all tokens, MultiMAE's own share."""
+    size = config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    specs = parse_modalities(config["modalities"])
+    return max(1, sum(math.prod(specs[name].grid(size)) for name in inputs) // 6)
+
+
+# Pictures
+
+
+class Pictures:
+    """Image files as a data source: the one modality `modality`, read when asked for."""
+
+    label_names: tuple[str, ...] = ()
+    may_lack: tuple[str, ...] = ()
+
+    def __init__(self, paths: Sequence[Path], modality: str):
+        self.paths, self.modality = tuple(paths), modality
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"id": str(self.paths[index]), self.modality: self.paths[index].read_bytes()}
+
+    def describe(self) -> str:
+        """One line: where the data come from."""
+        return f"{len(self)} pictures, the first is {self.paths[0]}"
+
+
+def find_pictures(places: Sequence[str | os.PathLike]) -> list[Path]:
+    """The image files among `places`: files as given, folders with all below them, in the order of their names.
+
+    Raises FileNotFoundError for a place that does not exist or holds none.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_file():
+            found.append(place)
+            continue
+        if not place.is_dir():
+            raise FileNotFoundError(f"{place} does not exist: give an image file or a folder of them")
+        below = sorted(p for p in place.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not below:
+            raise FileNotFoundError(f"no images below {place}; looked for {', '.join(EXTENSIONS)}")
+        found += below
+    return list(dict.fromkeys(found))
+
+
+def unreadable(paths: Sequence[Path]) -> dict[Path, str]:
+    """What is wrong with those files that are no images, from their headers alone (fast)."""
+    from PIL import Image
+
+    wrong = {}
+    for path in paths:
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            wrong[path] = str(error)
+    return wrong
+
+
+def first_input(model: Any) -> Modality:
+    """The modality that pictures are given as. Raises ValueError where it has class ids."""
+    spec = model.modality(model.inputs[0])
+    if spec.kind != "continuous":
+        raise ValueError(f"pictures are read as the first input modality, but {spec.name!r} of this checkpoint has class ids")
+    return spec
+
+
+def extract(
+    loaded: LoadedModel, paths: Sequence[Path], batch_size: int = 64, crop: float | int = 0.875
+) -> Iterator[tuple[list[int], list[int], dict[str, Float[np.ndarray, "b d"]]]]:
+    """Features of an unmasked pass over pictures as the first input modality: short side resized, middle cut out.
+
+    Yields, batch by batch: (indices into `paths`, indices of files that could not be decoded, features by name with one
+    row per index of the former). Where more than 1 % (and ten) of the files are damaged the pipeline raises RuntimeError.
+    """
+    spec, mesh = first_input(loaded.model), make_mesh()
+    batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+    predict = jax.jit(loaded.objective.predict, out_shardings=replicated(mesh))
+    source = Pictures(paths, spec.name)
+    with eval_batches(source, {spec.name: spec}, loaded.model.image_size, batch_size=batch_size, crop=crop) as batches:
+        for batch in batches:
+            features = predict(loaded.params, (), place_batch({spec.name: batch[spec.name]}, mesh))
+            index, valid = batch["index"], batch["valid"]
+            yield index[valid].tolist(), index[~valid & (index >= 0)].tolist(), {k: np.asarray(v)[valid] for k, v in features.items()}
+
+
+# The command
+
+
+def write_features(path: Path, ids: Sequence[str], features: Float[np.ndarray, "n d"], about: Mapping[str, str]) -> None:
+    """Write ids and features, format by the suffix; the file appears whole or not at all. `about`: where they come from."""
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".npz":
+        with open(partial, "wb") as file:
+            np.savez(file, ids=np.array(ids, dtype=str), features=features, about=np.array(json.dumps(dict(about))))
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({"features": np.ascontiguousarray(features)}, partial, metadata={"ids": json.dumps(list(ids)), **about})
+    os.replace(partial, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit status is 1 where a file was left out, 2 where nothing could be done."""
+    parser = argparse.ArgumentParser(prog="python -m maskvit.features", description="Features of one's own pictures.")
+    parser.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
+    parser.add_argument("--images", required=True, help="folder of pictures; those in folders below it count too")
+    parser.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(FORMATS)}")
+    parser.add_argument("--feature", choices=FEATURES, default="mean", help="mean of the patch tokens, or the global token")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--crop", type=float, default=0.875, help="image side over the side of the resized picture it is cut from")
+    arguments = parser.parse_args(argv)
+    try:
+        return _write_folder(**vars(arguments))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_size: int, crop: float) -> int:
+    if out.suffix not in FORMATS:
+        raise ValueError(f"--out is {str(out)!r}; its suffix says the format: {' or '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out is {str(out)!r}, but the folder {out.parent} does not exist: make it first")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
+    root = Path(images)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--images is {images!r}, which is no folder")
+    paths = find_pictures([root])
+    left_out = unreadable(paths)
+    paths = [path for path in paths if path not in left_out]
+    if not paths:
+        raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
+    loaded = load(checkpoint)
+
+    from tqdm import tqdm
+
+    ids, parts = [], []
+    with tqdm(total=len(paths), desc="features", unit="image", disable=None) as bar:
+        for good, bad, features in extract(loaded, paths, batch_size, crop):
+            ids += [paths[index].relative_to(root).as_posix() for index in good]
+            left_out |= {paths[index]: "damaged picture data" for index in bad}
+            parts.append(features[feature])
+            bar.update(len(good) + len(bad))
+    features = np.concatenate(parts)
+    about = dict(checkpoint=str(checkpoint), feature=feature, modality=first_input(loaded.model).name, crop=str(crop))
+    write_features(out, ids, features, about)
+    print(f"{len(ids)} x {features.shape[1]} features ({feature}) written to {out}")
+    if left_out:
+        print(f"{len(left_out)} file(s) left out:", file=sys.stderr)
+        for path, reason in left_out.items():
+            print(f"  {path}: {reason}", file=sys.stderr)
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

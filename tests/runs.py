@@ -1,0 +1,106 @@
+"""Small real runs for the tests of training: rendered scenes, the shipped configs' smoke forms, child processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from configs import common
+from maskvit.checkpoint import load_params
+from maskvit.data.builders import prepare
+from maskvit.types import tree_paths
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NUM_TRAIN = 40
+
+
+def make_scenes(directory: pathlib.Path) -> str:
+    """A few rendered scenes."""
+    prepare("scenes", str(directory), num_train=NUM_TRAIN, num_val=12, size=48)
+    return str(directory)
+
+
+def shipped_configs() -> list[str]:
+    """Every config file of the repository."""
+    files = sorted((ROOT / "configs").rglob("*.py"))
+    return [str(f.relative_to(ROOT)) for f in files if f.name not in ("common.py", "__init__.py")]
+
+
+def get_config(path: str) -> Any:
+    """The config of a file, as `--config` would load it."""
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def on_scenes(config: Any, data_dir: str) -> Any:
+    """A config pointed at the rendered scenes: their classes, and their sky without depth."""
+    with config.unlocked():
+        config.data.train = dict(source="tfds", name="scenes", data_dir=data_dir, split="train")
+        config.modalities.semseg.num_classes = 14
+        config.modalities.depth.missing = 0.0
+    return config
+
+
+def small_run(data_dir: str, guided: bool = False, **changes: Any) -> dict[str, Any]:
+    """The smoke form of the scenes experiment as plain data; `changes` are top-level keys."""
+    config = common.scenes()
+    if guided:
+        config = common.attention_guided(config)
+    config = on_scenes(common.smoke(config), data_dir)
+    config.micro_batch = 0
+    config.optimizer.base_lr = 3.2e-3  # 1e-4 at a batch of 8
+    config.schedule = dict(total_epochs=100.0, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
+    config.picture_every = 0
+    config = config.to_dict()
+    config.update(changes)
+    return config
+
+
+def write_config(path: pathlib.Path, config: dict[str, Any]) -> str:
+    """A config file for child processes."""
+    path.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n")
+    return str(path)
+
+
+def child(config: str, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """`python main.py` in a process of its own with so many CPU devices."""
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Wait for children and return what they said; an exit status but 0 fails with it."""
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
+    return said
+
+
+def free_port() -> int:
+    """A port of this machine nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def losses(workdir: pathlib.Path) -> np.ndarray:
+    """The logged losses of a run."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([row["loss"] for row in rows if "loss" in row])
+
+
+def same_params(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Whether the newest checkpoints of two runs hold the same bits."""
+    one, two = (tree_paths(load_params(path)[0]) for path in (first, second))
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)

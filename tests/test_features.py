@@ -1,0 +1,134 @@
+"""`maskvit.load` and `python -m maskvit.features`: a checkpoint and a folder in, features with ids out."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import maskvit
+from maskvit.checkpoint import CheckpointError, save_imported
+from maskvit.features import extract, find_pictures, main
+from maskvit.modalities import DEPTH, RGB
+from maskvit.objectives import build_objective
+
+# As a converter writes it: nothing of masking, and lists where the config had tuples.
+CONFIG = dict(
+    image_size=[32, 32],
+    modalities=dict(rgb=dict(RGB, patch=8), depth=dict(DEPTH, patch=8)),
+    objective=dict(
+        name="multimae", inputs=["rgb", "depth"], outputs=["rgb", "depth"],
+        encoder=dict(width=48, depth=2, heads=2), decoder=dict(width=16, depth=1, heads=2),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("imported")
+    config = {**CONFIG, "objective": {**CONFIG["objective"], "num_visible": 5}}
+    params, _ = jax.jit(build_objective(config).init)(jax.random.key(3))
+    save_imported(directory, jax.device_get(params), {"config": CONFIG, "source": {"file": "x.pth"}, "licence": "none"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "deeper").mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("b.png", (40, 60)), ("a.JPG", (64, 33)), ("deeper/c.webp", (32, 32)), ("grey.png", (50, 50, 0))):
+        pixels = rng.integers(0, 256, (*size[:2], 3), dtype=np.uint8)
+        Image.fromarray(pixels[..., 0] if len(size) == 3 else pixels).save(root / name)
+    (root / "notes.txt").write_text("not a picture")
+    return root
+
+
+def test_load_opens_what_conversion_wrote(checkpoint):
+    loaded = maskvit.load(checkpoint)
+    assert loaded.model is loaded.objective.model
+    assert loaded.config == json.loads(json.dumps(CONFIG))
+    assert loaded.objective.num_visible == 5  # a sixth of 32
+    assert loaded.metadata["source"] == {"file": "x.pth"}
+    expected, _ = jax.jit(loaded.objective.init)(jax.random.key(3))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), loaded.params, expected))
+
+
+def test_parameters_of_another_model_are_refused(checkpoint, tmp_path):
+    wider = {**CONFIG, "objective": {**CONFIG["objective"], "encoder": dict(width=96, depth=2, heads=2)}}
+    params = jax.device_get(maskvit.load(checkpoint).params)
+    save_imported(tmp_path / "other", params, {"config": wider})
+    with pytest.raises(CheckpointError, match="are not those of the config inside it: encoder/block_00/attn/proj/bias has shape"):
+        maskvit.load(tmp_path / "other")
+    save_imported(tmp_path / "nothing", params, {"config": {}})
+    with pytest.raises(CheckpointError, match="lacks 'modalities'"):
+        maskvit.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_folder_becomes_ids_and_features(checkpoint, folder, tmp_path, capsys, suffix):
+    out = tmp_path / f"features{suffix}"
+    feature = "mean" if suffix == ".npz" else "global"
+    arguments = ["--checkpoint", str(checkpoint), "--images", str(folder), "--out", str(out), "--feature", feature]
+    assert main([*arguments, "--batch_size", "3"]) == 0
+    assert "4 x 48 features" in capsys.readouterr().out
+    if suffix == ".npz":
+        with np.load(out) as file:
+            ids, features = file["ids"].tolist(), file["features"]
+            assert json.loads(str(file["about"]))["feature"] == "mean"
+    else:
+        from safetensors import safe_open
+
+        with safe_open(out, "np") as file:
+            ids, features = json.loads(file.metadata()["ids"]), file.get_tensor("features")
+    assert ids == ["a.JPG", "b.png", "deeper/c.webp", "grey.png"]
+    assert features.shape == (4, 48) and features.dtype == np.float32
+
+    # Against the objective itself, on a picture that needs no resize.
+    loaded = maskvit.load(checkpoint)
+    whole = [Image.open(folder / "deeper" / "c.webp").convert("RGB")]
+    expected = loaded.objective.predict(loaded.params, (), {"rgb": jnp.stack([np.asarray(image) for image in whole])})[feature]
+    [(_, _, uncropped)] = extract(loaded, [folder / "deeper" / "c.webp"], crop=1.0)
+    np.testing.assert_allclose(uncropped[feature], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_damaged_files_are_named_and_the_exit_status_tells(checkpoint, folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    whole = (folder / "b.png").read_bytes()
+    (pictures / "good.png").write_bytes(whole)
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "page.jpg").write_text("<html>not found</html>")
+    out = tmp_path / "f.npz"
+    assert main(["--checkpoint", str(checkpoint), "--images", str(pictures), "--out", str(out)]) == 1
+    errors = capsys.readouterr().err
+    assert "2 file(s) left out" in errors and "cut.png: damaged" in errors and "page.jpg: cannot identify" in errors
+    with np.load(out) as file:
+        assert file["ids"].tolist() == ["good.png"] and file["features"].shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--out": "features.csv"}, "its suffix says the format: .npz or .safetensors"),
+        ({"--out": "nowhere/features.npz"}, "the folder nowhere does not exist"),
+        ({"--images": "nowhere"}, "which is no folder"),
+        ({"--checkpoint": "nowhere"}, "it does not exist"),
+        ({"--batch_size": "0"}, "at least 1"),
+    ],
+)
+def test_mistakes_end_with_one_line(checkpoint, folder, tmp_path, capsys, changed, message):
+    arguments = {"--checkpoint": str(checkpoint), "--images": str(folder), "--out": str(tmp_path / "f.npz")} | changed
+    assert main([part for pair in arguments.items() for part in pair]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_finding_pictures(folder, tmp_path):
+    assert [p.name for p in find_pictures([folder / "grey.png", folder])] == ["grey.png", "a.JPG", "b.png", "c.webp"]
+    with pytest.raises(FileNotFoundError, match="no images below"):
+        find_pictures([tmp_path])

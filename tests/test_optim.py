@@ -1,0 +1,190 @@
+"""Schedules at their published values, decay and frozen parameters, clipping, imported moments."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_objective
+
+from maskvit.models import frozen_mask
+from maskvit.optim import Cosine, adamw, decay_mask, with_adam_moments
+from maskvit.types import tree_paths
+
+EPOCH = 625  # steps of the 1600-epoch run
+ORIGINAL = Cosine(peak=8e-4, total=1600 * EPOCH, warmup=40 * EPOCH)
+PUBLISHED = {10: 2.00008e-4, 40: 8.0e-4, 400: 6.994e-4, 800: 4.161e-4, 1200: 1.229e-4, 1400: 3.201e-5, 1500: 8.084e-6, 1550: 2.026e-6, 1590: 8.11e-8}
+
+
+def exact_rate(t: int, peak: float, total: int, warmup: int, floor: float = 0.0) -> float:
+    """The schedule by its definition in float64."""
+    if t < warmup:
+        return peak * t / max(warmup - 1, 1)
+    return floor + 0.5 * (peak - floor) * (1 + np.cos(np.pi * (t - warmup) / (total - warmup)))
+
+
+@pytest.mark.parametrize("epoch,rate", PUBLISHED.items())
+def test_the_1600_epoch_schedule(epoch, rate):
+    np.testing.assert_allclose(ORIGINAL(epoch * EPOCH), rate, rtol=2e-4 if epoch < 1590 else 1e-3)
+
+
+@pytest.mark.parametrize("epoch,rate", [(100, 7.464e-4), (200, 4.695e-4)])
+def test_the_400_epoch_schedule(epoch, rate):
+    np.testing.assert_allclose(Cosine(peak=8e-4, total=400 * EPOCH, warmup=40 * EPOCH)(epoch * EPOCH), rate, rtol=2e-4)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-6])
+def test_every_step_follows_the_definition(floor):
+    schedule = Cosine(peak=8e-4, total=1_000_000, warmup=25_000, floor=floor)
+    steps = np.unique(np.r_[0:10, np.linspace(0, 999_999, 500).astype(int), 24_990:25_010, 999_980:1_000_000])
+    rates = jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))
+    np.testing.assert_allclose(rates, [exact_rate(t, 8e-4, 1_000_000, 25_000, floor) for t in steps], rtol=3e-6, atol=1e-16)
+
+
+def test_the_first_step_has_rate_zero_and_the_peak_comes_twice():
+    assert ORIGINAL(0) == 0
+    np.testing.assert_allclose([ORIGINAL(24_999), ORIGINAL(25_000)], np.float32(8e-4), rtol=1e-7)
+    assert ORIGINAL(24_998) < ORIGINAL(24_999) and ORIGINAL(25_500) < ORIGINAL(25_000)
+
+
+def test_three_ways_to_continue():
+    tail = Cosine(peak=8e-4, total=1600 * EPOCH, warmup=40 * EPOCH, start=1500 * EPOCH)
+    for step in (0, 1, 777, 100 * EPOCH - 1):
+        assert tail(step) == ORIGINAL(1500 * EPOCH + step)
+    np.testing.assert_allclose(tail(0), 8.084e-6, rtol=1e-4)
+
+    scaled = Cosine(peak=8e-3, total=1600 * EPOCH, warmup=40 * EPOCH, start=1500 * EPOCH)
+    np.testing.assert_allclose(scaled(1000), 10 * tail(1000), rtol=1e-6)
+
+    restart = Cosine(peak=8e-4, total=100 * EPOCH, warmup=20 * EPOCH)
+    assert restart(0) == 0
+    np.testing.assert_allclose(restart(20 * EPOCH), 8e-4, rtol=1e-6)
+    np.testing.assert_allclose(restart(60 * EPOCH), 4e-4, rtol=1e-6)
+
+
+def test_without_warm_up_the_peak_comes_first_and_after_the_end_the_floor_stays():
+    schedule = Cosine(peak=1.0, total=10, floor=0.25)
+    assert schedule(0) == 1 and schedule(10) == 0.25 and schedule(25) == 0.25
+    assert Cosine(peak=1.0, total=10, warmup=1)(0) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(total=10, warmup=10), "warm-up of 10 steps does not fit into 10 steps"),
+        (dict(total=10, warmup=-1), "does not fit"),
+        (dict(total=10, start=10), r"start_epochs \(10 steps\) must lie before total_epochs \(10 steps\)"),
+        (dict(total=10, start=-1), "start_epochs"),
+    ],
+)
+def test_schedules_that_cannot_be_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=f"config.schedule.*{message}"):
+        Cosine(peak=1.0, **arguments)
+
+
+# The optimiser
+
+TREE = {
+    "layer": {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full((2,), 0.3)},
+    "norm": {"scale": jnp.ones((3,)), "bias": jnp.zeros((3,))},
+    "class_embed": jnp.full((4, 2), 0.1),
+    "pos_embed": jnp.full((2, 2, 4), 0.7),
+}
+FROZEN = frozen_mask(TREE)
+
+
+def constant(step):
+    return jnp.float32(0.1)
+
+
+def updates_of(grads, steps: int = 1, **arguments):
+    """Parameters after `steps` updates of learning rate 0.1 with the same gradients."""
+    optimizer = adamw(TREE, FROZEN, constant, **arguments)
+    state, params = optimizer.tx.init(TREE), TREE
+    for _ in range(steps):
+        updates, state = optimizer.tx.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + 0.1 * u, params, updates)
+    return params, state
+
+
+def test_adamw_by_its_definition():
+    grads = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32), TREE)
+    params, _ = updates_of(grads, steps=3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
+    for name, start in tree_paths(TREE).items():
+        p, g, m, v = np.asarray(start, float), np.asarray(tree_paths(grads)[name], float), 0.0, 0.0
+        for t in (1, 2, 3):
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            p = p * (1 - 0.1 * 0.05) - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        expected = np.asarray(start) if name == "pos_embed" else p
+        np.testing.assert_allclose(tree_paths(params)[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_decay_of_everything_or_of_kernels_alone():
+    zeros = jax.tree.map(jnp.zeros_like, TREE)
+    for decay_all, decaying in ((True, set(tree_paths(TREE)) - {"pos_embed"}), (False, {"layer/kernel"})):
+        params, _ = updates_of(zeros, weight_decay=0.5, decay_all=decay_all)
+        for name, start in tree_paths(TREE).items():
+            np.testing.assert_allclose(tree_paths(params)[name], np.asarray(start) * (0.95 if name in decaying else 1), rtol=1e-6)
+
+
+def test_what_decays_in_multimae():
+    shapes = jax.eval_shape(lambda key: tiny_objective().init(key)[0], jax.random.key(0))
+    everything = tree_paths(decay_mask(shapes, frozen_mask(shapes), True))
+    assert {name for name, decays in everything.items() if not decays} == {name for name in everything if name.endswith("pos_embed")}
+    assert sum(not decays for decays in everything.values()) == 7
+    exempted = tree_paths(decay_mask(shapes, frozen_mask(shapes), False))
+    assert all(decays == name.endswith("/kernel") for name, decays in exempted.items())
+
+
+def test_frozen_tables_have_no_moments_and_do_not_move():
+    grads = jax.tree.map(jnp.ones_like, TREE)
+    params, state = updates_of(grads, steps=2)
+    np.testing.assert_array_equal(params["pos_embed"], TREE["pos_embed"])
+    paths = tree_paths(state)
+    assert not [name for name in paths if "pos_embed" in name]
+    assert len([name for name in paths if "/mu/" in name]) == len([name for name in paths if "/nu/" in name]) == 5
+
+
+def test_clipping_bounds_the_norm_over_trainable_parameters():
+    # The frozen table's gradient must not count. Adam hides a common factor, so look at its first moment.
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, 2.0), TREE)
+    grads["pos_embed"] = jnp.full(TREE["pos_embed"].shape, 1e6)
+    _, state = updates_of(grads, clip_norm=1.0)
+    moments = [leaf for name, leaf in tree_paths(state).items() if "/mu/" in name]
+    np.testing.assert_allclose(optax.global_norm(moments), 0.1, rtol=1e-5)
+    small = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), TREE)
+    for name, leaf in tree_paths(updates_of(small, clip_norm=1.0)[1]).items():
+        if "/mu/" in name:
+            np.testing.assert_allclose(leaf, 1e-4, rtol=1e-5)
+
+
+def moments_of(state) -> dict:
+    """{"count", "mu", "nu"} as an importer delivers them: numpy, frozen tensors left out."""
+    [adam] = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) if isinstance(x, optax.ScaleByAdamState)]
+    keep = lambda tree: {k: keep(v) if isinstance(v, dict) else np.asarray(v) for k, v in tree.items() if k != "pos_embed"}  # noqa: E731
+    return dict(count=int(adam.count), mu=keep(adam.mu), nu=keep(adam.nu))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_imported_moments_continue_the_run(clip_norm):
+    grads = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32), TREE)
+    optimizer = adamw(TREE, FROZEN, constant, clip_norm=clip_norm)
+    params, state = updates_of(grads, steps=4, clip_norm=clip_norm)
+    imported = with_adam_moments(optimizer.tx.init(params), moments_of(state))
+    assert jax.tree.structure(imported) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(imported), jax.tree.leaves(state), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_moments_that_do_not_fit_are_errors():
+    optimizer = adamw(TREE, FROZEN, constant)
+    fresh, given = optimizer.tx.init(TREE), moments_of(optimizer.tx.init(TREE))
+    del given["mu"]["layer"]["bias"]
+    with pytest.raises(ValueError, match="moments lack 'layer/bias'"):
+        with_adam_moments(fresh, given)
+    given["mu"]["layer"]["bias"] = np.zeros((5,), np.float32)
+    with pytest.raises(ValueError, match=r"'layer/bias' of shape \(2,\)"):
+        with_adam_moments(fresh, given)

@@ -1,0 +1,74 @@
+"""One device and four give the same training."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
+
+from maskvit.keys import sample_keys
+from maskvit.models import frozen_mask
+from maskvit.objectives.multimae import MultiMae
+from maskvit.optim import Cosine, adamw
+from maskvit.sharding import batch_sharding, check_batch, make_mesh, parameter_shardings, place_batch, replicated
+from maskvit.step import init_state, train_step
+
+STEPS = 20
+
+
+def run(objective: MultiMae, devices: int) -> tuple[list[float], np.ndarray]:
+    """(losses of 20 steps at learning rate 1e-4, what is hidden at step 0) on that many devices."""
+    mesh = make_mesh(jax.devices()[:devices])
+    shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
+    optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000))
+    state = jax.jit(lambda: init_state(objective, optimizer, 0), out_shardings=replicated(mesh))()
+    step = jax.jit(
+        lambda state, batch: train_step(state, batch, objective=objective, optimizer=optimizer, seed=0),
+        in_shardings=(parameter_shardings(state, mesh), batch_sharding(mesh)),
+        out_shardings=(parameter_shardings(state, mesh), replicated(mesh)),
+        donate_argnums=0,
+    )
+    batches = [place_batch(tiny_batch(8, seed=i), mesh) for i in range(STEPS)]
+    plan = jax.jit(lambda p, b: objective.plan(p, b, sample_keys(0, 0, 8))[0].masked)(state.params, batches[0])
+    masked, losses = np.asarray(plan), []
+    for batch in batches:
+        assert len(batch["rgb"].sharding.device_set) == devices
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"][0]))
+    assert int(state.step) == STEPS and int(state.skipped) == 0
+    return losses, masked
+
+
+@pytest.mark.parametrize("masking,tolerance", [(RANDOM, 1e-5), (GUIDED, 1e-4)], ids=["random", "guided"])
+def test_four_devices_give_the_losses_of_one(masking, tolerance):
+    objective = tiny_objective(**masking)
+    (one, masked_one), (four, masked_four) = run(objective, 1), run(objective, 4)
+    np.testing.assert_array_equal(masked_one, masked_four)
+    np.testing.assert_allclose(four, one, rtol=tolerance)
+    assert len(set(one)) == STEPS
+
+
+def test_batches_that_do_not_divide_are_errors():
+    mesh = make_mesh()
+    assert mesh.size == 4
+    check_batch(16, mesh, micro_batches=2)
+    with pytest.raises(ValueError, match="global_batch 6 is not divisible by 4 devices x 1 micro-batches: use a multiple of 4"):
+        check_batch(6, mesh)
+    with pytest.raises(ValueError, match="use a multiple of 16"):
+        check_batch(24, mesh, micro_batches=4)
+
+
+def test_placing_a_batch_spreads_samples_and_drops_what_stays_on_the_host():
+    host = dict(tiny_batch(8), id=["a"] * 8, index=np.arange(8), _shape=(1, 2))
+    placed = place_batch(host, make_mesh())
+    assert set(placed) == {"rgb", "depth", "semseg"}
+    for name, value in placed.items():
+        np.testing.assert_array_equal(value, host[name])
+        assert {shard.data.shape[0] for shard in value.addressable_shards} == {2}
+
+
+def test_parameters_are_replicated_whatever_their_path():
+    mesh = make_mesh()
+    shardings = parameter_shardings({"a": {"kernel": 1}, "b": [2, 3]}, mesh)
+    assert all(sharding == replicated(mesh) for sharding in jax.tree.leaves(shardings))

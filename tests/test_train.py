@@ -1,0 +1,173 @@
+"""The loop: every shipped config runs, resumes bit for bit, survives being killed, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from maskvit import train
+from maskvit.checkpoint import CheckpointError, CheckpointStore
+from maskvit.objectives import build_objective
+from tests.runs import child, finish, get_config, losses, make_scenes, on_scenes, same_params, shipped_configs, small_run, write_config
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.mark.parametrize("path", shipped_configs())
+def test_shipped_config_has_its_full_size(path):
+    config = get_config(path).to_dict()
+    objective = build_objective(config)
+    params = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(params)) > 1_000_000
+    if "multimae_b" in path:
+        assert sum(x.size for x in jax.tree.leaves(params)) == 98_569_360
+
+
+@pytest.mark.parametrize("path", shipped_configs())
+def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
+    config = on_scenes(common.smoke(get_config(path)), data_dir)
+    with config.unlocked():
+        config.evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8))
+    settings = config.to_dict()
+    train.run(str(tmp_path), **{**settings, "total": "1 steps"})
+    state = train.run(str(tmp_path), **settings)
+    assert int(state.step) == 2 and int(state.skipped) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert any(key.startswith("knn/mean/") for row in rows for key in row)
+    assert (tmp_path / "pictures" / "masking_00000002.png").stat().st_size > 1000
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        assert store.latest_valid() == 2
+
+
+def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
+    config = small_run(data_dir, guided=True, total="6 steps", checkpoint=dict(every="6 steps", keep=2))
+    train.run(str(tmp_path / "whole"), **config)
+    for stop in (1, 4, 5):  # 5 steps are an epoch
+        workdir = tmp_path / f"stopped_{stop}"
+        train.run(str(workdir), **{**config, "total": f"{stop} steps"})
+        train.run(str(workdir), **config)
+        assert same_params(workdir, tmp_path / "whole")
+        np.testing.assert_array_equal(losses(workdir), losses(tmp_path / "whole"))
+
+
+def test_killed_and_terminated_runs_go_on(data_dir, tmp_path):
+    config = small_run(data_dir, guided=True, total="30 steps", checkpoint=dict(every="2 steps", keep=2))
+    file = write_config(tmp_path / "config.py", config)
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    finish(child(file, whole))
+
+    def run_until(step: int, number: int) -> int:
+        process = child(file, workdir)
+        metrics = workdir / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        return process.returncode
+
+    assert run_until(5, signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(11, signal.SIGTERM) == 128 + signal.SIGTERM
+    said = finish(child(file, workdir))[0]
+    assert "resuming at step" in said
+    assert same_params(workdir, whole)
+    assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name or p.name.startswith(".unfinished")]
+
+
+def test_evaluation_alone(data_dir, tmp_path):
+    evaluators = dict(knn=dict(type="knn", ks=(3,), batch_size=8))
+    train.run(str(tmp_path), **small_run(data_dir, total=0, evaluators=evaluators))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["step"] == 0 and "knn/global/top1_k3" in row
+
+
+def change(config, path, value):
+    """Set a dotted key of a nested dict."""
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config[key]
+    config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("objective.name", "multimea", "config.objective.name is 'multimea'; known: multimae"),
+        ("objective.num_visibel", 3, "config.objective has unknown key 'num_visibel'; known: .*num_visible"),
+        ("objective.scores", {"name": "loud"}, "config.objective.scores.name is 'loud'; known: random"),
+        ("objective.num_visible", 48, "num_visible is 48, but an image of .* has 48 tokens"),
+        ("objective.inputs", ("rgb", "thermal"), "config.objective.inputs names 'thermal'; declared"),
+        ("objective.outputs", ("norm_semseg",), "cannot be normalised per patch"),
+        ("objective.scores", {"name": "attention_high"}, "needs config.objective.guidance"),
+        ("objective.budget", {"name": "dirichlet", "alphas": (1.0, 2.0)}, "alphas has 2 values for the 3 inputs"),
+        ("image_size", (36, 32), "image height 36 is not a multiple of modality 'rgb'"),
+        ("modalities.rgb.lose", "mse", "config.modalities.rgb has unknown key 'lose'; known: .*loss"),
+        ("modalities.rgb.loss", "huber", "config.modalities.rgb.loss is 'huber'"),
+        ("modalities.semseg.num_classes", 5, "num_classes"),
+        ("optimizer.momentum", 0.9, "config.optimizer has unknown key 'momentum'; known: b1, b2"),
+        ("schedule.warmup_epochs", 200.0, "warm-up of .* does not fit"),
+        ("total", "600 steps", "past the schedule's end"),
+        ("total", "ten", "ten"),
+        ("global_batch", 6, "not divisible by 4 devices"),
+        ("global_batch", 64, "64"),
+        ("micro_batch", 3, "config.micro_batch is 3"),
+        ("data.train.split", "test", "known: train"),
+        ("data.train.data_dir", "/nowhere", "nowhere"),
+        ("data.wokers", 1, "config.data has unknown key 'wokers'; known: train, augment, workers"),
+        ("data.augment", {"flipp": 1.0}, "flipp"),
+        ("evaluators", {"knn": {"type": "nearest"}}, "config.evaluators.knn.type is 'nearest'; known: knn"),
+        ("evaluators", {"knn": {"type": "knn", "kay": 3}}, "config.evaluators.knn has unknown key 'kay'"),
+        ("init_from", {"path": "/nowhere"}, "nowhere"),
+        ("writers", ("paper",), "paper"),
+        ("checkpoint", {"every": "1 steps", "keep": 0}, "config.checkpoint.keep is 0"),
+    ],
+)  # fmt: skip
+def test_bad_config_is_refused_before_the_first_step(path, value, message, data_dir, tmp_path):
+    config = small_run(data_dir)
+    change(config, path, value)
+    with pytest.raises((ValueError, CheckpointError, FileNotFoundError), match=message):
+        train.run(str(tmp_path), **config)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_unknown_top_level_key_and_one_line_errors(data_dir, tmp_path):
+    config = small_run(data_dir, global_bach=8)
+    said = child(write_config(tmp_path / "config.py", config), tmp_path / "run").communicate(timeout=120)[0]
+    assert "config has unknown key 'global_bach'; known: " in said and "Traceback" not in said
+
+
+def test_modality_without_data(data_dir, tmp_path):
+    config = small_run(data_dir)
+    config["modalities"]["thermal"] = dict(channels=1, patch=8, loss="l1")
+    config["objective"]["inputs"] = ("rgb", "thermal")
+    config["objective"]["outputs"] = ("rgb", "thermal")
+    with pytest.raises(ValueError, match="thermal"):
+        train.run(str(tmp_path), **config)
+
+
+def test_checkpoint_of_another_size_needs_a_named_remedy(data_dir, tmp_path):
+    train.run(str(tmp_path / "first"), **small_run(data_dir, total="1 steps"))
+    config = small_run(data_dir, init_from=dict(path=str(tmp_path / "first")))
+    config["objective"]["decoder"] = dict(width=32, depth=1, heads=2)
+    with pytest.raises(CheckpointError, match="outputs/"):
+        train.run(str(tmp_path / "second"), **config)
+    config["init_from"]["fresh"] = ("outputs/.*",)
+    assert int(train.run(str(tmp_path / "third"), **{**config, "total": "1 steps"}).step) == 1
+
+
+def test_workdir_of_another_run_and_unwritable_workdir(data_dir, tmp_path):
+    train.run(str(tmp_path / "run"), **small_run(data_dir, total="1 steps"))
+    with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 in this config"):
+        train.run(str(tmp_path / "run"), **small_run(data_dir, seed=1))
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(CheckpointError, match="file"):
+        train.run(str(tmp_path / "file"), **small_run(data_dir))
