@@ -1,9 +1,9 @@
 """PyTorch checkpoints in and out; torch itself is not needed but for writing .pth and for --verify.
 
-    python convert_torch_checkpoint.py --src multimae.pth --dst checkpoints/multimae_b     # then config.init_from.path
-    python convert_torch_checkpoint.py --src multimae.pth --inspect
-    python convert_torch_checkpoint.py --src runs/x --dst x.safetensors --to multimae
-    python convert_torch_checkpoint.py --src multimae.pth --verify ~/MultiMAE [--images DIR]
+python convert_torch_checkpoint.py --src multimae.pth --dst checkpoints/multimae_b     # then config.init_from.path
+python convert_torch_checkpoint.py --src multimae.pth --inspect
+python convert_torch_checkpoint.py --src runs/x --dst x.safetensors --to multimae
+python convert_torch_checkpoint.py --src multimae.pth --verify ~/MultiMAE [--images DIR]
 """
 
 import argparse

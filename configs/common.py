@@ -19,8 +19,14 @@ def modalities() -> ConfigDict:
             # Stored as 16-bit counts of 1/512 m; the model sees count / 2**16, standardised. A sensor's depth has holes:
             # missing=0.0 says that the count 0 means "not measured".
             depth=dict(
-                kind="continuous", channels=1, patch=16, loss="l1", scale=1 / 65536, standardize=True,
-                missing=config_dict.placeholder(float), metres_per_count=1 / 512,
+                kind="continuous",
+                channels=1,
+                patch=16,
+                loss="l1",
+                scale=1 / 65536,
+                standardize=True,
+                missing=config_dict.placeholder(float),
+                metres_per_count=1 / 512,
             ),
             semseg=dict(kind="categorical", num_classes=133, patch=16, stride=4, loss="cross_entropy", embed_dim=64),
         )

@@ -29,7 +29,9 @@ DTYPES = ("float32", "bfloat16")
 STEPS = ("random", "guided")
 
 
-def step_config(size: Any, image: int, dtype: str, guided: bool, *, num_visible: int = 98, decoder: Mapping[str, int] | None = None) -> dict[str, Any]:
+def step_config(
+    size: Any, image: int, dtype: str, guided: bool, *, num_visible: int = 98, decoder: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The config of one step: MultiMAE of the published recipe with rgb, depth, semseg and four outputs."""
     from maskvit.modalities import DEPTH, RGB, SEMSEG
 
@@ -440,9 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     for dtype in options.dtype:
         for batch in options.batch:
-            records = bench_step(
-                options.size, batch=batch, image=options.image, dtype=dtype, steps=options.steps, warmup=options.warmup, with_torch=with_torch
-            )
+            times = dict(steps=options.steps, warmup=options.warmup)
+            records = bench_step(options.size, batch=batch, image=options.image, dtype=dtype, with_torch=with_torch, **times)
             for record in records:
                 show(record)
                 print(table_row(record), file=sys.stderr, flush=True)

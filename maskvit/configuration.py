@@ -14,7 +14,9 @@ def check_arguments(where: str, function: Callable[..., Any], arguments: Mapping
     for key in arguments:
         if key not in known:
             raise ValueError(f"{where} has unknown key {key!r}; known: {', '.join(known) or 'none'}")
-    needed = [n for n in known if parameters[n].default is inspect.Parameter.empty and parameters[n].kind is not inspect.Parameter.VAR_KEYWORD]
+    needed = [
+        n for n in known if parameters[n].default is inspect.Parameter.empty and parameters[n].kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     missing = [name for name in needed if name not in arguments]
     if missing:
         raise ValueError(f"{where} lacks the key {missing[0]!r}")

@@ -155,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mean patch": mean_patch_losses(objective, mean_patches(objective, train_set), held_out, plans),
     }
     checks = [("held-out loss below the imported checkpoint's", sum(losses["continued"].values()) < sum(losses["imported"].values()))]
-    checks += [(f"{name}: better than a mean patch", losses["continued"][name] < losses["mean patch"][name]) for name in losses["continued"]]
+    checks += [
+        (f"{name}: better than a mean patch", losses["continued"][name] < losses["mean patch"][name]) for name in losses["continued"]
+    ]
 
     pictures = {}
     some = jax.tree.map(lambda x: x[:4], held_out[0])
@@ -209,13 +211,13 @@ def build_page(
             ]),
             S("Did it work", [T(("check", "result"), [(name, "pass" if passed else "FAIL") for name, passed in checks])]),
             S("Held-out loss", [
-                P("Over held-out scenes at fixed masks: those that the imported checkpoint's own attention asks for. A mean patch predicts, "
-                  "at every place, the training set's mean there (class frequencies for the semantic map, and for normalised patches each "
+                P("Over held-out scenes at fixed masks: those that the imported checkpoint's own attention asks for. A mean patch "
+                  "predicts, at every place, the training set's mean there (class frequencies for the semantic map, and for normalised patches each "
                   "patch's own mean)."),
                 T(("output", "imported", "continued", "mean patch"), loss_rows),
             ]),
             S("Masks, guidance and reconstructions", [
-                F(pictures["continued"], "Held-out scenes, the continued model: input, its attention as guidance, what stays visible, reconstruction."),
+                F(pictures["continued"], "Held-out scenes, the continued model: input, attention, what stays visible, reconstruction."),
                 F(pictures["imported"], "The same scenes and masks, the imported checkpoint."),
             ]),
             S("Training", [F(figures.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps.")]),

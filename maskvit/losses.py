@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def masked_mean(
-    values: Float[Array, "b n p"], weights: Float[Array, "b n p"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def masked_mean(values: Float[Array, "b n p"], weights: Float[Array, "b n p"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum over samples of their weighted means, number of samples with any weight).
 
     The denominator is guarded before dividing: a sample without weight has a zero gradient, where 0/0 would have NaN.

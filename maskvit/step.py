@@ -26,9 +26,7 @@ def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -
     return TrainState(zero, params, optimizer.tx.init(params), objective_state, zero)
 
 
-def gradients(
-    state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int
-) -> tuple[Any, Any, Any, Metrics]:
+def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int) -> tuple[Any, Any, Any, Metrics]:
     """(loss, gradients, objective state, metrics) of a batch worked off in `micro_batches` equal parts.
 
     Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:

@@ -21,6 +21,8 @@ from maskvit import checkpoint as checkpoints
 from maskvit.configuration import check_arguments
 from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches, train_batches
+from maskvit.data.pipeline import steps_per_epoch as epoch_steps
+from maskvit.data.transforms import parse_augment
 from maskvit.durations import is_time, to_steps
 from maskvit.evaluators import build_evaluators
 from maskvit.flops import step_flops
@@ -52,7 +54,8 @@ def main(config: Any, workdir: str, profile: str | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     plain = config.to_dict()
     try:
-        check_arguments("config", run, plain, given=("workdir", "profile"))
+        with _config_errors():
+            check_arguments("config", run, plain, given=("workdir", "profile"))
         run(workdir, profile=profile, **plain)
     except (ConfigError, checkpoints.CheckpointError, FileNotFoundError, ImportError) as error:
         LOG.error("error: %s", error)
@@ -120,17 +123,16 @@ def _block(where: str, function: Any, values: Mapping[str, Any]) -> dict[str, An
 # Start-up
 
 
-def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any] | None, dict[str, Any]]:
-    """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, objective state, moments, metadata).
+def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, objective state, moments).
 
     Imported optimiser moments come along only where every trained tensor was loaded as it is.
     """
     params, objective_state = jax.jit(objective.init)(jax.random.key(seed))
     if not init_from["path"]:
-        return params, objective_state, None, {}
+        return params, objective_state, None
     params, rows = checkpoints.init_from(params, **init_from)
     LOG.info("%s", checkpoints.format_report(rows))
-    _, metadata = checkpoints.load_params(init_from["path"])
     changed = [row for row in rows if row.action in ("fresh", "dropped")]
     moments = checkpoints.load_adam(init_from["path"])
     if moments is not None and changed:
@@ -138,7 +140,7 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
         moments = None
     if moments is not None:
         LOG.info("optimiser moments imported, at update %d", int(moments["count"]))
-    return params, objective_state, moments, metadata
+    return params, objective_state, moments
 
 
 def compile_step(
@@ -150,15 +152,8 @@ def compile_step(
     from an estimate on.
     """
     limit = memory_limit()
-    counts = [n for n in range(1, global_batch // devices + 1) if global_batch % (n * devices) == 0]
-    if micro_batch:
-        if global_batch % micro_batch or (global_batch // micro_batch) not in counts:
-            raise ConfigError(
-                f"config.micro_batch is {micro_batch}: it must divide config.global_batch {global_batch} into parts of equal size on "
-                f"{devices} devices, for example {global_batch // counts[min(1, len(counts) - 1)]}"
-            )
-        counts = [global_batch // micro_batch]
-    elif limit is not None:
+    counts = micro_batch_counts(global_batch, micro_batch, devices)
+    if limit is not None:
         per_sample = activation_bytes(model)
         counts = [n for n in counts if global_batch / n / devices * per_sample < limit] or counts[-1:]
     for n in counts:
@@ -169,8 +164,24 @@ def compile_step(
             break
         LOG.info("%d micro-batch(es) would need %.1f GB per device of %.1f GB: trying more", n, needed / 1e9, limit / 1e9)
     if limit is not None and needed > limit:
-        LOG.warning("the step needs %.1f GB per device, which has %.1f GB: lower config.micro_batch or set remat=True", needed / 1e9, limit / 1e9)
+        LOG.warning(
+            "the step needs %.1f GB per device, which has %.1f GB: lower config.micro_batch or set remat=True", needed / 1e9, limit / 1e9
+        )
     return compiled, n, needed
+
+
+def micro_batch_counts(global_batch: int, micro_batch: int, devices: int) -> list[int]:
+    """Into how many micro-batches a batch may be split, fewest first; just one number where `micro_batch` is given."""
+    counts = [n for n in range(1, global_batch // devices + 1) if global_batch % (n * devices) == 0]
+    if not micro_batch:
+        return counts
+    if global_batch % micro_batch or global_batch // micro_batch not in counts:
+        sizes = ", ".join(str(global_batch // n) for n in counts[:6])
+        raise ConfigError(
+            f"config.micro_batch is {micro_batch}: it must divide config.global_batch {global_batch} into equal parts on {devices} "
+            f"devices, for example {sizes}; 0 takes the largest that fits"
+        )
+    return [global_batch // micro_batch]
 
 
 def activation_bytes(model: Any) -> float:
@@ -280,7 +291,9 @@ class Painter:
         self._modalities = modalities
         size = objective.model.image_size
         batches = eval_batches(source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES)
-        self._batch = {k: v for k, v in next(iter(batches)).items() if isinstance(v, np.ndarray) and k not in ("index", "valid", "label")}
+        with batches:
+            first = next(batches)
+        self._batch = {k: v for k, v in first.items() if isinstance(v, np.ndarray) and k not in ("index", "valid", "label")}
         self._visualize = jax.jit(objective.visualize)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
@@ -347,7 +360,9 @@ def run(
         specs = {spec.name: spec for spec in model.modalities}
         train_source = dict(data["train"])
         source = open_source(train_source.pop("source", "tfds"), specs, **train_source)
-        steps_per_epoch = max(len(source) // global_batch, 1)
+        steps_per_epoch = epoch_steps(len(source), global_batch)
+        parse_augment(data["augment"])
+        micro_batch_counts(global_batch, micro_batch, mesh.size)
         duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
         total_steps = duration(total)
         every = {"checkpoint": duration(checkpoint["every"], total_steps=total_steps)}
@@ -369,10 +384,8 @@ def run(
             checkpoints.check_same_run(saved["config"], config)
         shapes = jax.eval_shape(method.init, jax.random.key(seed))[0]
         imported_epochs = saved.get("imported_epochs")
-        params = objective_state = moments = None
-        if resume_step is None:
-            params, objective_state, moments, metadata = start_params(method, seed, init_from)
-            imported_epochs = metadata.get("source", {}).get("epochs_done")
+        if resume_step is None and init_from["path"] and schedule.get("start_epochs", 0) is None:
+            imported_epochs = checkpoints.load_params(init_from["path"])[1].get("source", {}).get("epochs_done")
         cosine = make_schedule(base_lr, global_batch, steps_per_epoch, imported_epochs=imported_epochs, **schedule)
         if cosine.start + total_steps > cosine.total:
             raise ValueError(
@@ -380,6 +393,7 @@ def run(
                 "past the schedule's end; raise config.schedule.total_epochs or lower config.total"
             )
         optim = adamw(shapes, frozen_mask(shapes), cosine, **optimizer)
+        log = make_writers(writers, workdir, config, resume_step)
 
     abstract = jax.eval_shape(lambda: init_state(method, optim, seed))
     shardings = parameter_shardings(abstract, mesh)
@@ -388,15 +402,16 @@ def run(
         state = store.restore(resume_step, target)
         LOG.info("resuming at step %d of %d from %s", resume_step, total_steps, workdir)
     else:
+        with _config_errors():
+            params, objective_state, moments = start_params(method, seed, init_from)
         state = state_from_params(params, objective_state, optim)
         if moments is not None:
             state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
         # Through host memory: every process holds the same values, and places its own part of them.
         state = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
-    del params, objective_state, moments
+        del params, objective_state, moments
 
     metadata = dict(config=config, versions=checkpoints.versions(), imported_epochs=imported_epochs, steps_per_epoch=steps_per_epoch)
-    log = make_writers(writers, workdir, config, resume_step)
     step = int(state.step)
 
     def evaluate(due: Sequence[str]) -> None:
@@ -418,7 +433,9 @@ def run(
         inputs=model.inputs,
     )  # fmt: skip
     batch = place_batch(next(batches), mesh)
-    pure_step = functools.partial(_placed_step, objective=method, optimizer=optim, seed=seed, shardings=shardings, metric_sharding=replicated(mesh))
+    pure_step = functools.partial(
+        _placed_step, objective=method, optimizer=optim, seed=seed, shardings=shardings, metric_sharding=replicated(mesh)
+    )
     compiled, micro_batches, memory = compile_step(
         pure_step, state, batch, global_batch=global_batch, micro_batch=micro_batch, devices=mesh.size, model=model
     )
@@ -494,7 +511,9 @@ def run(
     return state
 
 
-def _placed_step(state: Any, batch: Any, *, objective: Any, optimizer: Any, seed: int, micro_batches: int, shardings: Any, metric_sharding: Any):
+def _placed_step(
+    state: Any, batch: Any, *, objective: Any, optimizer: Any, seed: int, micro_batches: int, shardings: Any, metric_sharding: Any
+):
     """`train_step` whose results stay where the rules put them."""
     state, metrics = train_step(state, batch, objective=objective, optimizer=optimizer, seed=seed, micro_batches=micro_batches)
     state = jax.lax.with_sharding_constraint(state, shardings)

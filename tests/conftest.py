@@ -11,8 +11,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Before JAX starts: how many devices the CPU plays is read once. A test that wants another number starts a child process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tiny models spend their time in the compiler: it need not optimise what runs for milliseconds.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4").strip()
+    flags = [os.environ.get("XLA_FLAGS", ""), QUICK_COMPILATION, "--xla_force_host_platform_device_count=4"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # with libtpu installed JAX would ask the network for a TPU first

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -60,10 +61,7 @@ def small_run(data_dir: str, guided: bool = False, **changes: Any) -> dict[str, 
     config.micro_batch = 0
     config.optimizer.base_lr = 3.2e-3  # 1e-4 at a batch of 8
     config.schedule = dict(total_epochs=100.0, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
-    config.picture_every = 0
-    config = config.to_dict()
-    config.update(changes)
-    return config
+    return {**config.to_dict(), "picture_every": 0, **changes}
 
 
 def write_config(path: pathlib.Path, config: dict[str, Any]) -> str:
@@ -74,7 +72,8 @@ def write_config(path: pathlib.Path, config: dict[str, Any]) -> str:
 
 def child(config: str, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     """`python main.py` in a process of its own with so many CPU devices."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    env = {**os.environ, "XLA_FLAGS": flags}
     command = [sys.executable, str(ROOT / "main.py"), f"--config={config}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -83,15 +83,14 @@ def check_invariants(plan: MaskPlan, layout: TokenLayout, num_visible: int, pres
 # Plans
 
 
-@pytest.mark.parametrize("layout", [SMALL, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("layout,num_visible", [(SMALL, 12), (UNEVEN, 1), (UNEVEN, 34)])
 @pytest.mark.parametrize("name", sorted(SCORES))
-def test_exactly_k_tokens_are_visible(name, layout):
-    for num_visible in (1, 12, layout.num_tokens - 1):
-        plan = make_plan(name, layout, num_visible, samples=64)
-        check_invariants(plan, layout, num_visible)
-        assert plan.visible_valid.all() and plan.predicted_valid.all()
-        np.testing.assert_array_equal((~plan.masked).sum(axis=1), num_visible)
-        np.testing.assert_array_equal(predicted_mask(plan), plan.masked)
+def test_exactly_k_tokens_are_visible(name, layout, num_visible):
+    plan = make_plan(name, layout, num_visible, samples=64)
+    check_invariants(plan, layout, num_visible)
+    assert plan.visible_valid.all() and plan.predicted_valid.all()
+    np.testing.assert_array_equal((~plan.masked).sum(axis=1), num_visible)
+    np.testing.assert_array_equal(predicted_mask(plan), plan.masked)
 
 
 @pytest.mark.parametrize("levels", [0, 3], ids=["distinct", "ties"])
@@ -153,10 +152,9 @@ def test_single_missing_tokens_are_respected():
 
 
 def test_presence_of_everything_changes_nothing():
-    everything = jnp.ones((16, 48), bool)
-    for name in SCORES:
-        for ours, theirs in zip(make_plan(name, SMALL, 12, 16), make_plan(name, SMALL, 12, 16, everything), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    everything = jnp.ones((64, 48), bool)
+    for ours, theirs in zip(make_plan("random", SMALL, 12, 64), make_plan("random", SMALL, 12, 64, everything), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_show_all_hides_only_what_is_absent():

@@ -28,7 +28,11 @@ LICENCE = "CC-BY-NC 4.0"
 
 # (family, how its keys look, why it is not converted)
 OTHER_FAMILIES = (
-    ("MultiViT (MultiMAE's encoder without decoders)", lambda k: "global_tokens" in k and "input_adapters.rgb.proj.weight" in k, "it has no decoders"),
+    (
+        "MultiViT (MultiMAE's encoder without decoders)",
+        lambda k: "global_tokens" in k and "input_adapters.rgb.proj.weight" in k,
+        "it has no decoders",
+    ),
     ("CrossMAE", lambda k: any("cross_attn" in key for key in k) and "mask_token" in k, "this family is not supported yet"),
     ("MAE with decoder", lambda k: "mask_token" in k and "decoder_pos_embed" in k, "this family is not supported yet"),
     ("DINO or iBOT", lambda k: any("last_layer" in key for key in k), "this family is not supported yet"),
@@ -81,7 +85,9 @@ def family(state: Mapping[str, Any]) -> tuple[str, str]:
     return next(((name, reason) for name, looks, reason in OTHER_FAMILIES if looks(state)), ("unknown", "its keys are of no known family"))
 
 
-def understand(checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None) -> tuple[dict[str, Any], list[Rule]]:
+def understand(
+    checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> tuple[dict[str, Any], list[Rule]]:
     """The config and the rules of a checkpoint; ConversionError where it is of another family or not whole."""
     name, reason = family(checkpoint.state)
     if reason:
@@ -151,11 +157,13 @@ def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: i
     frozen = sum(value.size for key, value in state.items() if key.endswith("pos_emb"))
     total = sum(value.size for value in state.values())
     public = PUBLIC_FILES.get(checkpoint.digest[:8])
+    types = ", ".join(sorted({str(value.dtype) for value in state.values()}))
     lines = [
         f"file        {checkpoint.path} ({checkpoint.path.stat().st_size:,} bytes)",
-        f"sha256      {checkpoint.digest}" + (f"  = {public[0]}: {public[1]}; {LICENCE}" if public else "  (not one of the known public files)"),
+        f"sha256      {checkpoint.digest}"
+        + (f"  = {public[0]}: {public[1]}; {LICENCE}" if public else "  (not one of the known public files)"),
         f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
-        f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {', '.join(sorted({str(v.dtype) for v in state.values()}))}",
+        f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {types}",
         f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimiser moments: {'yes' if checkpoint.adam else 'no'}",
     ]
     if not reason:

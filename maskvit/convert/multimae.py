@@ -21,7 +21,11 @@ ENCODER_NAMES = {"pretrain_multimae_base": "B", "pretrain_multimae_large": "L"}
 
 def is_multimae(keys: Any) -> bool:
     """Whether these are the keys of a MultiMAE pretraining model."""
-    return "global_tokens" in keys and any(k.startswith("input_adapters.") for k in keys) and any(k.startswith("output_adapters.") for k in keys)
+    return (
+        "global_tokens" in keys
+        and any(k.startswith("input_adapters.") for k in keys)
+        and any(k.startswith("output_adapters.") for k in keys)
+    )
 
 
 def _parts(keys: Any, prefix: str) -> list[str]:
@@ -60,6 +64,7 @@ def infer_config(
     inputs = _parts(state, "input_adapters")
     inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
     outputs = _parts(state, "output_adapters")
+    outputs = [n for n in inputs if n in outputs] + sorted(n for n in outputs if n not in inputs)
     projections = {name: _shape(state, f"input_adapters.{name}.proj.weight", 4, where) for name in inputs}
     grids = {name: _shape(state, f"input_adapters.{name}.pos_emb", 4, where)[2:] for name in inputs}
     # The modality with the finest pixels per token has the image's own resolution.
@@ -70,7 +75,9 @@ def infer_config(
         _, channels, patch_pixels, columns = projections[name]
         rows = grids[name]
         if patch_pixels != columns or image_size[0] % rows[0] or (image_size[0] // rows[0]) % patch_pixels:
-            raise ConversionError(f"{where}: modality {name!r} has patches of {patch_pixels} x {columns} pixels on a grid of {rows}: not square or not even")
+            raise ConversionError(
+                f"{where}: modality {name!r} has patches of {patch_pixels} x {columns} pixels on a grid of {rows}: not square or not even"
+            )
         patch = image_size[0] // rows[0]
         fields: dict[str, Any] = dict(patch=patch, stride=patch // patch_pixels)
         if f"input_adapters.{name}.class_emb.weight" in state:
@@ -128,7 +135,8 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
         found.append(reshaped(f"{key}.mask_token", f"{path}/mask_token", (1, 1, narrow), (narrow,)))
         found.append(position_table(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), narrow))
         found += [
-            reshaped(f"{key}.task_embeddings.{other}", f"{path}/modality_embed/{other}", (1, 1, narrow), (narrow,)) for other in sorted(inputs)
+            reshaped(f"{key}.task_embeddings.{other}", f"{path}/modality_embed/{other}", (1, 1, narrow), (narrow,))
+            for other in sorted(inputs)
         ]
         found += linear(f"{key}.decoder.q", f"{path}/cross_attn/q", narrow, narrow)
         found += linear(f"{key}.decoder.kv", f"{path}/cross_attn/kv", narrow, 2 * narrow)

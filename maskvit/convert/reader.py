@@ -75,7 +75,9 @@ def read_checkpoint(path: str | Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).load()
     except zipfile.BadZipFile as error:
-        raise ConversionError(f"{path}: not a PyTorch checkpoint, or cut off ({error}); compare its size and SHA-256 with the source's") from error
+        raise ConversionError(
+            f"{path}: not a PyTorch checkpoint, or cut off ({error}); compare its size and SHA-256 with the source's"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -152,7 +154,9 @@ class _Archive:
         count = math.prod(size)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset
         if count > storage.size or (count and last >= storage.size):
-            raise ConversionError(f"{self.path}: a tensor of size {size} and stride {stride} at {offset} does not fit its storage of {storage.size}")
+            raise ConversionError(
+                f"{self.path}: a tensor of size {size} and stride {stride} at {offset} does not fit its storage of {storage.size}"
+            )
         strides = [s * storage.itemsize for s in stride]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(storage[offset:], size, strides)).reshape(size)
 

@@ -77,7 +77,13 @@ def patch_head(key: str, path: str, channels: int, patch: int, width: int) -> li
 def position_table(key: str, path: str, grid: tuple[int, int], width: int) -> Rule:
     """(1, width, rows, columns) to (rows, columns, width)."""
     shape = (1, width, *grid)
-    return Rule(key, path, shape, lambda x: np.ascontiguousarray(x[0].transpose(1, 2, 0)), lambda x: np.ascontiguousarray(x.transpose(2, 0, 1))[None])
+    return Rule(
+        key,
+        path,
+        shape,
+        lambda x: np.ascontiguousarray(x[0].transpose(1, 2, 0)),
+        lambda x: np.ascontiguousarray(x.transpose(2, 0, 1))[None],
+    )
 
 
 def block(key: str, path: str, width: int, hidden: int) -> list[Rule]:
@@ -104,7 +110,11 @@ def check_keys(where: str, found: Mapping[str, Any], expected: Mapping[str, tupl
         raise ConversionError(f"{where}: {len(missing)} tensors are missing: {_listed(missing)}")
     if unexpected:
         raise ConversionError(f"{where}: {len(unexpected)} tensors are not part of this model: {_listed(unexpected)}")
-    wrong = [f"{name} {tuple(found[name].shape)} instead of {shape}" for name, shape in expected.items() if tuple(found[name].shape) != tuple(shape)]
+    wrong = [
+        f"{name} {tuple(found[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if tuple(found[name].shape) != tuple(shape)
+    ]
     if wrong:
         raise ConversionError(f"{where}: {len(wrong)} tensors have another shape: {_listed(wrong)}")
 

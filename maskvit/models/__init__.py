@@ -115,9 +115,7 @@ class MultiMaeModel:
             params["outputs"][name] = decoder.init(jax.random.fold_in(output_key, i), encoded, plan, layout, grid, False)["params"]
         return params
 
-    def embed(
-        self, params: Params, values: Mapping[str, Num[Array, "b h w *c"]], present: Bool[Array, "b n"] | None = None
-    ) -> TokenBatch:
+    def embed(self, params: Params, values: Mapping[str, Num[Array, "b h w *c"]], present: Bool[Array, "b n"] | None = None) -> TokenBatch:
         """Model values of the given modalities to tokens with position; the one place where tokens are made."""
         layout = self.layout_of(values)
         tokens = [self._input(name).apply({"params": params["inputs"][name]}, values[name]) for name in layout.names]
@@ -130,9 +128,7 @@ class MultiMaeModel:
             mask = jnp.pad(mask, ((0, 0), (0, shape[1])), constant_values=True)
         return tokens, mask
 
-    def encode(
-        self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None
-    ) -> Float[Array, "b e d"]:
+    def encode(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Float[Array, "b e d"]:
         """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to."""
         tokens, mask = self._append_global(params, tokens, mask)
         return self._encoder().apply({"params": params["encoder"]}, tokens, mask)

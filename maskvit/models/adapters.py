@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
-from maskvit.models.vit import Dense, uniform_by_fan_in
 from maskvit.modalities import Modality
+from maskvit.models.vit import Dense, uniform_by_fan_in
 from maskvit.patches import patchify, resample_pos_embed, sincos_position_table
 
 

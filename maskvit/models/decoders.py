@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from maskvit.modalities import Modality
 from maskvit.models.adapters import frozen_position_table
 from maskvit.models.vit import Block, Dense, Mlp, attend, layer_norm, xavier_uniform
-from maskvit.modalities import Modality
 from maskvit.patches import resample_pos_embed
 from maskvit.types import MaskPlan, TokenLayout
 

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
@@ -86,6 +85,10 @@ class MultiMae:
             if spec.missing is not None:
                 valid[spec.name] = jnp.isfinite(stored).all(axis=-1, keepdims=True)
                 stored = jnp.where(valid[spec.name], stored, 0)
+            if "present" in batch and spec.name in self.model.inputs:
+                # Loaders fill what a sample lacks with NaN: no attention weight of zero would take that out again.
+                there = batch["present"][:, self.model.inputs.index(spec.name)]
+                stored = jnp.where(there[:, None, None, None], stored, 0)
             scaled = stored.astype(jnp.float32) * spec.scale
             scaled = (scaled - jnp.array(spec.mean)) / jnp.array(spec.std)
             if spec.standardize:
@@ -345,7 +348,9 @@ def multimae(
     if guided and not guidance:
         raise ValueError(f"config.objective.scores.name {scores['name']!r} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}")
     if guidance and not guided:
-        raise ValueError(f"config.objective.guidance is set, but scores {(scores or {'name': 'random'})['name']!r} do not use it: remove one")
+        raise ValueError(
+            f"config.objective.guidance is set, but scores {(scores or {'name': 'random'})['name']!r} do not use it: remove one"
+        )
     alphas = (budget or {}).get("alphas", 1.0)
     if isinstance(alphas, (list, tuple)) and len(alphas) != len(inputs):
         raise ValueError(f"config.objective.budget.alphas has {len(alphas)} values for the {len(inputs)} inputs {tuple(inputs)}")

@@ -1,0 +1,262 @@
+"""MultiMAE as an objective: missing modalities and pixels, what counts in a loss, features, pictures, and config mistakes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import GUIDED, MODALITIES, RANDOM, on_device, tiny_batch, tiny_config, tiny_objective
+
+from maskvit.keys import sample_keys
+from maskvit.masking import predicted_mask
+from maskvit.objectives import build_objective
+from maskvit.objectives.multimae import MultiMae
+from maskvit.types import TokenBatch
+
+WITH_MISSING = {**MODALITIES, "depth": {**MODALITIES["depth"], "missing": 0.0}, "semseg": {**MODALITIES["semseg"], "missing": 255}}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: tiny_objective().init(key)[0])(jax.random.key(0))
+
+
+def everything(objective: MultiMae):
+    """A function of (params, batch, keys): plan, predictions, loss sums (numerators and counts)."""
+
+    @jax.jit
+    def run(params, batch, keys):
+        prepared = objective.prepare(batch)
+        tokens = objective.model.embed(params, prepared.values_of(objective.model.inputs), prepared.present)
+        plan = objective.make_plan(tokens, objective.guide(params, tokens), keys)
+        predictions = objective.reconstruct(params, tokens, plan)
+        return plan, predictions, objective.loss_sums(predictions, prepared, plan, tokens.layout)
+
+    return run
+
+
+# Modalities a sample does not have
+
+
+@pytest.mark.parametrize("masking", [RANDOM, GUIDED], ids=["random", "guided"])
+def test_a_batch_of_mixed_presence_is_its_samples_run_alone(params, masking):
+    objective = tiny_objective(**masking)
+    run, batch, keys = everything(objective), on_device(tiny_batch(8, present=True)), sample_keys(0, 0, 8)
+    plan, predictions, sums = run(params, batch, keys)
+    totals = {name: [0.0, 0.0] for name in sums}
+    for i in range(8):
+        one_plan, one_predictions, one_sums = run(params, jax.tree.map(lambda x: x[i : i + 1], batch), keys[i : i + 1])  # noqa: B023
+        for ours, theirs in zip(plan, one_plan, strict=True):
+            np.testing.assert_array_equal(ours[i], theirs[0])
+        for name, prediction in one_predictions.items():
+            np.testing.assert_allclose(predictions[name][i], prediction[0], rtol=1e-5, atol=1e-5)
+            totals[name][0] += float(one_sums[name][0])
+            totals[name][1] += float(one_sums[name][1])
+            has_it = bool(batch["present"][i, objective.model.inputs.index(name.removeprefix("norm_"))])
+            assert (one_sums[name][1] == 1) == has_it
+    for name, (loss_sum, count) in sums.items():
+        np.testing.assert_allclose([loss_sum, count], totals[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e4, np.nan], ids=str)
+def test_what_stands_in_for_an_absent_modality_does_not_matter(params, junk):
+    objective = tiny_objective(**GUIDED)
+    batch = tiny_batch(8, present=True)
+    other = {name: value.copy() for name, value in batch.items()}
+    other["depth"][~batch["present"][:, 1]] = junk
+    other["semseg"][~batch["present"][:, 2]] = -1
+    keys = sample_keys(0, 0, 8)
+    value_and_grad = jax.jit(lambda p, b: jax.value_and_grad(objective.loss, has_aux=True)(p, (), b, keys, jnp.int32(0)))
+    (one, _), grads = value_and_grad(params, on_device(batch))
+    (two, _), other_grads = value_and_grad(params, on_device(other))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("junk", [0.0, np.nan], ids=str)
+def test_a_sample_with_fewer_tokens_than_are_shown(params, junk):
+    objective = tiny_objective(num_visible=20)
+    batch = tiny_batch(2)
+    batch["present"] = np.array([[0, 0, 1], [1, 1, 1]], bool)
+    batch["depth"][0] = junk
+    plan, predictions, sums = everything(objective)(params, on_device(batch), sample_keys(0, 0, 2))
+    np.testing.assert_array_equal(np.asarray(plan.visible_valid).sum(axis=1), [16, 20])
+    assert all(np.isfinite(value).all() for value in predictions.values())
+    assert {name: float(count) for name, (_, count) in sums.items()} == {"rgb": 1, "norm_rgb": 1, "depth": 1, "semseg": 1}
+    grads = jax.jit(lambda p, b: jax.grad(lambda q: objective.loss(q, (), b, sample_keys(0, 0, 2), jnp.int32(0))[0])(p))(params, on_device(batch))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_an_absent_modality_is_a_batch_without_it(params):
+    # With semseg absent, rgb must be predicted as by a model call that never heard of semseg.
+    objective = tiny_objective(outputs=("rgb",))
+    batch = tiny_batch(2)
+    batch["present"] = np.array([[1, 1, 0]] * 2, bool)
+    plan, predictions, _ = everything(objective)(params, on_device(batch), sample_keys(0, 0, 2))
+
+    def without(params, batch):
+        prepared = objective.prepare(batch)
+        tokens = objective.model.embed(params, prepared.values_of(("rgb", "depth")))
+        hidden = jnp.argsort(~plan.masked[:, :32], axis=1, stable=True)[:, :20]
+        shorter = plan._replace(masked=plan.masked[:, :32], predicted_ids=hidden, predicted_valid=jnp.ones((2, 20), bool))
+        return objective.reconstruct(params, tokens, shorter)
+
+    alone = jax.jit(without)(params, on_device({name: batch[name] for name in ("rgb", "depth")}))
+    np.testing.assert_allclose(predictions["rgb"], alone["rgb"], rtol=1e-5, atol=1e-5)
+
+
+# Pixels without a value
+
+
+def test_missing_depth_and_labels_count_nowhere(params):
+    objective = tiny_objective(WITH_MISSING, **GUIDED)
+    batch = tiny_batch(4)
+    batch["depth"][0, :, :20] = np.nan  # whole tokens and parts of others
+    batch["depth"][1] = np.nan
+    batch["semseg"][2, :3] = -1
+    keys = sample_keys(0, 0, 4)
+    prepared = objective.prepare(on_device(batch))
+    present = np.asarray(prepared.present)
+    assert present[0, 16:32].sum() == 8 and not present[1, 16:32].any() and present[:, :16].all() and present[2, 32:].sum() == 12
+    assert not np.asarray(prepared.values["depth"])[np.isnan(batch["depth"])].any()
+    plan, predictions, sums = everything(objective)(params, on_device(batch), keys)
+    assert not np.asarray(~plan.masked & ~present).any()
+    assert sums["depth"][1] <= 3
+
+    predicted = np.asarray(predicted_mask(plan))
+    means = []
+    for i in range(4):
+        target = np.asarray(prepared.values["depth"])[i, :, :, 0].reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 64)
+        valid = ~np.isnan(batch["depth"][i, :, :, 0]).reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 64) & predicted[i, 16:32, None]
+        if valid.any():
+            means.append(np.abs(np.asarray(predictions["depth"])[i, :, :, 0] - target)[valid].mean())
+    np.testing.assert_allclose(sums["depth"][0], sum(means), rtol=1e-5)
+    assert sums["depth"][1] == len(means)
+
+    grads = jax.jit(lambda p, b: jax.grad(lambda q: objective.loss(q, (), b, keys, jnp.int32(0))[0])(p))(params, on_device(batch))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_losses_are_taken_on_hidden_tokens_alone(params):
+    objective = tiny_objective(outputs=("rgb",))
+    batch, keys = on_device(tiny_batch(3)), sample_keys(0, 0, 3)
+    plan, predictions, sums = everything(objective)(params, batch, keys)
+    error = np.square(np.asarray(predictions["rgb"]) - objective.target("rgb", objective.prepare(batch))).mean(axis=(2, 3))
+    hidden = np.asarray(plan.masked)[:, :16]
+    np.testing.assert_allclose(sums["rgb"][0], sum(error[i, hidden[i]].mean() for i in range(3)), rtol=1e-5)
+    assert sums["rgb"][1] == 3
+
+
+def test_an_output_that_is_not_an_input_is_predicted_everywhere():
+    objective = tiny_objective(inputs=("rgb",), outputs=("depth",), num_visible=4)
+    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    batch = on_device(tiny_batch(3))
+    _, predictions, sums = everything(objective)(params, batch, sample_keys(0, 0, 3))
+    error = np.abs(np.asarray(predictions["depth"]) - objective.target("depth", objective.prepare(batch)))
+    np.testing.assert_allclose(sums["depth"][0], error.mean(axis=(1, 2, 3)).sum(), rtol=1e-5)
+
+
+# Plans through the objective
+
+
+def test_guided_plans_hide_the_most_attended_and_share_the_random_budget(params):
+    objective, plain = tiny_objective(**GUIDED), tiny_objective()
+    batch, keys = on_device(tiny_batch(8)), sample_keys(0, 0, 8)
+    plan, counts = jax.jit(objective.plan)(params, batch, keys)
+    random_plan, _ = jax.jit(plain.plan)(params, batch, keys)
+    tokens = objective.model.embed(params, objective.prepare(batch).values_of(objective.model.inputs))
+    guidance = np.asarray(jax.jit(lambda p, t: objective.guide(p, TokenBatch(t, tokens.layout)))(params, tokens.tokens))
+    for span in tokens.layout.spans():
+        masked = np.asarray(plan.masked[:, span])
+        np.testing.assert_array_equal(masked.sum(axis=1), np.asarray(random_plan.masked[:, span]).sum(axis=1))
+        for i in range(8):
+            if masked[i].any() and not masked[i].all():
+                assert guidance[i, span][masked[i]].min() >= guidance[i, span][~masked[i]].max() * (1 - 1e-5)
+    assert {name: float(count) for name, count in counts.items()} == {name: 8.0 for name in objective.model.outputs}
+
+
+def test_a_given_plan_is_the_loss_of_that_plan(params):
+    objective = tiny_objective(**GUIDED)
+    batch, keys = on_device(tiny_batch(4)), sample_keys(0, 0, 4)
+    plan, counts = jax.jit(objective.plan)(params, batch, keys)
+    own = jax.jit(lambda p: objective.loss(p, (), batch, keys, jnp.int32(0))[0])(params)
+    given = jax.jit(lambda p: objective.loss(p, (), batch, keys, jnp.int32(0), plan, counts)[0])(params)
+    np.testing.assert_allclose(given, own, rtol=1e-6)
+
+
+# Features and pictures
+
+
+def test_features_are_means_over_the_tokens_a_sample_has(params):
+    objective = tiny_objective()
+    batch = on_device(tiny_batch(4))
+    features = jax.jit(lambda p, b: objective.predict(p, (), b))(params, batch)
+    assert {name: value.shape for name, value in features.items()} == {"mean": (4, 48), "global": (4, 48)}
+    tokens = objective.model.embed(params, objective.prepare({"rgb": batch["rgb"]}).values_of(("rgb",)))
+    encoded = np.asarray(objective.model.encode(params, tokens.tokens))
+    np.testing.assert_allclose(features["mean"], encoded[:, :16].mean(axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features["global"], encoded[:, 16], rtol=1e-4, atol=1e-5)
+    three = objective.predict(params, (), batch, inputs=("rgb", "depth", "semseg"))
+    assert not np.allclose(three["mean"], features["mean"])
+
+
+def test_pictures_are_in_stored_units(params):
+    objective = tiny_objective(**GUIDED)
+    batch = on_device(tiny_batch(2))
+    seen = jax.jit(lambda p, b: objective.visualize(p, (), b, sample_keys(0, 0, 2)))(params, batch)
+    assert {name: value.shape for name, value in seen["masked"].items()} == {name: (2, 4, 4) for name in ("rgb", "depth", "semseg")}
+    np.testing.assert_array_equal(sum(np.asarray(~value).sum(axis=(1, 2)) for value in seen["masked"].values()), [12, 12])
+    assert all(value.shape == (2, 4, 4) and (np.asarray(value) >= 0).all() for value in seen["guidance"].values())
+    for name, value in seen["inputs"].items():
+        np.testing.assert_array_equal(value, batch[name])
+    shapes = {name: value.shape for name, value in seen["reconstructions"].items()}
+    assert shapes == {"rgb": (2, 32, 32, 3), "norm_rgb": (2, 32, 32, 3), "depth": (2, 32, 32, 1), "semseg": (2, 8, 8)}
+    # Normalised outputs borrow mean and deviation of their target: even an untrained one is in its range.
+    for name in ("norm_rgb", "depth"):
+        stored = np.asarray(batch[name.removeprefix("norm_")], float)
+        assert abs(np.asarray(seen["reconstructions"][name]).mean() - stored.mean()) < 2 * stored.std(), name
+    assert np.asarray(seen["reconstructions"]["semseg"]).max() < 7
+
+
+# Config mistakes
+
+MISTAKES = [
+    (dict(name="mae"), "config.objective.name is 'mae'; known: multimae"),
+    (dict(num_visibel=3), "config.objective has unknown key 'num_visibel'"),
+    (dict(inputs=("rgb", "thermal")), "inputs names 'thermal'; declared in config.modalities: rgb, depth, semseg"),
+    (dict(outputs=("thermal",)), "outputs names 'thermal'; known: rgb, depth, semseg, or norm_"),
+    (dict(outputs=("norm_semseg",)), "classes of 'semseg' cannot be normalised"),
+    (dict(outputs=()), "must each name at least one modality"),
+    (dict(encoder="XL"), "config.objective.encoder is 'XL'"),
+    (dict(encoder=dict(width=50, depth=2, heads=5)), "encoder.width 50 must divide by its 5 heads and by 4"),
+    (dict(encoder=dict(width=48, depth=2, heads=3, dropout=0.1)), "encoder has unknown key 'dropout'"),
+    (dict(decoder=dict(width=16, heads=3)), "decoder.width 16 must divide by its 3 heads"),
+    (dict(num_visible=48), "num_visible is 48, but an image of .* has 48 tokens"),
+    (dict(num_visible=0), "at least one must be visible"),
+    (dict(scores=dict(name="attention_high")), "needs config.objective.guidance, one of: self_attention"),
+    (dict(guidance=dict(name="self_attention")), "scores 'random' do not use it"),
+    (dict(scores=dict(name="entropy")), "config.objective.scores.name is 'entropy'; known: random, attention_high, attention_low"),
+    (dict(scores=dict(name="random", noise=1)), "config.objective.scores has unknown key 'noise'"),
+    (dict(budget=dict(name="dirichlet", alphas=(1.0, 1.0))), "alphas has 2 values for the 3 inputs"),
+    (dict(budget=dict(alphas=1.0)), "config.objective.budget lacks the key 'name'"),
+    (dict(compute_dtype="float16"), "compute_dtype is 'float16'; known: float32, bfloat16"),
+]
+
+
+@pytest.mark.parametrize("change,message", MISTAKES, ids=[message[:40] for _, message in MISTAKES])
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_objective(**change)
+
+
+def test_a_grid_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="image height 36 is not a multiple of modality 'rgb''s patch 8"):
+        build_objective({**tiny_config(), "image_size": (36, 32)})
+
+
+def test_objectives_are_hashable_and_equal_by_value():
+    assert hash(tiny_objective(**GUIDED)) == hash(tiny_objective(**GUIDED)) and tiny_objective() == tiny_objective()
+    lists = tiny_objective(budget=dict(name="dirichlet", alphas=[1.0, 2.0, 0.5]))
+    assert hash(lists) and lists != tiny_objective()

@@ -1,0 +1,118 @@
+"""The benchmark command at a tiny size, and the arithmetic that its TFLOP/s and MFU stand on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from maskvit import bench, flops
+from maskvit.objectives import build_objective
+
+TINY = dict(width=16, depth=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """MultiMAE-B at 224 as benchmarked: (random, guided)."""
+    return tuple(build_objective(bench.step_config("B", 224, "float32", guided)) for guided in (False, True))
+
+
+def test_flops_of_multimae_b(base):
+    """Counted by hand from the sizes: 98 visible tokens and the global one in the encoder, four decoders of 196 queries."""
+    random, guided = base
+    model = random.model
+    embed = 2 * 196 * (768 + 256 + 1024) * 768  # rgb 16x16x3, depth 16x16, semseg 4x4x64
+    encoder = 12 * (2 * 99 * 12 * 768**2 + 4 * 99**2 * 768)
+    shared = 2 * 99 * 768 * 256 + (4 * 196 + 4 * 99) * 256**2 + 4 * 196 * 99 * 256 + 16 * 196 * 256**2
+    blocks = 2 * (24 * 196 * 256**2 + 4 * 196**2 * 256)
+    heads = 2 * 196 * 256 * (768 + 256 + 16 * 133 + 768)
+    assert flops.embed_flops(model) == embed
+    assert flops.encoder_flops(model, 98) == encoder
+    assert flops.forward_flops(model, 98) == embed + encoder + 4 * (shared + blocks) + heads
+    assert flops.forward_flops(model, 98) / 1e9 == pytest.approx(22.34, abs=0.01)
+    assert flops.step_flops(random) / 1e9 == pytest.approx(67.01, abs=0.01)
+
+
+def test_flops_of_the_guidance_pass(base):
+    """A whole pass over all 589 tokens costs 112.8 GFLOP; stopping at the last block's attention saves 7.5."""
+    random, guided = base
+    assert flops.encoder_flops(random.model, 588) / 1e9 == pytest.approx(112.84, abs=0.01)
+    assert flops.guidance_flops(guided.model) / 1e9 == pytest.approx(105.36, abs=0.01)
+    assert flops.step_flops(guided) - flops.step_flops(random) == flops.guidance_flops(guided.model)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """One tiny run, torch beside it where it is installed."""
+    with_torch = importlib.util.find_spec("torch") is not None
+    return bench.bench_step(
+        TINY, batch=4, image=32, dtype="float32", steps=3, warmup=1, with_torch=with_torch,
+        num_visible=3, decoder=dict(width=16, depth=1, heads=2),
+    )  # fmt: skip
+
+
+def test_measures_every_step_in_turns(records):
+    by_name = {record["measurement"]: record for record in records}
+    assert {"random", "guided"} <= set(by_name)
+    for record in records:
+        assert 0 < record["min_s"] <= record["median_s"] <= record["max_s"]
+        assert record["images_per_s"] == pytest.approx(record["batch"] / record["median_s"])
+        assert record["tflops_per_s"] == pytest.approx(record["gflop_per_image"] * record["images_per_s"] / 1e3)
+        assert record["mfu"] is None  # no peak is known for a CPU
+        json.dumps(record)
+    assert by_name["guided"]["gflop_per_image"] > by_name["random"]["gflop_per_image"]
+    assert by_name["random"]["planned_gb"] > 0 and by_name["random"]["resident_peak_gb"] > 0
+    ratios = by_name["guided"]["ratio_to_random"], by_name["random"]["ratio_to_guided"]
+    assert ratios[0] * ratios[1] == pytest.approx(1.0, rel=1e-3)
+    assert all(bench.table_row(record).startswith(record["measurement"]) for record in records)
+
+
+def test_torch_yardstick_has_the_same_sizes(records):
+    pytest.importorskip("torch")
+    record = {record["measurement"]: record for record in records}["torch"]
+    assert record["ratio_to_random"] > 0
+
+
+def test_in_turns_alternates():
+    order = []
+    seconds = bench.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
+    assert order == list("ababab")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_ratio_is_taken_inside_a_round():
+    """A machine that is ten times slower in one round must not bend the ratio."""
+    assert bench.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_needs_no_data_library():
+    """It runs on an accelerator machine with JAX, flax and optax alone: all else is hidden here."""
+    hidden = ("grain", "tensorflow_datasets", "tensorflow", "matplotlib", "PIL", "cv2", "clu", "torch", "ml_collections", "array_record")
+    code = (
+        "import importlib.util, sys\n"
+        f"sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None: importing it fails
+        "from maskvit import bench\n"
+        "import maskvit.step, maskvit.objectives, maskvit.flops\n"
+        "importlib.util.find_spec = lambda name: None\n"
+        "assert bench.utilisation(1e12, 'NVIDIA H200', 1) is None\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dtype", "float16"], "'float16' is not one of float32, bfloat16"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["loader"], "loader needs --data-dir"),
+    ],
+)
+def test_bad_arguments(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert words in capsys.readouterr().err
