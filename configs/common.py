@@ -126,7 +126,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         config.image_size = (32, 32)
         for name in config.modalities:
             config.modalities[name].patch = 8
-        config.objective.encoder = dict(width=32, depth=2, heads=2)
+        config.objective.encoder = dict(width=32, depth=1, heads=2)
         config.objective.decoder = dict(width=16, depth=1, heads=2)
         config.objective.num_visible = 8
         config.total = "2 steps"

@@ -21,5 +21,5 @@ def get_config():
     config.log_every = 10
     config.picture_every = "100 steps"
     config.checkpoint = dict(every="100 steps", keep=2)
-    config.evaluators = dict(knn=dict(type="knn", every="300 steps", baselines=True))
+    config.evaluators = dict(knn=dict(type="knn", every="300 steps", crop=1.0, baselines=True))
     return common.attention_guided(config)

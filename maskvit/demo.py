@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     workdir = parser.parse_args(arguments).workdir
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if not CHECKPOINT.exists():
@@ -162,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pictures = {}
     some = jax.tree.map(lambda x: x[:4], held_out[0])
     some_plan = jax.tree.map(lambda x: x[:4], plans[0])
+    draw = jax.jit(lambda p, batch, plan: objective.visualize(p, (), batch, None, plan))
     for name, weights in (("imported", imported), ("continued", params)):
-        arrays = jax.jit(lambda p: objective.visualize(p, (), some, None, some_plan))(weights)
+        arrays = draw(weights, some, some_plan)
         pictures[name] = figures.masking_panel(jax.device_get(arrays), {s.name: s for s in objective.model.modalities}, samples=3)
     page = build_page(config, workdir, losses, checks, pictures, times)
     (workdir / "index.html").write_text(page)
@@ -222,7 +223,7 @@ def build_page(
             ]),
             S("Training", [F(figures.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps.")]),
             S("k-NN on frozen features", [
-                P("Top-1 on the kind of the nearest object. Mean colour and raw pixels are baselines that see no shape."),
+                P("Top-1 on the kind of the nearest object. Mean colour and raw pixels are baselines without a model."),
                 F(figures.bars(groups), "Top-1 accuracy by feature, before and after."),
                 T(("feature", "imported", "continued"), knn_rows),
             ]),

@@ -72,7 +72,7 @@ def train_step(
     batch_size = jax.tree.leaves(batch)[0].shape[0]
     keys = sample_keys(seed, state.step, batch_size)
     loss, grads, objective_state, metrics = gradients(state, batch, keys, objective, micro_batches)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     learning_rate = optimizer.schedule(state.step)

@@ -248,7 +248,9 @@ def test_alphas_may_be_an_integer_or_one_per_modality():
     np.testing.assert_allclose(skewed, 98 * np.array([4, 1, 0.5]) / 5.5, atol=1.2)
 
 
-@pytest.mark.parametrize("alphas,message", [((1.0, 1.0), "2 values for 3 modalities"), ((1.0, 0.0, 1.0), "must be positive"), (-1, "must be positive")])
+@pytest.mark.parametrize(
+    "alphas,message", [((1.0, 1.0), "2 values for 3 modalities"), ((1.0, 0.0, 1.0), "must be positive"), (-1, "must be positive")]
+)
 def test_bad_alphas_are_errors(alphas, message):
     with pytest.raises(ValueError, match=f"config.objective.budget.alphas.*{message}"):
         dirichlet_budget(sample_keys(0, 0, 2), SMALL, 12, alphas=alphas)

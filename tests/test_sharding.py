@@ -22,7 +22,7 @@ def run(objective: MultiMae, devices: int) -> tuple[list[float], np.ndarray]:
     mesh = make_mesh(jax.devices()[:devices])
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000))
-    state = jax.jit(lambda: init_state(objective, optimizer, 0), out_shardings=replicated(mesh))()
+    state = jax.device_put(jax.jit(lambda: init_state(objective, optimizer, 0))(), replicated(mesh))
     step = jax.jit(
         lambda state, batch: train_step(state, batch, objective=objective, optimizer=optimizer, seed=0),
         in_shardings=(parameter_shardings(state, mesh), batch_sharding(mesh)),
@@ -30,8 +30,8 @@ def run(objective: MultiMae, devices: int) -> tuple[list[float], np.ndarray]:
         donate_argnums=0,
     )
     batches = [place_batch(tiny_batch(8, seed=i), mesh) for i in range(STEPS)]
-    plan = jax.jit(lambda p, b: objective.plan(p, b, sample_keys(0, 0, 8))[0].masked)(state.params, batches[0])
-    masked, losses = np.asarray(plan), []
+    plan = jax.jit(lambda params, batch, keys: objective.plan(params, batch, keys)[0].masked)
+    masked, losses = np.asarray(plan(state.params, batches[0], sample_keys(0, 0, 8))), []
     for batch in batches:
         assert len(batch["rgb"].sharding.device_set) == devices
         state, metrics = step(state, batch)
@@ -42,7 +42,7 @@ def run(objective: MultiMae, devices: int) -> tuple[list[float], np.ndarray]:
 
 @pytest.mark.parametrize("masking,tolerance", [(RANDOM, 1e-5), (GUIDED, 1e-4)], ids=["random", "guided"])
 def test_four_devices_give_the_losses_of_one(masking, tolerance):
-    objective = tiny_objective(**masking)
+    objective = tiny_objective(outputs=("rgb", "depth"), **masking)
     (one, masked_one), (four, masked_four) = run(objective, 1), run(objective, 4)
     np.testing.assert_array_equal(masked_one, masked_four)
     np.testing.assert_allclose(four, one, rtol=tolerance)

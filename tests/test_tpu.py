@@ -78,7 +78,9 @@ def compile_step(topology_name: str, per_chip: int) -> dict[str, object]:
         callbacks=sorted(set(re.findall(r"\w*callback\w*", text))),
         host_transfers=sorted(set(re.findall(r"stablehlo\.(?:send|recv|infeed|outfeed)\b", text))),
         float64="f64" in re.sub(r'"[^"]*"', "", text),
-        collectives=sorted(set(re.findall(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\b", compiled.as_text()))),
+        collectives=sorted(
+            set(re.findall(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\b", compiled.as_text()))
+        ),
         gib_arguments=round(memory.argument_size_in_bytes / 2**30, 3),
         gib_temporary=round(memory.temp_size_in_bytes / 2**30, 3),
         gflops=round(cost["flops"] / 1e9, 1),

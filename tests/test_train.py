@@ -52,7 +52,7 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
 def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
     config = small_run(data_dir, guided=True, total="6 steps", checkpoint=dict(every="6 steps", keep=2))
     train.run(str(tmp_path / "whole"), **config)
-    for stop in (1, 4, 5):  # 5 steps are an epoch
+    for stop in (1, 5):  # 5 steps are an epoch
         workdir = tmp_path / f"stopped_{stop}"
         train.run(str(workdir), **{**config, "total": f"{stop} steps"})
         train.run(str(workdir), **config)

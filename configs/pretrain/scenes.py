@@ -19,5 +19,5 @@ def get_config():
     config.log_every = 20
     config.picture_every = "400 steps"
     config.checkpoint = dict(every="400 steps", keep=2)
-    config.evaluators = dict(knn=dict(type="knn", every="600 steps", baselines=True))
+    config.evaluators = dict(knn=dict(type="knn", every="600 steps", crop=1.0, baselines=True))
     return config

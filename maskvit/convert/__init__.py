@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,12 @@ from maskvit.convert.rules import Rule, check_keys, to_ours, to_torch
 
 LOG = logging.getLogger("maskvit")
 
-# Public files by the first digits of their SHA-256, which their names carry.
+# Public files by their SHA-256, where the whole of it is known, else by its first digits, which their names carry.
 PUBLIC_FILES = {
-    "afff3f8c": ("multimae-b_98_rgb+-depth-semseg_1600e_multivit-afff3f8c.pth", "MultiMAE-B, 1600 epochs, with decoders"),
+    "afff3f8c83f4e5a22f2edda21f00b2efeb077f3303c933dc4a133becf28c8345": (
+        "multimae-b_98_rgb+-depth-semseg_1600e_multivit-afff3f8c.pth",
+        "MultiMAE-B, 1600 epochs, with decoders",
+    ),
     "bafa5499": ("multimae-b_98_rgb+-depth-semseg_1600e_timm-bafa5499.pth", "MultiMAE-B, 1600 epochs, rgb-only ViT form"),
     "c477195b": ("mae-b_dec512d8b_1600e_multivit-c477195b.pth", "MAE-B by the MultiMAE authors, MultiViT form"),
     "f74f3a8d": ("mae-b_dec512d8b_1600e_timm-f74f3a8d.pth", "MAE-B by the MultiMAE authors, ViT form"),
@@ -36,15 +40,22 @@ OTHER_FAMILIES = (
     ("CrossMAE", lambda k: any("cross_attn" in key for key in k) and "mask_token" in k, "this family is not supported yet"),
     ("MAE with decoder", lambda k: "mask_token" in k and "decoder_pos_embed" in k, "this family is not supported yet"),
     ("DINO or iBOT", lambda k: any("last_layer" in key for key in k), "this family is not supported yet"),
-    ("ViT in timm's layout", lambda k: "patch_embed.proj.weight" in k, "it has no decoders"),
+    ("ViT in timm's layout with a classifier", lambda k: "patch_embed.proj.weight" in k and "head.weight" in k, "it has no decoders"),
+    (
+        "ViT in timm's layout, encoder only, as MAE's files",
+        lambda k: "patch_embed.proj.weight" in k and "norm.weight" in k,
+        "it has no decoders",
+    ),
+    ("ViT in timm's layout, no final norm, as MultiMAE's rgb files", lambda k: "patch_embed.proj.weight" in k, "it has no decoders"),
 )
 
 
 class Checkpoint(NamedTuple):
-    """A PyTorch file, understood. `adam` by tensor name, `epochs_done` and `adam` None where the file has none."""
+    """A PyTorch file, understood. `content`: its own keys; `adam` by tensor name, `epochs_done` and `adam` None where it has none."""
 
     path: Path
     digest: str
+    content: tuple[str, ...]
     state: dict[str, np.ndarray]
     args: dict[str, Any]
     adam: dict[str, Any] | None
@@ -58,24 +69,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path}: holds a {type(content).__name__}, not a state dict")
     state = content.get("model", content) if not _is_tensor(content.get("model")) else content
+    if isinstance(content.get("student"), Mapping) and "teacher" in content:  # self-distillation keeps two models
+        state = content["student"]
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) and _is_tensor(value) for key, value in state.items()):
-        raise ConversionError(f"{path}: holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}")
+        names = [key for key in content if isinstance(key, str)]
+        raise ConversionError(f"{path}: holds no state dict; its keys are {', '.join(names[:8])}")
     state = dict(state)
-    wrong = [key for key, value in state.items() if value.dtype.kind not in "fV"]
-    if wrong:
-        raise ConversionError(f"{path}: {wrong[0]!r} holds {state[wrong[0]].dtype} values, not floating point")
+    keys = ("the state dict itself",) if state.keys() == content.keys() else tuple(key for key in content if isinstance(key, str))
     args = content.get("args") if state is not content else None
     plain_args = dict(vars(args)) if isinstance(args, Namespace) else {}
     adam = epochs = None
     if "optimizer" in content and multimae.is_multimae(state):
-        adam = multimae.adam_by_key(content["optimizer"], state, str(path))
-    if type(content.get("epoch")) is int:
-        epochs = content["epoch"] + 1  # PyTorch's counter names the last epoch, from 0
-    return Checkpoint(path, sha256(path), state, plain_args, adam, epochs)
+        balancer = content.get("loss_balancer")
+        adam = multimae.adam_by_key(content["optimizer"], state, str(path), len(balancer) if isinstance(balancer, Mapping) else 0)
+    if multimae.is_multimae(state) and type(content.get("epoch")) is int and content["epoch"] >= 0:
+        epochs = content["epoch"] + 1  # MultiMAE's counter names the last epoch, from 0; other families count otherwise
+    return Checkpoint(path, sha256(path), keys, state, plain_args, adam, epochs)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, np.ndarray)
+
+
+def _public_file(digest: str) -> tuple[str, str] | None:
+    return PUBLIC_FILES.get(digest) or PUBLIC_FILES.get(digest[:8])
 
 
 def family(state: Mapping[str, Any]) -> tuple[str, str]:
@@ -92,8 +109,16 @@ def understand(
     name, reason = family(checkpoint.state)
     if reason:
         raise ConversionError(f"{checkpoint.path}: is {name}, and {reason}; only MultiMAE pretraining checkpoints can be converted")
+    wrong = [key for key, value in checkpoint.state.items() if value.dtype.kind not in "fV"]
+    if wrong:
+        raise ConversionError(f"{checkpoint.path}: {wrong[0]!r} holds {checkpoint.state[wrong[0]].dtype} values, not floating point")
     config = multimae.infer_config(checkpoint.state, checkpoint.args, str(checkpoint.path), num_heads, decoder_num_heads)
-    rules = multimae.rules(config)
+    try:
+        rules = multimae.rules(config)
+    except ConversionError:
+        raise
+    except ValueError as error:  # shapes that no modality can have
+        raise ConversionError(f"{checkpoint.path}: {error}") from error
     check_keys(str(checkpoint.path), checkpoint.state, {rule.key: rule.shape for rule in rules})
     return config, rules
 
@@ -103,22 +128,28 @@ def convert(src: str | Path, dst: str | Path, num_heads: int | None = None, deco
 
     Optimiser moments and the number of finished epochs come along when the file has them.
     """
+    started = time.monotonic()
     checkpoint = open_checkpoint(src)
+    LOG.info("%s: read %.0f MB in %.1f s", src, checkpoint.path.stat().st_size / 1e6, time.monotonic() - started)
     config, rules = understand(checkpoint, num_heads, decoder_num_heads)
-    in_float32 = lambda tree: {key: value.astype(np.float32) for key, value in tree.items()}  # noqa: E731
+    in_float32 = lambda tree: {key: value.astype(np.float32, copy=False) for key, value in tree.items()}  # noqa: E731
     params = to_ours(rules, in_float32(checkpoint.state), str(src))
+    broken = [key for key, value in checkpoint.state.items() if not np.isfinite(value).all()]
+    if broken:
+        LOG.warning("%s: %d tensors hold infinite or undefined values, %s among them", src, len(broken), broken[0])
     adam = None
     if checkpoint.adam is not None:
         trained = [rule for rule in rules if not rule.key.endswith(".pos_emb")]
         adam = {kind: to_ours(trained, in_float32(checkpoint.adam[kind]), f"{src} ({kind})") for kind in ("mu", "nu")}
         adam["count"] = checkpoint.adam["count"]
-    public = PUBLIC_FILES.get(checkpoint.digest[:8])
+    public = _public_file(checkpoint.digest)
     source = dict(file=checkpoint.path.name, sha256=checkpoint.digest, family="MultiMAE", epochs_done=checkpoint.epochs_done)
     if public:
         source["public_name"] = public[0]
     metadata = dict(config=config, source=source, licence=LICENCE if public else None)
     save_imported(dst, params, metadata, adam)
-    LOG.info("%s: MultiMAE with %d tensors, %d values, written to %s", src, len(rules), sum(x.size for x in checkpoint.state.values()), dst)
+    values = sum(x.size for x in checkpoint.state.values())
+    LOG.info("%s: MultiMAE with %d tensors, %d values, written to %s in %.0f s", src, len(rules), values, dst, time.monotonic() - started)
     LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none in the file", checkpoint.epochs_done or "not said")
     if public:
         LOG.info("licence of these weights: %s (not for commercial use)", LICENCE)
@@ -156,18 +187,26 @@ def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: i
     name, reason = family(state)
     frozen = sum(value.size for key, value in state.items() if key.endswith("pos_emb"))
     total = sum(value.size for value in state.values())
-    public = PUBLIC_FILES.get(checkpoint.digest[:8])
+    public = _public_file(checkpoint.digest)
     types = ", ".join(sorted({str(value.dtype) for value in state.values()}))
     lines = [
         f"file        {checkpoint.path} ({checkpoint.path.stat().st_size:,} bytes)",
         f"sha256      {checkpoint.digest}"
         + (f"  = {public[0]}: {public[1]}; {LICENCE}" if public else "  (not one of the known public files)"),
         f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
+        f"keys        {', '.join(checkpoint.content)}",
         f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {types}",
         f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimiser moments: {'yes' if checkpoint.adam else 'no'}",
     ]
+    config, problem = None, ""
     if not reason:
-        config, _ = understand(checkpoint, num_heads, decoder_num_heads)
+        try:
+            config, _ = understand(checkpoint, num_heads, decoder_num_heads)
+        except ConversionError as error:
+            problem = str(error).removeprefix(f"{checkpoint.path}: ")
+    if problem:
+        lines.append(f"conversion  not as it is: {problem}")
+    if config is not None:
         objective = config["objective"]
         lines += [
             f"image       {config['image_size']}, {objective['num_global_tokens']} global token(s)",

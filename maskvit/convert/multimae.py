@@ -33,25 +33,27 @@ def _parts(keys: Any, prefix: str) -> list[str]:
 
 
 def _count(keys: Any, pattern: str) -> int:
-    numbers = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    numbers = {match[1] for key in keys if (match := re.match(pattern, key))}
+    return len(numbers)  # of what is numbered with gaps the rules find the strangers
 
 
 def _shape(state: Mapping[str, np.ndarray], key: str, axes: int, where: str) -> tuple[int, ...]:
     if key not in state:
         raise ConversionError(f"{where}: looks like MultiMAE, but lacks {key!r}")
     shape = tuple(state[key].shape)
-    if len(shape) != axes:
-        raise ConversionError(f"{where}: {key!r} has the shape {shape}; {axes} axes expected")
+    if len(shape) != axes or 0 in shape:
+        raise ConversionError(f"{where}: {key!r} has the shape {shape}; {axes} axes expected, none of them empty")
     return shape
 
 
-def _heads(width: int, given: int | None, from_file: int | None, head_width: int, which: str, flag: str, where: str) -> int:
+def _heads(width: int, given: int | None, from_file: Any, head_width: int, which: str, flag: str, where: str) -> int:
     """Heads leave no trace in the shapes: the flag, else the file's args, else the usual width per head."""
+    if type(from_file) is not int or from_file < 1:
+        from_file = None
     if given is None and from_file is None and width % head_width:
         raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {head_width}: give {flag}")
-    heads = given or from_file or width // head_width
-    if width % heads:
+    heads = next(number for number in (given, from_file, width // head_width) if number is not None)
+    if heads < 1 or width % heads:
         raise ConversionError(f"{where}: the {which}'s width {width} does not divide into {heads} heads; {flag} says how many there are")
     return heads
 
@@ -65,6 +67,9 @@ def infer_config(
     inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
     outputs = _parts(state, "output_adapters")
     outputs = [n for n in inputs if n in outputs] + sorted(n for n in outputs if n not in inputs)
+    odd = [name for name in inputs + outputs if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    if odd:
+        raise ConversionError(f"{where}: a modality is named {odd[0]!r}; letters, digits, - and _ only")
     projections = {name: _shape(state, f"input_adapters.{name}.proj.weight", 4, where) for name in inputs}
     grids = {name: _shape(state, f"input_adapters.{name}.pos_emb", 4, where)[2:] for name in inputs}
     # The modality with the finest pixels per token has the image's own resolution.
@@ -85,14 +90,16 @@ def infer_config(
             fields |= dict(kind="categorical", num_classes=classes, embed_dim=embed, loss="cross_entropy")
         else:
             fields |= dict(kind="continuous", channels=channels)
-        modalities[name] = {**DECLARED.get(name, {}), **fields}
+        declared = DECLARED.get(name, {})
+        alike = all(declared.get(field) == fields.get(field) for field in ("kind", "channels"))
+        modalities[name] = {**declared, **fields} if alike else fields
     for name in outputs:
         if name not in modalities and name.removeprefix("norm_") not in modalities:
             raise ConversionError(f"{where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")
     first = f"output_adapters.{outputs[0]}"
     decoder_width = _shape(state, f"{first}.mask_token", 3, where)[2]
-    model_name = args.get("model")
-    from_name = VARIANTS[ENCODER_NAMES[model_name]]["heads"] if model_name in ENCODER_NAMES else None
+    variant = ENCODER_NAMES.get(str(args.get("model")))
+    from_name = VARIANTS[variant]["heads"] if variant else None
     encoder = dict(
         width=width,
         depth=_count(state, r"encoder\.(\d+)\."),
@@ -102,14 +109,15 @@ def infer_config(
     decoder = dict(
         width=decoder_width,
         depth=_count(state, rf"output_adapters\.{re.escape(outputs[0])}\.decoder_transformer\.(\d+)\."),
-        heads=_heads(decoder_width, decoder_num_heads, args.get("decoder_num_heads"), 32, "decoders", "--decoder-num-heads", where),
+        heads=_heads(decoder_width, decoder_num_heads, args.get("decoder_num_heads"), 32, "decoder", "--decoder-num-heads", where),
         mlp_ratio=_shape(state, f"{first}.mlp.fc1.weight", 2, where)[0] / decoder_width,
     )
     objective = dict(
         name="multimae", inputs=tuple(inputs), outputs=tuple(outputs), encoder=encoder, decoder=decoder, num_global_tokens=num_global
     )
     tokens = sum(rows * columns for rows, columns in grids.values())
-    objective["num_visible"] = args.get("num_encoded_tokens") or max(round(tokens / 6), 1)
+    visible = args.get("num_encoded_tokens")
+    objective["num_visible"] = visible if type(visible) is int and 1 <= visible <= tokens else max(round(tokens / 6), 1)
     return dict(image_size=image_size, modalities=modalities, objective=objective)
 
 
@@ -155,10 +163,11 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     return found
 
 
-def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], where: str) -> dict[str, Any] | None:
+def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], where: str, others: int = 0) -> dict[str, Any] | None:
     """AdamW's moments of a training checkpoint by tensor name: {"count", "mu", "nu"}; None where no step was taken.
 
-    The optimiser numbers the model's parameters in state-dict order, the frozen position tables left out.
+    The optimiser numbers the model's parameters in state-dict order, the frozen position tables left out; `others` more
+    that are not the model's (learned loss weights) come after them and are left out.
     """
     names = [key for key in state if not key.endswith(".pos_emb")]
     try:
@@ -166,12 +175,22 @@ def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], w
         entries = optimizer["state"]
         if not entries:
             return None
-        if len(numbers) != len(names) or set(entries) != set(numbers):
+        if len(numbers) != len(names) + others or set(entries) != set(numbers):
             raise ConversionError(f"{where}: the optimiser has {len(entries)} states for {len(names)} trained tensors")
-        counts = {int(np.asarray(entries[number]["step"])) for number in numbers}
+        numbers = numbers[: len(names)]
+        strangers = {kind for number in numbers for kind in entries[number]} - {"step", "exp_avg", "exp_avg_sq"}
+        if strangers:
+            raise ConversionError(f"{where}: its 'optimizer' is not AdamW's: it also holds {sorted(map(str, strangers))}")
+        counts = {float(np.asarray(entries[number]["step"])) for number in numbers}
+        if any(not 0 <= count < 2**31 for count in counts):
+            raise ConversionError(f"{where}: the optimiser's step counts are no counts: {sorted(counts)[:4]}")
         if len(counts) != 1:
             raise ConversionError(f"{where}: the optimiser's tensors have taken different numbers of steps: {sorted(counts)}")
+        if not all(isinstance(entries[number][kind], np.ndarray) for number in numbers for kind in ("exp_avg", "exp_avg_sq")):
+            raise ConversionError(f"{where}: its 'optimizer' is not AdamW's: a moment is no tensor")
         moments = {kind: {name: entries[n][kind] for name, n in zip(names, numbers, strict=True)} for kind in ("exp_avg", "exp_avg_sq")}
-    except (KeyError, TypeError, AttributeError) as error:
+    except ConversionError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConversionError(f"{where}: its 'optimizer' is not AdamW's ({type(error).__name__}: {error})") from error
-    return {"count": counts.pop(), "mu": moments["exp_avg"], "nu": moments["exp_avg_sq"]}
+    return {"count": int(counts.pop()), "mu": moments["exp_avg"], "nu": moments["exp_avg_sq"]}

@@ -6,19 +6,22 @@ stand-in for `argparse.Namespace`; any other global is refused by its name befor
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import io
 import math
 import pickle
+import pickletools
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 MAX_PICKLE_BYTES = 64 * 2**20
+# Tensors may share storages (tied weights), but not so that a small file asks for a large memory.
+MAX_SHARING = 8
 STORAGE_TYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -31,6 +34,7 @@ STORAGE_TYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+TYPE_NAMES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
@@ -42,11 +46,19 @@ class Namespace:
     """Stands for `argparse.Namespace`: attributes, nothing else."""
 
 
-class _Storage:
-    """Raw values of a storage type, read when the first tensor on it is."""
+class _Storage(NamedTuple):
+    """A storage type. Immutable: a pickle may try to write attributes onto what it is given."""
 
-    def __init__(self, dtype: Any):
-        self.dtype = np.dtype(dtype)
+    dtype: np.dtype
+
+
+class _Dict(dict):
+    """Stands for `OrderedDict`, without attributes: torch stores some beside a state dict, and one could hide a method."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Attributes are left out."""
 
 
 def sha256(path: str | Path) -> str:
@@ -74,7 +86,9 @@ def read_checkpoint(path: str | Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).load()
-    except zipfile.BadZipFile as error:
+    except ConversionError:
+        raise
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as error:
         raise ConversionError(
             f"{path}: not a PyTorch checkpoint, or cut off ({error}); compare its size and SHA-256 with the source's"
         ) from error
@@ -96,6 +110,7 @@ class _Archive:
     def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.path, self.archive = path, archive
         self.storages: dict[str, np.ndarray] = {}
+        self.tensor_bytes = 0
         names = [info.filename for info in archive.infolist()]
         for info in archive.infolist():
             parts = info.filename.split("/")
@@ -106,6 +121,8 @@ class _Archive:
             # PyTorch stores without compression; so no member can be larger than the file.
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise ConversionError(f"{path}: member {info.filename!r} is compressed, which PyTorch never does")
+        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+            raise ConversionError(f"{path}: its members claim more bytes than the file has: they overlap")
         if len(set(names)) != len(names):
             raise ConversionError(f"{path}: the archive has the same member twice")
         pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
@@ -123,18 +140,23 @@ class _Archive:
             return self.archive.read(self.root + name)
         except KeyError as error:
             raise ConversionError(f"{self.path}: member {self.root + name!r} is missing") from error
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise ConversionError(f"{self.path}: member {self.root + name!r} is damaged ({error})") from error
 
     def load(self) -> Any:
+        program = self._member("data.pkl")
         try:
-            return _Unpickler(io.BytesIO(self._member("data.pkl")), self).load()
+            # Looked through before it is run: one memo index may make Python's unpickler take as many times 16 bytes.
+            for opcode, argument, _ in pickletools.genops(program):
+                if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(program):
+                    raise ConversionError(f"{self.path}: its pickle numbers more objects than it can hold")
+            return _Unpickler(io.BytesIO(program), self).load()
         except ConversionError:
             raise
         except Exception as error:  # a pickle is a program: whatever it does wrong, the file is at fault
             raise ConversionError(f"{self.path}: its pickle cannot be read ({type(error).__name__}: {error})") from error
 
-    def storage(self, dtype: np.dtype, key: str, count: int) -> np.ndarray:
+    def storage(self, dtype: np.dtype, key: Any, count: Any) -> np.ndarray:
         """The values of one storage, read once."""
         if not isinstance(key, str) or "/" in key or key in (".", ".."):
             raise ConversionError(f"{self.path}: unsafe storage name {key!r}")
@@ -146,17 +168,22 @@ class _Archive:
             raise ConversionError(f"{self.path}: storage {key!r} has {raw.size:,} bytes, not {count} values of {dtype}")
         return raw.view(dtype)
 
-    def tensor(self, storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
+    def tensor(self, storage: Any, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...]) -> np.ndarray:
         """A tensor on a storage, checked to lie inside it and not to be larger than it."""
         numbers = (offset, *size, *stride)
-        if not isinstance(storage, np.ndarray) or len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ConversionError(f"{self.path}: a tensor with offset {offset!r}, size {size!r} and stride {stride!r}")
+        if not isinstance(storage, np.ndarray) or len(size) != len(stride) or not all(type(n) is int and abs(n) < 2**48 for n in numbers):
+            raise ConversionError(f"{self.path}: a tensor whose storage, offset, size or stride is of the wrong type")
+        if any(n < 0 for n in numbers):
+            raise ConversionError(f"{self.path}: a tensor with offset {offset}, size {size} and stride {stride}")
         count = math.prod(size)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset
         if count > storage.size or (count and last >= storage.size):
             raise ConversionError(
                 f"{self.path}: a tensor of size {size} and stride {stride} at {offset} does not fit its storage of {storage.size}"
             )
+        self.tensor_bytes += count * storage.itemsize
+        if self.tensor_bytes > MAX_SHARING * self.path.stat().st_size:
+            raise ConversionError(f"{self.path}: its tensors share storages so that they take over {MAX_SHARING} times the file's size")
         strides = [s * storage.itemsize for s in stride]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(storage[offset:], size, strides)).reshape(size)
 
@@ -166,30 +193,32 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="utf-8")
         self.archive = archive
 
-    def find_class(self, module: str, name: str) -> Any:
-        archive = self.archive
-
         def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
             return archive.tensor(storage, offset, tuple(size), tuple(stride))
 
-        # Fresh functions and classes each time: what a pickle writes onto one reaches nothing else.
-        allowed: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
+        # Functions and classes of this file alone: what its pickle writes onto one reaches nothing else.
+        self.allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): type("OrderedDict", (_Dict,), {"__slots__": ()}),
             ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
             ("torch", "Size"): lambda sizes=(): tuple(sizes),
+            ("torch", "device"): lambda *parts: ":".join(str(part) for part in parts if isinstance(part, (str, int))),
             ("argparse", "Namespace"): type("Namespace", (Namespace,), {}),
         }
-        if (module, name) in allowed:
-            return allowed[module, name]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
         if module == "torch" and name in STORAGE_TYPES:
-            return _Storage(STORAGE_TYPES[name])
+            return _Storage(np.dtype(STORAGE_TYPES[name]))
+        if module == "torch" and name in TYPE_NAMES:
+            return f"torch.{name}"
         raise ConversionError(
-            f"{archive.path}: its pickle asks for {module}.{name}, which a checkpoint of tensors does not need; nothing was run. Where the "
-            "file comes from a trusted source, save its state dict alone with torch"
+            f"{self.archive.path}: its pickle asks for {module}.{name}, which a checkpoint of tensors does not need; nothing was run. "
+            "Where the file comes from a trusted source, save its state dict alone with torch"
         )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Storage)):
-            raise ConversionError(f"{self.archive.path}: an unknown persistent id {pid!r}")
+            raise ConversionError(f"{self.archive.path}: its pickle holds a reference that is no tensor storage")
         return self.archive.storage(pid[1].dtype, pid[2], pid[4])

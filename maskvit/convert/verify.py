@@ -34,7 +34,7 @@ def import_reference(directory: str | Path) -> Any:
         raise ConversionError("--verify needs torch: pip install torch") from error
     # Of the reference's `utils` the model needs one small file; the package's own start-up wants torchvision and more.
     utils = types.ModuleType("utils")
-    utils.__path__ = [str(directory / "utils")]  # type: ignore[attr-defined]
+    utils.__path__ = [str(directory / "utils")]
     sys.modules["utils"] = utils
     sys.path.insert(0, str(directory))
     try:

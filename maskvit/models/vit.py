@@ -76,7 +76,7 @@ def attention_weights(
     q: Float[Array, "b a q e"], k: Float[Array, "b a n e"], mask: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b a q n"]:
     """Softmax over keys of q k^T / sqrt(e), in float32. `mask` True where a key may be attended to."""
-    # The scale goes onto the queries: on the logits XLA's CPU backend takes 2.6 times as long, forward and backward.
+    # The scale goes onto the queries: on the logits XLA's CPU backend is slower (2.6 times, for heads of width 32 on 196 tokens).
     logits = jnp.einsum("baqe,bane->baqn", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)

@@ -14,7 +14,9 @@ from maskvit.types import TokenBatch
 
 OBJECTIVE = tiny_objective(**GUIDED)
 MODEL = OBJECTIVE.model
-guide = jax.jit(lambda params, tokens, query, present: self_attention(MODEL, params, TokenBatch(tokens, LAYOUT, present), query), static_argnums=2)
+guide = jax.jit(
+    lambda params, tokens, query, present: self_attention(MODEL, params, TokenBatch(tokens, LAYOUT, present), query), static_argnums=2
+)
 LAYOUT = MODEL.layout
 
 

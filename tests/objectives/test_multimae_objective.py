@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ def params():
     return jax.jit(lambda key: tiny_objective().init(key)[0])(jax.random.key(0))
 
 
+@functools.cache
 def everything(objective: MultiMae):
     """A function of (params, batch, keys): plan, predictions, loss sums (numerators and counts)."""
 
@@ -32,6 +35,18 @@ def everything(objective: MultiMae):
         plan = objective.make_plan(tokens, objective.guide(params, tokens), keys)
         predictions = objective.reconstruct(params, tokens, plan)
         return plan, predictions, objective.loss_sums(predictions, prepared, plan, tokens.layout)
+
+    return run
+
+
+@functools.cache
+def loss_and_gradients(objective: MultiMae):
+    """A function of (params, batch, keys)."""
+
+    @jax.jit
+    def run(params, batch, keys):
+        (loss, _), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, (), batch, keys, jnp.int32(0))
+        return loss, grads
 
     return run
 
@@ -67,9 +82,8 @@ def test_what_stands_in_for_an_absent_modality_does_not_matter(params, junk):
     other["depth"][~batch["present"][:, 1]] = junk
     other["semseg"][~batch["present"][:, 2]] = -1
     keys = sample_keys(0, 0, 8)
-    value_and_grad = jax.jit(lambda p, b: jax.value_and_grad(objective.loss, has_aux=True)(p, (), b, keys, jnp.int32(0)))
-    (one, _), grads = value_and_grad(params, on_device(batch))
-    (two, _), other_grads = value_and_grad(params, on_device(other))
+    one, grads = loss_and_gradients(objective)(params, on_device(batch), keys)
+    two, other_grads = loss_and_gradients(objective)(params, on_device(other), keys)
     np.testing.assert_allclose(one, two, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -85,7 +99,7 @@ def test_a_sample_with_fewer_tokens_than_are_shown(params, junk):
     np.testing.assert_array_equal(np.asarray(plan.visible_valid).sum(axis=1), [16, 20])
     assert all(np.isfinite(value).all() for value in predictions.values())
     assert {name: float(count) for name, (_, count) in sums.items()} == {"rgb": 1, "norm_rgb": 1, "depth": 1, "semseg": 1}
-    grads = jax.jit(lambda p, b: jax.grad(lambda q: objective.loss(q, (), b, sample_keys(0, 0, 2), jnp.int32(0))[0])(p))(params, on_device(batch))
+    _, grads = loss_and_gradients(objective)(params, on_device(batch), sample_keys(0, 0, 2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -135,7 +149,7 @@ def test_missing_depth_and_labels_count_nowhere(params):
     np.testing.assert_allclose(sums["depth"][0], sum(means), rtol=1e-5)
     assert sums["depth"][1] == len(means)
 
-    grads = jax.jit(lambda p, b: jax.grad(lambda q: objective.loss(q, (), b, keys, jnp.int32(0))[0])(p))(params, on_device(batch))
+    _, grads = loss_and_gradients(objective)(params, on_device(batch), keys)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 

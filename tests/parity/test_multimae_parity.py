@@ -142,7 +142,9 @@ def test_encoder_on_visible_tokens(params, tokens, plan, golden):
     visible = np.take_along_axis(np.asarray(tokens.tokens), np.asarray(plan.visible_ids)[..., None], axis=1)
     # The reference keeps visible tokens in a random order, we in ascending order; the global token is last in both.
     order = np.argsort(golden["ids_keep"], axis=1)
-    recorded = np.concatenate([np.take_along_axis(golden["encoder_tokens"][:, :-1], order[..., None], 1), golden["encoder_tokens"][:, -1:]], 1)
+    recorded = np.concatenate(
+        [np.take_along_axis(golden["encoder_tokens"][:, :-1], order[..., None], 1), golden["encoder_tokens"][:, -1:]], 1
+    )
     np.testing.assert_allclose(jax.jit(MODEL.encode)(params, jnp.asarray(visible)), recorded, **FORWARD)
 
 
