@@ -37,8 +37,9 @@ def main() -> int:
             print(convert.inspect(flags.src, *heads))
         if flags.verify:
             from maskvit.convert.verify import verify
+            from maskvit.objectives import build_objective
 
-            return 0 if verify(flags.src, flags.verify, flags.images, *heads) else 1
+            return 0 if verify(flags.src, flags.verify, build_objective, flags.images, *heads) else 1
         if flags.dst and flags.to:
             convert.export(flags.src, flags.dst)
         elif flags.dst:

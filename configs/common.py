@@ -84,7 +84,7 @@ def multimae_b() -> ConfigDict:
     )
 
 
-def attention_guided(config: ConfigDict, scores: str = "attention_high", query: str = "mean") -> ConfigDict:
+def attention_guided(config: ConfigDict, scores: str = "attention_high", query: str = "global") -> ConfigDict:
     """Hide what the model attends to most (or least): one extra forward pass over all tokens per step."""
     config.objective.scores = dict(name=scores)
     config.objective.guidance = dict(name="self_attention", query=query)

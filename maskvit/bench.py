@@ -46,7 +46,7 @@ def step_config(
             decoder=dict(decoder or dict(width=256, depth=2, heads=8)),
             num_visible=num_visible,
             scores=dict(name="attention_high" if guided else "random"),
-            guidance=dict(name="self_attention", query="mean") if guided else {},
+            guidance=dict(name="self_attention") if guided else {},
             compute_dtype=dtype,
         ),
     )

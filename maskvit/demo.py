@@ -40,7 +40,7 @@ def loss_of_predictions(objective: Any, batch: Batch, plan: MaskPlan, prediction
 
 def held_out_losses(objective: Any, params: Params, batches: Sequence[Batch], plans: Sequence[MaskPlan]) -> dict[str, float]:
     """Masked loss per output over held-out batches, at given plans."""
-    loss = jax.jit(lambda p, batch, plan: objective.loss(p, (), batch, None, 0, plan)[1][1])
+    loss = jax.jit(lambda p, batch, plan: objective.loss(p, (), batch, None, jnp.int32(0), plan)[1][1])
     return _mean([loss(params, batch, plan) for batch, plan in zip(batches, plans, strict=True)])
 
 

@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,17 @@ def sample_batch(config: Mapping[str, Any], images: str | Path | None, rng: np.r
 def verify(
     src: str | Path,
     directory: str | Path,
+    build_objective: Callable[[Mapping[str, Any]], Any],
     images: str | Path | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
 ) -> bool:
-    """Print the largest differences per output and per loss; True where all lie within `TOLERANCE`."""
+    """Print the largest differences per output and per loss; True where all lie within `TOLERANCE`.
+
+    `directory` is a checkout of the PyTorch reference, `images` a folder of pictures (random values without it);
+    `build_objective` makes the objective of a config (`maskvit.objectives.build_objective`).
+    """
     from maskvit.masking import drop, random_scores
-    from maskvit.objectives import build_objective
 
     checkpoint = open_checkpoint(src)
     config, rules = understand(checkpoint, num_heads, decoder_num_heads)

@@ -97,11 +97,10 @@ def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dt
             continue
         readable += 1
         for name, array in arrays.items():
-            if modalities[name].kind == "categorical":
-                try:
-                    transforms.check_class_ids(array, modalities[name])
-                except transforms.RecordError as error:
-                    raise ValueError(f"record {record['id']!r}: {error}") from error
+            try:
+                transforms.check_values(array, modalities[name])
+            except transforms.RecordError as error:
+                raise ValueError(f"record {record['id']!r}: {error}") from error
             dtype = transforms.output_dtype(array, modalities[name])
             dtypes[name] = np.promote_types(dtypes.get(name, dtype), dtype)
     if not readable:

@@ -162,6 +162,17 @@ def check_class_ids(array: Integer[np.ndarray, "h w"], modality: Modality) -> No
         )
 
 
+def check_values(array: np.ndarray, modality: Modality) -> None:
+    """Raise RecordError for a class id out of range, or for NaN where the modality declares that nothing is missing."""
+    if modality.kind == "categorical":
+        check_class_ids(array, modality)
+    elif modality.missing is None and array.dtype.kind == "f" and np.isnan(array).any():
+        raise RecordError(
+            f"modality {modality.name!r} has NaN pixels, but config.modalities.{modality.name}.missing is None: set it to the value that "
+            "means missing (NaN always does as well)"
+        )
+
+
 # --- geometry ---------------------------------------------------------------------------------------------------------
 
 

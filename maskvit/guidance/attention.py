@@ -11,12 +11,13 @@ from maskvit.types import Guidance, Params, TokenBatch
 QUERIES = ("global", "mean")
 
 
-def self_attention(model: MultiMaeModel, params: Params, tokens: TokenBatch, query: str = "mean") -> Guidance:
+def self_attention(model: MultiMaeModel, params: Params, tokens: TokenBatch, query: str = "global") -> Guidance:
     """Last-block attention received by every token, averaged over heads.
 
     `query`: "global" reads the global token's row, "mean" averages over all n + 1 queries (absent tokens not counted).
     The global token's own column is dropped and the rest is not renormalised. Source: the attention-guided MultiMAE
-    project; which of the two rows it read is not published.
+    project; which of the two rows it read is not published. The default is the row whose hidden tokens cover more of the
+    objects on the demo's checkpoint (README, "Which attention row").
     """
     if query not in QUERIES:
         raise ValueError(f"config.objective.guidance.query is {query!r}; known: {', '.join(QUERIES)}")

@@ -77,6 +77,10 @@ class MultiMae:
             if spec.name not in batch:
                 continue
             stored = batch[spec.name]
+            if "present" in batch and spec.name in self.model.inputs:
+                # Whatever stands in for an absent modality (NaN) must not reach a product, not even one with weight 0.
+                has = batch["present"][:, self.model.inputs.index(spec.name)]
+                stored = jnp.where(has.reshape(-1, *(1,) * (stored.ndim - 1)), stored, jnp.zeros_like(stored))
             if spec.kind == "categorical":
                 values[spec.name] = stored
                 if spec.missing is not None:

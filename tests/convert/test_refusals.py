@@ -327,6 +327,16 @@ def test_types_and_devices_in_args(tmp_path):
     assert read_checkpoint(tmp_path / "x.pth") == {"args": {"device": "cuda:0", "dtype": "torch.bfloat16"}}
 
 
+def test_verify_wants_a_checkout(tiny, tmp_path):
+    from maskvit.convert.verify import verify
+    from maskvit.objectives import build_objective
+
+    before = list(sys.path)
+    with pytest.raises(ConversionError, match="no checkout of the PyTorch reference"):
+        verify(tiny, tmp_path, build_objective, None, 3, 4)
+    assert sys.path == before
+
+
 def test_bare_pickles_and_unknown_extensions(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps({"model": {}}))
     with pytest.raises(ConversionError, match="bare pickle"):

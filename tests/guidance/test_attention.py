@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,12 @@ from maskvit.types import TokenBatch
 
 OBJECTIVE = tiny_objective(**GUIDED)
 MODEL = OBJECTIVE.model
-guide = jax.jit(
-    lambda params, tokens, query, present: self_attention(MODEL, params, TokenBatch(tokens, LAYOUT, present), query), static_argnums=2
-)
 LAYOUT = MODEL.layout
+
+
+@partial(jax.jit, static_argnums=2)
+def guide(params, tokens, query, present):
+    return self_attention(MODEL, params, TokenBatch(tokens, LAYOUT, present), query)
 
 
 @pytest.fixture(scope="module")
