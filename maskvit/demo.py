@@ -213,7 +213,7 @@ def build_page(
             S("Did it work", [T(("check", "result"), [(name, "pass" if passed else "FAIL") for name, passed in checks])]),
             S("Held-out loss", [
                 P("Over held-out scenes at fixed masks: those that the imported checkpoint's own attention asks for. A mean patch "
-                  "predicts, at every place, the training set's mean there (class frequencies for the semantic map, and for normalised patches each "
+                  "predicts, at every place, the training set's mean there (class frequencies for the semantic map, for normalised patches each "
                   "patch's own mean)."),
                 T(("output", "imported", "continued", "mean patch"), loss_rows),
             ]),

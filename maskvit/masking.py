@@ -118,13 +118,13 @@ def drop(
     modality has nor add up to more than `num_visible`; the budgets see to that.
     """
     sizes = present_counts(layout, present, scores.shape[0])
-    masked = []
+    parts = []
     for i, span in enumerate(layout.spans()):
         here = scores[:, span] if present is None else jnp.where(present[:, span], scores[:, span], -jnp.inf)
         rank = jnp.argsort(jnp.argsort(-here, axis=1, stable=True), axis=1)  # 0 = hide first; absent tokens come last
         hidden = rank < (sizes[:, i] - counts[:, i])[:, None]
-        masked.append(hidden if present is None else hidden | ~present[:, span])
-    masked = jnp.concatenate(masked, axis=1)
+        parts.append(hidden if present is None else hidden | ~present[:, span])
+    masked = jnp.concatenate(parts, axis=1)
     predicted = masked if present is None else masked & present
     visible_ids = jnp.argsort(masked, axis=1, stable=True)[:, :num_visible]
     predicted_ids = jnp.argsort(~predicted, axis=1, stable=True)[:, : layout.num_tokens - num_visible]

@@ -104,6 +104,6 @@ def parse_modalities(declared: Mapping[str, Mapping[str, Any]]) -> dict[str, Mod
         unknown = sorted(set(fields) - known)
         if unknown:
             raise ValueError(f"config.modalities.{name} has unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        values = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in fields.items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in fields.items()}
         specs[name] = Modality(name=name, **values)
     return specs

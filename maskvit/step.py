@@ -42,24 +42,17 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
     plans, counts = jax.lax.map(lambda part: objective.plan(state.params, *part), parts)
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
 
-    def accumulate(total: Any, part: Any) -> Any:
+    def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
         result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
         (loss, (_, metrics)), grads = result
-        return jax.tree.map(jnp.add, total, (loss, grads, metrics)), None
+        return loss, grads, metrics
 
-    shapes = jax.eval_shape(lambda *x: accumulate_shapes(value_and_grad, state, *x, counts), jax.tree.map(lambda x: x[0], (parts, plans)))
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (loss, grads, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, plans))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)  # noqa: E731
+    (loss, grads, metrics), _ = jax.lax.scan(add, zeros, (parts, plans))
     return loss, grads, state.objective_state, metrics
-
-
-def accumulate_shapes(value_and_grad: Any, state: TrainState, part: Any, counts: Any) -> Any:
-    """One part's (loss, gradients, metrics), for their shapes only."""
-    (micro_batch, micro_keys), plan = part
-    result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
-    (loss, (_, metrics)), grads = result
-    return loss, grads, metrics
 
 
 def train_step(

@@ -274,7 +274,7 @@ def start_report(
             f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
             f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
             f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit else ""),
-            f"schedule    steps {step} to {total_steps} ({steps_per_epoch} per epoch), lr {rates[0]:.3g} -> {rates[1]:.3g} -> {rates[2]:.3g}",
+            f"schedule    steps {step} to {total_steps} ({steps_per_epoch} per epoch), lr " + " -> ".join(f"{r:.3g}" for r in rates),
             f"arithmetic  {flops / 1e12:.3g} TFLOP per step, {work:.3g} FLOP to go{hours}",
         ]
     )

@@ -14,7 +14,7 @@ from maskvit.models import VARIANTS, count_parameters, encoder_sizes
 from maskvit.models.vit import Encoder, attention_weights
 from maskvit.objectives import build_objective
 from maskvit.patches import sincos_position_table
-from maskvit.types import tree_paths
+from maskvit.types import TokenBatch, tree_paths
 
 # (all values, trainable values) with rgb, depth and semseg at 224 and their four decoders. B and L are the reference's.
 PINNED = {
@@ -196,8 +196,9 @@ def test_absent_tokens_are_never_attended_to():
 def embedded(objective, batch):
     """(params, tokens) of a fresh model on a host batch."""
     params = jax.jit(lambda k: objective.init(k)[0])(jax.random.key(0))
-    prepared = objective.prepare(jax.tree.map(jnp.asarray, batch))
-    return params, objective.model.embed(params, prepared.values_of(objective.model.inputs), prepared.present)
+    values = jax.jit(lambda b: objective.prepare(b).values_of(objective.model.inputs))(jax.tree.map(jnp.asarray, batch))
+    tokens = jax.jit(lambda p, v: objective.model.embed(p, v).tokens)(params, values)
+    return params, TokenBatch(tokens, objective.model.layout_of(values))
 
 
 @pytest.mark.parametrize("image", [(32, 32), (48, 32), (16, 40)])
@@ -251,8 +252,9 @@ def test_unknown_labels_embed_to_zero():
 def test_several_global_tokens_come_last():
     objective = tiny_objective(num_global_tokens=3)
     params, tokens = embedded(objective, tiny_batch(2))
-    assert objective.model.encode(params, tokens.tokens).shape == (2, 51, 48)
-    assert objective.model.attention(params, tokens, slice(48, None)).shape == (2, 3, 3, 51)
+    assert jax.jit(objective.model.encode)(params, tokens.tokens).shape == (2, 51, 48)
+    weights = jax.jit(lambda p: objective.model.attention(p, tokens, slice(48, None)))(params)
+    assert weights.shape == (2, 3, 3, 51)
 
 
 def test_encoder_sizes_by_name_or_block():

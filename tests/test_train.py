@@ -12,7 +12,7 @@ import pytest
 
 from configs import common
 from maskvit import train
-from maskvit.checkpoint import CheckpointError, CheckpointStore
+from maskvit.checkpoint import CheckpointError, find_checkpoint
 from maskvit.objectives import build_objective
 from tests.runs import child, finish, get_config, losses, make_scenes, on_scenes, same_params, shipped_configs, small_run, write_config
 
@@ -34,19 +34,19 @@ def test_shipped_config_has_its_full_size(path):
 
 @pytest.mark.parametrize("path", shipped_configs())
 def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
-    config = on_scenes(common.smoke(get_config(path)), data_dir)
-    with config.unlocked():
-        config.evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8))
-    settings = config.to_dict()
+    settings = on_scenes(common.smoke(get_config(path)), data_dir).to_dict()
+    watched = path == "configs/demo.py"  # pictures and evaluation are the same code for all
+    evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8)) if watched else {}
+    settings |= dict(evaluators=evaluators, picture_every="2 steps" if watched else 0)
     train.run(str(tmp_path), **{**settings, "total": "1 steps"})
     state = train.run(str(tmp_path), **settings)
     assert int(state.step) == 2 and int(state.skipped) == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert any(key.startswith("knn/mean/") for row in rows for key in row)
-    assert (tmp_path / "pictures" / "masking_00000002.png").stat().st_size > 1000
-    with CheckpointStore(tmp_path / "checkpoints") as store:
-        assert store.latest_valid() == 2
+    assert find_checkpoint(tmp_path).name == "2"
+    if watched:
+        assert any(key.startswith("knn/mean/") for row in rows for key in row)
+        assert (tmp_path / "pictures" / "masking_00000002.png").stat().st_size > 1000
 
 
 def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
