@@ -12,12 +12,16 @@ _CLUSTER = flags.DEFINE_bool("cluster", False, "Find the other processes by the 
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to trace into WORKDIR/profile.")
 
 
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown argument {arguments[1]!r}: write --config.key=value, with the equals sign and no spaces")
     from maskvit import train
 
     if _CLUSTER.value or _COORDINATOR.value:
         import jax
 
+        # Without this the CPU backend would leave every process on its own.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train.main(_CONFIG.value, _WORKDIR.value, profile=_PROFILE.value)
 

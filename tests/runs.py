@@ -72,8 +72,7 @@ def write_config(path: pathlib.Path, config: dict[str, Any]) -> str:
 
 def child(config: str, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     """`python main.py` in a process of its own with so many CPU devices."""
-    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
-    env = {**os.environ, "XLA_FLAGS": flags}
+    env = {**os.environ, "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])}
     command = [sys.executable, str(ROOT / "main.py"), f"--config={config}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
