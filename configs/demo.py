@@ -11,15 +11,15 @@ from configs import common
 
 def get_config():
     config = common.scenes()
-    config.total = "300 steps"
+    config.total = "240 steps"
     config.global_batch = 64
     config.micro_batch = 64
     config.optimizer.base_lr = 1.2e-3
-    # 3,000 scenes are 46 steps an epoch: a little more than the 300 steps of this run.
-    config.schedule = dict(total_epochs=6.6, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
+    # 3,000 scenes are 46 steps an epoch: a little more than the 240 steps of this run.
+    config.schedule = dict(total_epochs=5.3, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
     config.init_from.path = "runs/demo/imported"
     config.log_every = 10
-    config.picture_every = "100 steps"
-    config.checkpoint = dict(every="100 steps", keep=2)
-    config.evaluators = dict(knn=dict(type="knn", every="300 steps", crop=1.0, baselines=True))
+    config.picture_every = "80 steps"
+    config.checkpoint = dict(every="80 steps", keep=2)
+    config.evaluators = dict(knn=dict(type="knn", every="240 steps", crop=1.0, baselines=True))
     return common.attention_guided(config)
