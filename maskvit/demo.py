@@ -179,6 +179,8 @@ def build_page(
     pictures: Mapping[str, bytes], times: Sequence[tuple[str, float]],
 ) -> str:  # fmt: skip
     """The demo's page from its numbers and pictures."""
+    from maskvit.data.scenes import KIND_NAMES
+
     rows = read_metrics(workdir / "run")
     training = [row for row in rows if "loss" in row]
     names = [name for name in training[0] if name.startswith("loss")] + ["learning_rate", "grad_norm", "images_per_second"]
@@ -186,8 +188,8 @@ def build_page(
     series = {name: (steps, [row.get(name, float("nan")) for row in training]) for name in names}
     before = next(row for row in reversed(read_metrics(workdir / "before")) if any(key.startswith("knn/") for key in row))
     after = next(row for row in reversed(rows) if any(key.startswith("knn/") for key in row))
-    top1 = sorted(key for key in after if "top1" in key)
-    groups = {key.removeprefix("knn/"): {"imported": before[key], "continued": after[key]} for key in top1}
+    top1 = sorted(key for key in after if key.endswith("/top1_k20"))
+    groups = {key.split("/")[1].replace("_", " "): {"imported": before[key], "continued": after[key]} for key in top1}
     knn_rows = [(key.removeprefix("knn/"), before[key], after[key]) for key in sorted(after) if key.startswith("knn/")]
     outputs = list(losses["continued"])
     loss_rows = [(name, losses["imported"][name], losses["continued"][name], losses["mean patch"][name]) for name in outputs]
@@ -224,7 +226,7 @@ def build_page(
             S("Training", [F(figures.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps.")]),
             S("k-NN on frozen features", [
                 P("Top-1 on the kind of the nearest object. Mean colour and raw pixels are baselines without a model."),
-                F(figures.bars(groups), "Top-1 accuracy by feature, before and after."),
+                F(figures.bars(groups, references={"chance": 100 / len(KIND_NAMES)}), "Top-1 accuracy, k = 20, before and after."),
                 T(("feature", "imported", "continued"), knn_rows),
             ]),
             S("Timing", [

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Num
 
+from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
 from maskvit.models.decoders import SpatialDecoder
@@ -105,9 +106,7 @@ class MultiMaeModel:
             params["inputs"][name] = self._input(name).init(jax.random.fold_in(input_key, i), values)["params"]
         params["global_tokens"] = 0.02 * jax.random.normal(global_key, (self.num_global_tokens, self.width))
         params["encoder"] = self._encoder().init(encoder_key, jnp.zeros((1, 1, self.width)))["params"]
-        ids = jnp.arange(layout.num_tokens)[None]
-        everything = jnp.ones_like(ids, dtype=bool)
-        plan = MaskPlan(ids, everything, ids[:, :0], everything[:, :0], ~everything)
+        plan = show_all(layout, 1)
         encoded = jnp.zeros((1, layout.num_tokens + self.num_global_tokens, self.width))
         for i, name in enumerate(self.outputs):
             grid = self.modality(name).grid(self.image_size)
@@ -155,9 +154,6 @@ class MultiMaeModel:
         grid = round(rows * ratio), round(columns * ratio)
         variables = {"params": params["outputs"][output]}
         return self._decoder(output).apply(variables, encoded, plan, layout, grid, masks_keys)
-
-
-MODELS = {"multimae": MultiMaeModel}
 
 
 def frozen_mask(params: Params) -> Any:

@@ -17,7 +17,7 @@ from maskvit.configuration import named_function
 from maskvit.guidance import GUIDANCE
 from maskvit.keys import stream_keys
 from maskvit.losses import PIXEL_LOSSES, masked_mean, normalize_patches, standardize_trimmed
-from maskvit.masking import BUDGETS, GUIDED_SCORES, SCORES, drop, gather_tokens, predicted_mask, show_all
+from maskvit.masking import BUDGETS, GUIDED_SCORES, SCORES, drop, gather_tokens, predicted_mask
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.patches import patchify, unpatchify
@@ -275,10 +275,6 @@ class MultiMae:
             "guidance": {} if guidance is None else on_grid(guidance),
             "reconstructions": reconstructions,
         }
-
-    def unmasked_plan(self, tokens: TokenBatch) -> MaskPlan:
-        """Nothing hidden: for reading a model on whole inputs."""
-        return show_all(tokens.layout, tokens.tokens.shape[0], tokens.present)
 
 
 def _split_channels(patches: Num[Array, "b n k"], spec: Modality) -> Num[Array, "b n p c"]:
