@@ -133,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config.to_dict()
     height = config["image_size"][0]
     timed("rendering scenes", prepare, "scenes", str(workdir / "data"), size=height, **SCENES)
-    timed("converting the PyTorch checkpoint", convert, CHECKPOINT, workdir / "imported")
+    if not (workdir / "imported" / "0" / "manifest.json").exists():  # a second `make demo` goes on where the first stopped
+        timed("converting the PyTorch checkpoint", convert, CHECKPOINT, workdir / "imported")
 
     objective = build_objective(config)
     held_out = batches_of(config, objective, "val", SCENES["num_val"])
