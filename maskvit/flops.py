@@ -42,18 +42,19 @@ def forward_flops(model: Any, num_visible: int) -> float:
     return embed_flops(model) + encoder_flops(model, num_visible) + sum(decoder_flops(model, o, num_visible) for o in model.outputs)
 
 
-def guidance_flops(model: Any) -> float:
-    """One image through the attention guidance pass: all blocks but the last, and that one's queries, keys and their product.
+def attention_flops(model: Any, block: int = -1, global_row: bool = False, tokens: int | None = None) -> float:
+    """One image through the encoder up to the softmax of one block: all blocks before it, its queries, keys and their product.
 
-    Counted for all queries; the global token's row alone saves another 1 %.
+    `global_row`: only the global tokens are queries. `tokens`: how many tokens take part, by default all of the layout.
     """
     sizes = dict(model.encoder)
-    tokens = model.layout.num_tokens + model.num_global_tokens
-    last = 2 * tokens * 2 * sizes["width"] ** 2 + 2 * tokens**2 * sizes["width"]
-    return (sizes["depth"] - 1) * block_flops(tokens, sizes["width"], sizes.get("mlp_ratio", 4.0)) + last
+    total = (model.layout.num_tokens if tokens is None else tokens) + model.num_global_tokens
+    queries = model.num_global_tokens if global_row else total
+    last = 2 * (queries + total) * sizes["width"] ** 2 + 2 * queries * total * sizes["width"]
+    return (block % sizes["depth"]) * block_flops(total, sizes["width"], sizes.get("mlp_ratio", 4.0)) + last
 
 
 def step_flops(objective: Any) -> float:
-    """One image through one training step: forward, backward at twice the forward, and the guidance pass where there is one."""
+    """One image through one training step: forward, backward at twice the forward, and what guides."""
     flops = 3 * forward_flops(objective.model, objective.num_visible)
-    return flops + (guidance_flops(objective.model) if objective.guidance is not None else 0.0)
+    return flops + (objective.guidance.flops(objective.model) if objective.guidance is not None else 0.0)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from maskvit.types import TokenLayout
+
 
 def masked_mean(values: Float[Array, "b n p"], weights: Float[Array, "b n p"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum over samples of their weighted means, number of samples with any weight).
@@ -86,3 +88,60 @@ def standardize_trimmed(
     mean, deviation = mean.reshape(b, 1, 1, 1), jnp.sqrt(variance + eps).reshape(b, 1, 1, 1)
     standard = (values - mean) / deviation
     return standard if valid is None else jnp.where(valid, standard, 0.0), mean, deviation
+
+
+# Guidance as loss weight
+
+
+def normalise_guidance(
+    guidance: Float[Array, "b n"], layout: TokenLayout, present: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b n"]:
+    """Guidance scaled to [0, 1] per image and modality: the least of the present tokens at 0, the most at 1.
+
+    A modality whose guidance is constant is background everywhere (0), absent tokens too.
+    """
+    parts = []
+    for span in layout.spans():
+        here = guidance[:, span]
+        there = jnp.ones(here.shape, bool) if present is None else present[:, span]
+        low = jnp.where(there, here, jnp.inf).min(axis=1, keepdims=True)
+        high = jnp.where(there, here, -jnp.inf).max(axis=1, keepdims=True)
+        wide = high > low  # also False where nothing is present
+        parts.append(jnp.where(there & wide, (here - jnp.where(wide, low, 0.0)) / jnp.where(wide, high - low, 1.0), 0.0))
+    return jnp.concatenate(parts, axis=1)
+
+
+def guidance_weights(
+    guidance: Float[Array, "b n"],
+    layout: TokenLayout,
+    tau: float | Float[Array, ""],
+    gamma: float = 1.0,
+    present: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b n"]:
+    """gamma * exp(g / tau) with g normalised to [0, 1]: background weighs exactly gamma, the most important exp(1 / tau) of it.
+
+    The temperature stands inside the exponential. Source: AttG (Attention-Guided Masked Autoencoders, 2024), whose text gives
+    gamma no value.
+    """
+    return gamma * jnp.exp(normalise_guidance(guidance, layout, present) / tau)
+
+
+def cosine_between(start: float, end: float, progress: Float[Array, ""]) -> Float[Array, ""]:
+    """Half a cosine from `start` at progress 0 to `end` at 1, constant beyond."""
+    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+
+
+def ranking_loss(
+    predicted: Float[Array, "b n"], errors: Float[Array, "b n"], counted: Bool[Array, "b n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Learning which of two tokens is harder: binary cross-entropy of predicted[i] - predicted[j] over all pairs of counted tokens.
+
+    As `masked_mean`: (sum over samples of the mean over pairs, samples with a pair). Pairs of equal error do not count.
+    Source: HPM (Hard Patches Mining, 2023).
+    """
+    errors = jax.lax.stop_gradient(errors)
+    difference = predicted[:, :, None] - predicted[:, None, :]
+    harder = errors[:, :, None] > errors[:, None, :]
+    # A pair (i, j) with i harder stands for (j, i) too: both have the same loss.
+    pairs = (harder & counted[:, :, None] & counted[:, None, :]).astype(jnp.float32)
+    return masked_mean(jax.nn.softplus(-difference), pairs)

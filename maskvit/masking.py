@@ -1,8 +1,8 @@
-"""Which tokens to hide: score functions, token budgets, and the one function that spends scores under a budget.
+"""How many tokens each modality may show, and the one function that spends scores under such a budget.
 
-A masking strategy is a score function, high = hide first. A budget says how many tokens each modality may show. `drop`
-turns both into a `MaskPlan` of static shape. Randomness comes as one key per sample, so a sample's mask depends neither
-on its place in the batch nor on the number of devices or micro-batches.
+A masking strategy is a score function (`maskvit.scores`), high = hide first. A budget says how many tokens each modality may
+show. `drop` turns both into a `MaskPlan` of static shape. Randomness comes as one key per sample, so a sample's mask depends
+neither on its place in the batch nor on the number of devices or micro-batches.
 """
 
 from __future__ import annotations
@@ -16,38 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from maskvit.types import Guidance, MaskPlan, TokenLayout
 
-# Scores
-
-
-def random_scores(keys: Key[Array, " b"], layout: TokenLayout, guidance: Guidance | None = None) -> Float[Array, "b n"]:
-    """Uniform noise: every token of a modality is equally likely to be hidden (MAE, MultiMAE)."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (layout.num_tokens,)))(keys)
-
-
-def attention_high(keys: Key[Array, " b"], layout: TokenLayout, guidance: Guidance | None = None) -> Float[Array, "b n"]:
-    """Hide what the guidance ranks highest (AttMask-High; attention-guided MultiMAE)."""
-    return _need(guidance, "attention_high")
-
-
-def attention_low(keys: Key[Array, " b"], layout: TokenLayout, guidance: Guidance | None = None) -> Float[Array, "b n"]:
-    """Hide what the guidance ranks lowest (AttMask-Low)."""
-    return -_need(guidance, "attention_low")
-
-
-def _need(guidance: Guidance | None, name: str) -> Guidance:
-    if guidance is None:
-        raise ValueError(f"scores {name!r} need a guidance source: set config.objective.guidance, for example name='self_attention'")
-    return guidance
-
-
-SCORES: dict[str, Callable[..., Float[Array, "b n"]]] = {
-    "random": random_scores,
-    "attention_high": attention_high,
-    "attention_low": attention_low,
-}
-GUIDED_SCORES = ("attention_high", "attention_low")
-
-
 # Budgets
 
 
@@ -58,48 +26,194 @@ def present_counts(layout: TokenLayout, present: Bool[Array, "b n"] | None, batc
     return jnp.stack([present[:, span].sum(axis=1, dtype=jnp.int32) for span in layout.spans()], axis=1)
 
 
+def _as_alphas(alphas: float | tuple[float, ...], layout: TokenLayout) -> Float[Array, " m"]:
+    modalities = len(layout.names)
+    values = (float(alphas),) * modalities if isinstance(alphas, (int, float)) else tuple(alphas)
+    if len(values) != modalities:
+        raise ValueError(f"config.objective.budget.alphas has {len(values)} values for {modalities} modalities {layout.names}")
+    if min(values) <= 0:
+        raise ValueError(f"config.objective.budget.alphas must be positive, not {alphas}")
+    return jnp.array(values)
+
+
+def _spend_shares(
+    keys: Key[Array, " b"], shares: Float[Array, "b m"], layout: TokenLayout, num_visible: int, sizes: Int[Array, "b m"]
+) -> Int[Array, "b m"]:
+    """Shares of `num_visible` to whole counts that add up to it, as the MultiMAE reference does.
+
+    Counts round(num_visible * share), half to even, at most what the modality has (`sizes`). Where they do not add up,
+    tokens drawn uniformly from all hidden ones become visible, or uniformly from all visible ones become hidden. A sample
+    with fewer tokens than `num_visible` shows all.
+    """
+    column = jnp.concatenate([jnp.arange(size) for size in layout.sizes])  # index of a token inside its modality
+    repeat = lambda x: jnp.concatenate([jnp.broadcast_to(x[i], (n,)) for i, n in enumerate(layout.sizes)])  # noqa: E731
+
+    def one_sample(key: Key[Array, ""], share: Float[Array, " m"], size: Int[Array, " m"]) -> Int[Array, " m"]:
+        total = jnp.minimum(num_visible, size.sum())
+        counts = jnp.minimum(jnp.round(total * share).astype(jnp.int32), size)
+        # Repair. Inside a modality tokens are exchangeable, so its first `count` slots stand for its visible ones.
+        chosen, exists = column < repeat(counts), column < repeat(size)
+        noise = jax.random.uniform(key, (layout.num_tokens,))
+        order = jnp.argsort(jnp.where(chosen, noise, jnp.where(exists, 1 + noise, 2 + noise)))
+        visible = jnp.zeros(layout.num_tokens, jnp.int32).at[order].set(jnp.arange(layout.num_tokens) < total)
+        return jnp.stack([visible[span].sum() for span in layout.spans()])
+
+    return jax.vmap(one_sample)(keys, shares, sizes)
+
+
+def _dirichlet(
+    keys: Key[Array, " b"], layout: TokenLayout, num_visible: int, present: Bool[Array, "b n"] | None, alphas: Float[Array, " m"]
+) -> Int[Array, "b m"]:
+    sizes = present_counts(layout, present, keys.shape[0])
+    both = jax.vmap(jax.random.split)(keys)
+    # Softmax of log-gamma draws: a Dirichlet sample that survives alphas near zero in float32.
+    log_gamma = jax.vmap(lambda key: jax.random.loggamma(key, alphas))(both[:, 0])
+    shares = jax.nn.softmax(jnp.where(sizes > 0, log_gamma, -jnp.inf), axis=1)
+    return _spend_shares(both[:, 1], shares, layout, num_visible, sizes)
+
+
 def dirichlet_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
     num_visible: int,
     present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+    *,
     alphas: float | tuple[float, ...] = 1.0,
 ) -> Int[Array, "b m"]:
-    """Visible tokens per modality from a Dirichlet draw, rounded and repaired as the MultiMAE reference does.
+    """Shares p ~ Dirichlet(alphas), rounded and repaired as the MultiMAE reference does (`_spend_shares`).
 
-    Shares p ~ Dirichlet(alphas); counts round(num_visible * p), half to even, at most what the modality has. Where they
-    do not add up to `num_visible`, tokens drawn uniformly from all hidden ones become visible, or uniformly from all
-    visible ones become hidden. Absent modalities get nothing; a sample with fewer tokens than `num_visible` shows all.
+    `alphas`: one number for all modalities (symmetric) or one for each (asymmetric). Absent modalities get nothing.
     """
-    modalities = len(layout.names)
-    if isinstance(alphas, (int, float)):
-        alphas = (float(alphas),) * modalities
-    if len(alphas) != modalities:
-        raise ValueError(f"config.objective.budget.alphas has {len(alphas)} values for {modalities} modalities {layout.names}")
-    if min(alphas) <= 0:
-        raise ValueError(f"config.objective.budget.alphas must be positive, not {alphas}")
+    return _dirichlet(keys, layout, num_visible, present, _as_alphas(alphas, layout))
+
+
+def adaptive_alphas(averages: Float[Array, " m"], alphas: Float[Array, " m"], strength: float) -> Float[Array, " m"]:
+    """`alphas` times (loss / mean loss) ** strength, scaled to keep their sum; unchanged before the first average (all 0)."""
+    ratio = averages / jnp.maximum(averages.mean(), 1e-12)
+    weights = jnp.where((averages > 0).all(), jnp.maximum(ratio, 1e-6) ** strength, 1.0)
+    scaled = alphas * weights
+    return jnp.maximum(scaled * alphas.sum() / scaled.sum(), 1e-3)
+
+
+def adaptive_dirichlet_budget(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    num_visible: int,
+    present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+    *,
+    alphas: float | tuple[float, ...] = 1.0,
+    strength: float = -1.0,
+    momentum: float = 0.99,
+) -> Int[Array, "b m"]:
+    """A Dirichlet draw whose alphas follow moving averages of the modalities' losses.
+
+    `strength` > 0 shows more of the modalities with the higher loss, < 0 less; 0 is `dirichlet`. `momentum` of the averages,
+    which the objective keeps (`averages`). Losses of different kinds are compared as they are, in their own units.
+    """
+    base = _as_alphas(alphas, layout)
+    averages = jnp.zeros(len(layout.names)) if averages is None else averages
+    return _dirichlet(keys, layout, num_visible, present, adaptive_alphas(averages, base, strength))
+
+
+def uniform_subsets_budget(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    num_visible: int,
+    present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+) -> Int[Array, "b m"]:
+    """A non-empty subset of the present modalities, each equally likely, shows everything, in equal parts.
+
+    Where the subset has fewer tokens than `num_visible`, the others fill up.
+    """
     sizes = present_counts(layout, present, keys.shape[0])
-    column = jnp.concatenate([jnp.arange(size) for size in layout.sizes])  # index of a token inside its modality
+    m = len(layout.names)
+    both = jax.vmap(jax.random.split)(keys)
+    subsets = (jnp.arange(1, 2**m)[:, None] >> jnp.arange(m)) & 1  # every non-empty subset as a row
 
-    def one_sample(key: Key[Array, ""], size: Int[Array, " m"]) -> Int[Array, " m"]:
-        share_key, repair_key = jax.random.split(key)
-        total = jnp.minimum(num_visible, size.sum())
-        # Softmax of log-gamma draws: a Dirichlet sample that survives alphas near zero in float32.
-        log_gamma = jax.random.loggamma(share_key, jnp.array(alphas))
-        share = jax.nn.softmax(jnp.where(size > 0, log_gamma, -jnp.inf))
-        counts = jnp.minimum(jnp.round(total * share).astype(jnp.int32), size)
-        # Repair. Inside a modality tokens are exchangeable, so its first `count` slots stand for its visible ones.
-        repeat = lambda x: jnp.concatenate([jnp.broadcast_to(x[i], (n,)) for i, n in enumerate(layout.sizes)])  # noqa: E731
-        chosen, exists = column < repeat(counts), column < repeat(size)
-        noise = jax.random.uniform(repair_key, (layout.num_tokens,))
-        order = jnp.argsort(jnp.where(chosen, noise, jnp.where(exists, 1 + noise, 2 + noise)))
-        visible = jnp.zeros(layout.num_tokens, jnp.int32).at[order].set(jnp.arange(layout.num_tokens) < total)
-        return jnp.stack([visible[span].sum() for span in layout.spans()])
+    def one_sample(key: Key[Array, ""], size: Int[Array, " m"]) -> Float[Array, " m"]:
+        possible = ~((subsets == 1) & (size == 0)).any(axis=1)
+        noise = jnp.where(possible, jax.random.uniform(key, (len(subsets),)), -1.0)
+        return subsets[jnp.argmax(noise)] * jnp.ones(m)
 
-    return jax.vmap(one_sample)(keys, sizes)
+    chosen = jax.vmap(one_sample)(both[:, 0], sizes) * (sizes > 0)
+    shares = chosen / jnp.maximum(chosen.sum(axis=1, keepdims=True), 1.0)
+    return _spend_shares(both[:, 1], shares, layout, num_visible, sizes)
 
 
-BUDGETS: dict[str, Callable[..., Int[Array, "b m"]]] = {"dirichlet": dirichlet_budget}
+def equal_budget(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    num_visible: int,
+    present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+) -> Int[Array, "b m"]:
+    """The same number of visible tokens for every present modality; what does not divide goes to random ones."""
+    sizes = present_counts(layout, present, keys.shape[0])
+    there = (sizes > 0).astype(jnp.float32)
+    share = there / jnp.maximum(there.sum(axis=1, keepdims=True), 1.0)
+    # Rounded down, so that the rest is filled up and nothing is taken away again.
+    whole = jnp.floor(share * num_visible + 1e-4) / num_visible
+    return _spend_shares(keys, whole, layout, num_visible, sizes)
+
+
+def fixed_budget(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    num_visible: int,
+    present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+    *,
+    counts: tuple[int, ...],
+) -> Int[Array, "b m"]:
+    """Given counts, one per modality, that add up to `num_visible`; where a sample lacks tokens, random others fill up."""
+    if len(counts) != len(layout.names) or sum(counts) != num_visible or min(counts) < 0:
+        raise ValueError(
+            f"config.objective.budget.counts is {tuple(counts)}: give one number for each of {layout.names}, "
+            f"together config.objective.num_visible = {num_visible}"
+        )
+    too_many = [name for name, count, size in zip(layout.names, counts, layout.sizes, strict=True) if count > size]
+    if too_many:
+        raise ValueError(f"config.objective.budget.counts {tuple(counts)} shows more tokens of {too_many[0]!r} than it has")
+    sizes = present_counts(layout, present, keys.shape[0])
+    shares = jnp.broadcast_to(jnp.array(counts) / num_visible, (keys.shape[0], len(counts)))
+    return _spend_shares(keys, shares, layout, num_visible, sizes)
+
+
+def joint_budget(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    num_visible: int,
+    present: Bool[Array, "b n"] | None = None,
+    scores: Float[Array, "b n"] | None = None,
+    averages: Float[Array, " m"] | None = None,
+) -> Int[Array, "b m"]:
+    """No budget: the lowest scores of all modalities together are shown, so scores must compare across modalities."""
+    if scores is None:
+        raise ValueError("the joint budget needs scores")
+    here = scores if present is None else jnp.where(present, scores, jnp.inf)
+    # Ties as in `drop`: the lower index is hidden first, so the higher one is shown first.
+    rank = jnp.argsort(jnp.argsort(here[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]
+    sizes = present_counts(layout, present, scores.shape[0])
+    total = jnp.minimum(num_visible, sizes.sum(axis=1, keepdims=True))
+    return jnp.stack([(rank[:, span] < total).sum(axis=1, dtype=jnp.int32) for span in layout.spans()], axis=1)
+
+
+BUDGETS: dict[str, Callable[..., Int[Array, "b m"]]] = {
+    "dirichlet": dirichlet_budget,
+    "adaptive_dirichlet": adaptive_dirichlet_budget,
+    "uniform_subsets": uniform_subsets_budget,
+    "equal": equal_budget,
+    "fixed": fixed_budget,
+    "joint": joint_budget,
+}
 
 
 # Spending
@@ -111,11 +225,14 @@ def drop(
     layout: TokenLayout,
     num_visible: int,
     present: Bool[Array, "b n"] | None = None,
+    predict_share: float = 1.0,
+    predict_scores: Float[Array, "b n"] | None = None,
 ) -> MaskPlan:
     """Show `counts` tokens of each modality, those with the lowest scores, and hide the others.
 
     Ties: the lower index is hidden first. Absent tokens are hidden and never predicted. `counts` must not exceed what a
-    modality has nor add up to more than `num_visible`; the budgets see to that.
+    modality has nor add up to more than `num_visible`; the budgets see to that. Of each modality's hidden tokens only
+    round(predict_share * hidden) are predicted, those with the highest `predict_scores` (by default the scores themselves).
     """
     sizes = present_counts(layout, present, scores.shape[0])
     parts = []
@@ -126,6 +243,9 @@ def drop(
         parts.append(hidden if present is None else hidden | ~present[:, span])
     masked = jnp.concatenate(parts, axis=1)
     predicted = masked if present is None else masked & present
+    if predict_share < 1:
+        order = scores if predict_scores is None else predict_scores
+        predicted = jnp.concatenate([_top_share(order[:, s], predicted[:, s], predict_share) for s in layout.spans()], axis=1)
     visible_ids = jnp.argsort(masked, axis=1, stable=True)[:, :num_visible]
     predicted_ids = jnp.argsort(~predicted, axis=1, stable=True)[:, : layout.num_tokens - num_visible]
     return MaskPlan(
@@ -135,6 +255,37 @@ def drop(
         predicted_valid=jnp.take_along_axis(predicted, predicted_ids, axis=1),
         masked=masked,
     )
+
+
+def _top_share(scores: Float[Array, "b n"], among: Bool[Array, "b n"], share: float) -> Bool[Array, "b n"]:
+    """The round(share * count) highest of the tokens `among`, at least one where there is any."""
+    count = among.sum(axis=1, keepdims=True)
+    wanted = jnp.maximum(jnp.round(share * count), jnp.minimum(count, 1))
+    rank = jnp.argsort(jnp.argsort(-jnp.where(among, scores, -jnp.inf), axis=1, stable=True), axis=1)
+    return among & (rank < wanted)
+
+
+def mix_with_random(
+    keys: Key[Array, " b"],
+    scores: Float[Array, "b n"],
+    counts: Int[Array, "b m"],
+    layout: TokenLayout,
+    share: float | Float[Array, ""],
+    present: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b n"]:
+    """Scores under which round(share * hidden) tokens of each modality are hidden by `scores` and the rest at random.
+
+    Easy to hard as in HPM: a share of 0 is random masking, 1 leaves the ranking as it is.
+    """
+    sizes = present_counts(layout, present, scores.shape[0])
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (layout.num_tokens,)))(keys)
+    parts = []
+    for i, span in enumerate(layout.spans()):
+        here = scores[:, span] if present is None else jnp.where(present[:, span], scores[:, span], -jnp.inf)
+        rank = jnp.argsort(jnp.argsort(-here, axis=1, stable=True), axis=1)
+        guided = jnp.round(share * (sizes[:, i] - counts[:, i]))[:, None]
+        parts.append(jnp.where(rank < guided, 2.0 + (rank.shape[1] - rank), noise[:, span]))
+    return jnp.concatenate(parts, axis=1)
 
 
 def show_all(layout: TokenLayout, batch_size: int, present: Bool[Array, "b n"] | None = None) -> MaskPlan:

@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
 
 # Keys of a host batch that describe it but do not go to the devices.
-HOST_ONLY = ("id", "index")
+HOST_ONLY = ("id",)
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -14,9 +14,9 @@ from maskvit.optim import Optimizer
 from maskvit.types import Batch, Metrics, TrainState
 
 
-def init_state(objective: Objective, optimizer: Optimizer, seed: int) -> TrainState:
-    """A fresh state at step 0; the same for the same seed whatever the devices."""
-    params, objective_state = objective.init(jax.random.key(seed))
+def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_records: int = 1) -> TrainState:
+    """A fresh state at step 0; the same for the same seed whatever the devices. `num_records`: size of the training data."""
+    params, objective_state = objective.init(jax.random.key(seed), num_records)
     return state_from_params(params, objective_state, optimizer)
 
 
@@ -27,32 +27,38 @@ def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -
 
 
 def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int) -> tuple[Any, Any, Any, Metrics]:
-    """(loss, gradients, objective state, metrics) of a batch worked off in `micro_batches` equal parts.
+    """(loss, gradients, what the objective observed per sample, metrics) of a batch worked off in `micro_batches` equal parts.
 
     Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:
     then the number of samples behind each loss is known, and the parts' gradients add up to the whole batch's exactly.
     """
     value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    # Whole pictures come with some samples only; they serve `after_update`.
+    batch = {name: value for name, value in batch.items() if not name.startswith("whole/")}
     if micro_batches == 1:
-        (loss, (objective_state, metrics)), grads = value_and_grad(state.params, state.objective_state, batch, keys, state.step)
-        return loss, grads, objective_state, metrics
+        (loss, (observed, metrics)), grads = value_and_grad(state.params, state.objective_state, batch, keys, state.step)
+        return loss, grads, observed, metrics
 
     split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     parts = jax.tree.map(split, (batch, keys))
-    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, *part), parts)
+    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, *part, state.objective_state, state.step), parts)
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
 
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
         result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
-        (loss, (_, metrics)), grads = result
-        return loss, grads, metrics
+        (loss, (observed, metrics)), grads = result
+        return (loss, grads, metrics), observed
 
-    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))
+    def add(total: Any, part: Any) -> Any:
+        sums, observed = of_part(part)
+        return jax.tree.map(jnp.add, total, sums), observed
+
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))[0]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)  # noqa: E731
-    (loss, grads, metrics), _ = jax.lax.scan(add, zeros, (parts, plans))
-    return loss, grads, state.objective_state, metrics
+    (loss, grads, metrics), observed = jax.lax.scan(add, zeros, (parts, plans))
+    return loss, grads, jax.tree.map(join, observed), metrics
 
 
 def train_step(
@@ -62,16 +68,16 @@ def train_step(
 
     `batch`: a global batch. Step, data position and schedule advance on skipped steps too.
     """
-    batch_size = jax.tree.leaves(batch)[0].shape[0]
+    batch_size = next(value.shape[0] for name, value in batch.items() if not name.startswith("whole/"))
     keys = sample_keys(seed, state.step, batch_size)
-    loss, grads, objective_state, metrics = gradients(state, batch, keys, objective, micro_batches)
+    loss, grads, observed, metrics = gradients(state, batch, keys, objective, micro_batches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     learning_rate = optimizer.schedule(state.step)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-    objective_state = objective.after_update(objective_state, params, state.step)
+    objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics)
     new = (params, opt_state, objective_state)
     old = (state.params, state.opt_state, state.objective_state)
     params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

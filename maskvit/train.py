@@ -123,14 +123,14 @@ def _block(where: str, function: Any, values: Mapping[str, Any]) -> dict[str, An
 # Start-up
 
 
-def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, objective state, moments).
+def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, moments).
 
     Imported optimiser moments come along only where every trained tensor was loaded as it is.
     """
-    params, objective_state = jax.jit(objective.init)(jax.random.key(seed))
+    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(seed))
     if not init_from["path"]:
-        return params, objective_state, None
+        return params, None
     params, rows = checkpoints.init_from(params, **init_from)
     LOG.info("%s", checkpoints.format_report(rows))
     changed = [row for row in rows if row.action in ("fresh", "dropped")]
@@ -140,7 +140,7 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
         moments = None
     if moments is not None:
         LOG.info("optimiser moments imported, at update %d", int(moments["count"]))
-    return params, objective_state, moments
+    return params, moments
 
 
 def compile_step(
@@ -280,20 +280,31 @@ def start_report(
     )
 
 
+def guidance_loading(source: Any) -> dict[str, Any]:
+    """What the loader must deliver for a guidance source: arguments of `train_batches`."""
+    if source is None:
+        return {}
+    extras = tuple(key for key in source.batch_keys if key != "guidance")
+    return dict(extras=extras, whole_every=source.whole_every, maps=source.maps)
+
+
 # Pictures
 
 
 class Painter:
     """Draws the same few unaugmented samples every time, on process 0."""
 
-    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int):
+    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, loading: Mapping[str, Any]):
         self._objective, self._seed = objective, seed
         self._modalities = modalities
         size = objective.model.image_size
-        batches = eval_batches(source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES)
+        loading = {key: value for key, value in loading.items() if key != "whole_every"}
+        batches = eval_batches(
+            source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES, inputs=objective.model.inputs, **loading
+        )
         with batches:
             first = next(batches)
-        self._batch = {k: v for k, v in first.items() if isinstance(v, np.ndarray) and k not in ("index", "valid", "label")}
+        self._batch = {k: v for k, v in first.items() if isinstance(v, np.ndarray) and k not in ("valid", "label")}
         self._visualize = jax.jit(objective.visualize)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
@@ -304,8 +315,9 @@ class Painter:
 
         # Parameters are the same on every device: one local copy serves, and the other processes need not take part.
         params, objective_state = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.objective_state))
-        keys = sample_keys(self._seed, 0, next(iter(self._batch.values())).shape[0])
-        arrays = jax.device_get(self._visualize(params, objective_state, self._batch, keys))
+        keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
+        step = state.step.addressable_data(0)
+        arrays = jax.device_get(self._visualize(params, objective_state, self._batch, keys, step=step))
         return {"masking": np.asarray(Image.open(io.BytesIO(masking_panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}
 
 
@@ -355,6 +367,8 @@ def run(
         check_arguments("config.optimizer", adamw, optimizer, ("params", "frozen", "schedule"))
         method = build_objective(dict(modalities=modalities, image_size=image_size, objective=objective))
         model = method.model
+        if not model.outputs:
+            raise ValueError("config.objective.outputs is empty: there is nothing to train for")
         mesh = make_mesh()
         check_batch(global_batch, mesh)
         specs = {spec.name: spec for spec in model.modalities}
@@ -365,6 +379,8 @@ def run(
         micro_batch_counts(global_batch, micro_batch, mesh.size)
         duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
         total_steps = duration(total)
+        method = method.resolve(functools.partial(duration, total_steps=total_steps))
+        loading = guidance_loading(method.guidance)
         every = {"checkpoint": duration(checkpoint["every"], total_steps=total_steps)}
         every["picture"] = duration(picture_every, total_steps=total_steps) if picture_every else 0
         evaluations = {
@@ -382,7 +398,7 @@ def run(
     with _config_errors():
         if saved:
             checkpoints.check_same_run(saved["config"], config)
-        shapes = jax.eval_shape(method.init, jax.random.key(seed))[0]
+        shapes = jax.eval_shape(lambda key: method.init(key)[0], jax.random.key(seed))
         imported_epochs = saved.get("imported_epochs")
         if resume_step is None and init_from["path"] and schedule.get("start_epochs", 0) is None:
             imported_epochs = checkpoints.load_params(init_from["path"])[1].get("source", {}).get("epochs_done")
@@ -395,7 +411,7 @@ def run(
         optim = adamw(shapes, frozen_mask(shapes), cosine, **optimizer)
         log = make_writers(writers, workdir, config, resume_step)
 
-    abstract = jax.eval_shape(lambda: init_state(method, optim, seed))
+    abstract = jax.eval_shape(lambda: init_state(method, optim, seed, len(source)))
     shardings = parameter_shardings(abstract, mesh)
     if resume_step is not None:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -403,7 +419,8 @@ def run(
         LOG.info("resuming at step %d of %d from %s", resume_step, total_steps, workdir)
     else:
         with _config_errors():
-            params, objective_state, moments = start_params(method, seed, init_from)
+            params, moments = start_params(method, seed, init_from)
+        objective_state = jax.jit(lambda p: method.init_state(p, len(source)))(params)
         state = state_from_params(params, objective_state, optim)
         if moments is not None:
             state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
@@ -430,7 +447,7 @@ def run(
     batches = train_batches(
         source, specs, model.image_size, seed=seed, global_batch=global_batch, start_step=step, augment=data["augment"],
         process_index=jax.process_index(), process_count=jax.process_count(), workers=data["workers"], prefetch=data["prefetch"],
-        inputs=model.inputs,
+        inputs=model.inputs, **loading,
     )  # fmt: skip
     batch = place_batch(next(batches), mesh)
     pure_step = functools.partial(
@@ -445,7 +462,7 @@ def run(
             method, mesh, source, shapes, cosine, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch,
             micro_batches=micro_batches, flops=flops, memory=memory,
         ))  # fmt: skip
-    painter = Painter(method, source, specs, seed) if every["picture"] and jax.process_index() == 0 else None
+    painter = Painter(method, source, specs, seed, loading) if every["picture"] and jax.process_index() == 0 else None
     asked_to_stop = stop_on_sigterm()
     accumulated, throughput, progress = Accumulator(), Throughput(global_batch, flops), Progress(total_steps, step)
     trace = profile_window(profile)

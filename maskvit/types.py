@@ -76,7 +76,7 @@ class MaskPlan(NamedTuple):
 
     `visible_ids` ascend; slots whose `visible_valid` is False (a sample with too few tokens) point at hidden tokens
     and must be ignored. `predicted_ids` are the hidden tokens a loss is taken on; hidden but not predicted is legal.
-    `masked` is True where hidden (absent tokens included).
+    `masked` is True where hidden (absent tokens included). `loss_weights` of the predicted tokens, None where all weigh 1.
     """
 
     visible_ids: Int[Array, "b v"]
@@ -84,6 +84,7 @@ class MaskPlan(NamedTuple):
     predicted_ids: Int[Array, "b q"]
     predicted_valid: Bool[Array, "b q"]
     masked: Bool[Array, "b n"]
+    loss_weights: Float[Array, "b n"] | None = None
 
 
 class TrainState(NamedTuple):
@@ -92,7 +93,7 @@ class TrainState(NamedTuple):
     step: Any  # int32; keys learning rate, data order and randomness; advances on skipped steps too
     params: Any
     opt_state: Any
-    objective_state: Any  # () for MultiMAE; a teacher, centres, loss averages for others
+    objective_state: Any  # {} where the objective keeps nothing; a teacher, loss averages, stored scores
     skipped: Any  # int32; updates skipped so far because loss or gradient was not finite
 
 

@@ -13,21 +13,26 @@ from tiny import counting
 from maskvit.keys import sample_keys, stream_keys
 from maskvit.masking import (
     BUDGETS,
-    SCORES,
-    attention_high,
-    attention_low,
     dirichlet_budget,
     drop,
     gather_tokens,
     predicted_mask,
     present_counts,
-    random_scores,
     show_all,
 )
+from maskvit.scores import SCORES, attention_high, attention_low, random_scores
 from maskvit.sharding import batch_sharding, make_mesh
 from maskvit.types import MaskPlan, TokenLayout
 
 NAMES = ("rgb", "depth", "semseg")
+OPTIONS = {"attention_stochastic": {"alpha": 0.5}}  # what a row needs beside guidance
+
+
+def score(name: str, keys: jax.Array, layout: TokenLayout, guidance: jax.Array | None) -> jax.Array:
+    """A row of `SCORES`."""
+    return SCORES[name](keys, layout, guidance, **OPTIONS.get(name, {}))
+
+
 SMALL = TokenLayout(NAMES, ((4, 4), (4, 4), (4, 4)))
 UNEVEN = TokenLayout(NAMES, ((4, 6), (2, 3), (1, 5)))
 FULL = TokenLayout(NAMES, ((14, 14),) * 3)
@@ -49,7 +54,7 @@ def guidance_of(layout: TokenLayout, samples: int, seed: int = 0, levels: int = 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def plan_of(name: str, layout: TokenLayout, num_visible: int, keys: jax.Array, guidance: jax.Array, present=None) -> MaskPlan:
     """Scores, a Dirichlet budget, and a plan."""
-    scores = SCORES[name](stream_keys(keys, "scores"), layout, guidance)
+    scores = score(name, stream_keys(keys, "scores"), layout, guidance)
     counts = dirichlet_budget(stream_keys(keys, "budget"), layout, num_visible, present)
     return drop(scores, counts, layout, num_visible, present)
 
@@ -100,7 +105,7 @@ def test_hidden_are_the_highest_scored_of_each_modality_ties_by_lower_index(name
     guidance = guidance_of(UNEVEN, samples, seed=3, levels=levels)
     keys = sample_keys(3, 0, samples)
     counts = jitted_budget(keys, UNEVEN, num_visible)
-    plan = jax.tree.map(np.asarray, jitted_drop(SCORES[name](keys, UNEVEN, guidance), counts, UNEVEN, num_visible))
+    plan = jax.tree.map(np.asarray, jitted_drop(score(name, keys, UNEVEN, guidance), counts, UNEVEN, num_visible))
     scores = {"attention_high": guidance, "attention_low": -guidance, "random": random_scores(keys, UNEVEN)}[name]
     scores, counts = np.asarray(scores), np.asarray(counts)
     for i in range(samples):
@@ -125,7 +130,7 @@ def test_high_and_low_are_opposites():
 @pytest.mark.parametrize("name", ["attention_high", "attention_low"])
 def test_guided_scores_without_guidance_are_an_error(name):
     with pytest.raises(ValueError, match=f"{name}.*config.objective.guidance"):
-        SCORES[name](sample_keys(0, 0, 2), SMALL, None)
+        score(name, sample_keys(0, 0, 2), SMALL, None)
 
 
 PRESENCE = [[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
@@ -270,7 +275,7 @@ def test_absent_modalities_get_no_budget():
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_one_compilation_serves_all_batches(name):
     def plan(keys, guidance, present):
-        scores = SCORES[name](stream_keys(keys, "scores"), SMALL, guidance)
+        scores = score(name, stream_keys(keys, "scores"), SMALL, guidance)
         return drop(scores, BUDGETS["dirichlet"](stream_keys(keys, "budget"), SMALL, 12, present), SMALL, 12, present)
 
     counted, traces = counting(plan)
@@ -285,7 +290,7 @@ def test_one_compilation_serves_all_batches(name):
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_plans_do_not_depend_on_the_devices(name):
     def plan(keys, guidance):
-        return drop(SCORES[name](stream_keys(keys, "scores"), SMALL, guidance), dirichlet_budget(keys, SMALL, 12), SMALL, 12)
+        return drop(score(name, stream_keys(keys, "scores"), SMALL, guidance), dirichlet_budget(keys, SMALL, 12), SMALL, 12)
 
     results = []
     for count in (1, 4):

@@ -54,10 +54,10 @@ def test_accumulated_gradients_are_the_large_batchs(masking):
     whole_loss, whole, _, whole_metrics = results[1]
     assert {float(count) for name, (_, count) in whole_metrics.items()} == {6.0, 5.0}
     for n in (2, 4):
-        loss, grads, objective_state, metrics = results[n]
+        loss, grads, observed, metrics = results[n]
         np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
         assert_trees_close(grads, whole, 1e-5)
-        assert objective_state == ()
+        assert observed is None
         for name, (loss_sum, count) in whole_metrics.items():
             np.testing.assert_allclose(metrics[name][0], loss_sum, rtol=1e-5)
             assert metrics[name][1] == count

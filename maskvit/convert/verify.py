@@ -113,7 +113,8 @@ def verify(
     `directory` is a checkout of the PyTorch reference, `images` a folder of pictures (random values without it);
     `build_objective` makes the objective of a config (`maskvit.objectives.build_objective`).
     """
-    from maskvit.masking import drop, random_scores
+    from maskvit.masking import drop
+    from maskvit.scores import random_scores
 
     checkpoint = open_checkpoint(src)
     config, rules = understand(checkpoint, num_heads, decoder_num_heads)

@@ -37,6 +37,7 @@ class MultiMaeModel:
       modalities: every declared modality that `inputs` or `outputs` name.
       inputs: input modalities; their order is the order of the tokens.
       outputs: a modality's name, or "norm_<name>" for its per-patch normalised form.
+      error_outputs: inputs with a further decoder, "error_<name>", that predicts one number per token: how hard it is.
       image_size: (height, width) the position tables are stored at.
       encoder, decoder: sizes, as (key, value) pairs so that the model is hashable.
       num_global_tokens: learned tokens without position, appended at the end.
@@ -53,10 +54,14 @@ class MultiMaeModel:
     num_global_tokens: int = 1
     compute_dtype: str = "float32"
     remat: bool = False
+    error_outputs: tuple[str, ...] = ()
 
     def modality(self, output: str) -> Modality:
-        """The modality of an input or output name ("norm_rgb" -> rgb)."""
+        """The modality of an input or output name ("norm_rgb" -> rgb; "error_rgb" -> rgb with one value per token)."""
         by_name = {spec.name: spec for spec in self.modalities}
+        if output.removeprefix("error_") in self.error_outputs and output not in by_name:
+            spec = by_name[output.removeprefix("error_")]
+            return dataclasses.replace(spec, kind="continuous", loss="mse", channels=1, mean=(0.0,), std=(1.0,), stride=spec.patch)
         return by_name.get(output) or by_name[output.removeprefix("norm_")]
 
     @property
@@ -108,7 +113,7 @@ class MultiMaeModel:
         params["encoder"] = self._encoder().init(encoder_key, jnp.zeros((1, 1, self.width)))["params"]
         plan = show_all(layout, 1)
         encoded = jnp.zeros((1, layout.num_tokens + self.num_global_tokens, self.width))
-        for i, name in enumerate(self.outputs):
+        for i, name in enumerate((*self.outputs, *(f"error_{name}" for name in self.error_outputs))):
             grid = self.modality(name).grid(self.image_size)
             decoder = self._decoder(name)
             params["outputs"][name] = decoder.init(jax.random.fold_in(output_key, i), encoded, plan, layout, grid, False)["params"]
@@ -120,7 +125,10 @@ class MultiMaeModel:
         tokens = [self._input(name).apply({"params": params["inputs"][name]}, values[name]) for name in layout.names]
         return TokenBatch(jnp.concatenate(tokens, axis=1), layout, present)
 
-    def _append_global(self, params: Params, tokens: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    def append_global(
+        self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None
+    ) -> tuple[Float[Array, "b e d"], Bool[Array, "b e"] | None]:
+        """The tokens, and their mask where there is one, with the global tokens behind them."""
         shape = (tokens.shape[0], *params["global_tokens"].shape)
         tokens = jnp.concatenate([tokens, jnp.broadcast_to(params["global_tokens"].astype(tokens.dtype), shape)], axis=1)
         if mask is not None:
@@ -129,17 +137,23 @@ class MultiMaeModel:
 
     def encode(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Float[Array, "b e d"]:
         """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to."""
-        tokens, mask = self._append_global(params, tokens, mask)
+        tokens, mask = self.append_global(params, tokens, mask)
         return self._encoder().apply({"params": params["encoder"]}, tokens, mask)
 
     def attention(self, params: Params, batch: TokenBatch, queries: slice, block: int = -1) -> Float[Array, "b a q e"]:
         """The attention of one block on all tokens (global tokens last), for the queries asked for and no work beyond it."""
-        tokens, mask = self._append_global(params, batch.tokens, batch.present)
+        tokens, mask = self.append_global(params, batch.tokens, batch.present)
         return self._encoder().apply({"params": params["encoder"]}, tokens, queries, block, mask, method=Encoder.attention)
+
+    def blocks(
+        self, params: Params, tokens: Float[Array, "b v d"], start: int, stop: int, mask: Bool[Array, "b v"] | None = None
+    ) -> Float[Array, "b v d"]:
+        """Tokens (global ones included, as `start` finds them) through the encoder's blocks start ... stop - 1."""
+        return self._encoder().apply({"params": params["encoder"]}, tokens, start, stop, mask, method=Encoder.blocks)
 
     def attentions(self, params: Params, batch: TokenBatch) -> list[Float[Array, "b a e e"]]:
         """The attention maps of every block on all tokens (global tokens last)."""
-        tokens, mask = self._append_global(params, batch.tokens, batch.present)
+        tokens, mask = self.append_global(params, batch.tokens, batch.present)
         return self._encoder().apply({"params": params["encoder"]}, tokens, mask, method=Encoder.attentions)
 
     def decode(

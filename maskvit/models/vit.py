@@ -169,8 +169,12 @@ class Encoder(nn.Module):
             setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype))
 
     def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        return self.blocks(x, 0, self.depth, mask)
+
+    def blocks(self, x: Float[Array, "b n d"], start: int, stop: int, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        """Blocks start ... stop - 1 only."""
         x = x.astype(self.dtype)
-        for i in range(self.depth):
+        for i in range(start, stop):
             x = getattr(self, f"block_{i:02d}")(x, mask)
         return x
 
@@ -179,9 +183,7 @@ class Encoder(nn.Module):
     ) -> Float[Array, "b a q n"]:
         """The attention of block `block` (negative counts from the end); later work is not computed."""
         block %= self.depth
-        x = x.astype(self.dtype)
-        for i in range(block):
-            x = getattr(self, f"block_{i:02d}")(x, mask)
+        x = self.blocks(x, 0, block, mask)
         return getattr(self, f"block_{block:02d}").attention(x, queries, mask)
 
     def attentions(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> list[Float[Array, "b a n n"]]:

@@ -7,21 +7,35 @@ that continues it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from maskvit.configuration import named_function
-from maskvit.guidance import GUIDANCE
+from maskvit.configuration import check_arguments, hashable, named_function
+from maskvit.guidance import GUIDANCE, Request, Source, build_source
+from maskvit.guidance.errors import predict_errors
 from maskvit.keys import stream_keys
-from maskvit.losses import PIXEL_LOSSES, masked_mean, normalize_patches, standardize_trimmed
-from maskvit.masking import BUDGETS, GUIDED_SCORES, SCORES, drop, gather_tokens, predicted_mask
+from maskvit.losses import (
+    PIXEL_LOSSES,
+    cosine_between,
+    guidance_weights,
+    masked_mean,
+    normalize_patches,
+    ranking_loss,
+    standardize_trimmed,
+)
+from maskvit.masking import BUDGETS, drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.patches import patchify, unpatchify
+from maskvit.scores import GUIDED_SCORES, SCORES, random_scores
 from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, TokenBatch, TokenLayout
+
+Duration = str | int | float
+ToSteps = Callable[[Duration], int]
 
 
 class Prepared(NamedTuple):
@@ -43,28 +57,158 @@ class Prepared(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class GuidedShare:
+    """Which share of the hidden tokens the scores choose; the rest is hidden at random (`config.objective.guided_share`).
+
+    Attributes:
+      share: (first, last), each in [0, 1].
+      start: duration before which all are random.
+      ramp: duration of the linear way from first to last after `start`; 0 is a step.
+    """
+
+    share: tuple[float, float] = (1.0, 1.0)
+    start: Duration = 0
+    ramp: Duration = 0
+
+    def __post_init__(self) -> None:
+        if len(self.share) != 2 or not all(0 <= value <= 1 for value in self.share):
+            raise ValueError(f"config.objective.guided_share.share is {self.share}; give (first, last), both between 0 and 1")
+
+    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """The share at a step; durations must be in steps (`resolve`)."""
+        first, last = self.share
+        progress = (step - self.start + 1e-6) / max(self.ramp, 1e-6)
+        return jnp.where(step < self.start, 0.0, first + (last - first) * jnp.clip(progress, 0.0, 1.0))
+
+    def resolve(self, to_steps: ToSteps) -> GuidedShare:
+        """Durations in steps."""
+        return dataclasses.replace(self, start=to_steps(self.start) if self.start else 0, ramp=to_steps(self.ramp) if self.ramp else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeight:
+    """Guidance as weight of a token's loss, gamma * exp(g / tau) with g in [0, 1] per image and modality (`config.objective.loss_weight`).
+
+    Attributes:
+      tau: temperature; a pair goes from the first to the second on half a cosine over the run.
+      gamma: factor on all weights.
+      over: duration of the way between two temperatures.
+    """
+
+    tau: float | int | tuple[float, float] = 0.75
+    gamma: float | int = 1.0
+    over: Duration = "100 percent"
+
+    def __post_init__(self) -> None:
+        taus = self.tau if isinstance(self.tau, tuple) else (self.tau,)
+        if len(taus) > 2 or min(taus) <= 0.05:
+            raise ValueError(f"config.objective.loss_weight.tau is {self.tau}; give one or two numbers above 0.05 (weights reach exp(1 / tau))")
+        if self.gamma <= 0:
+            raise ValueError(f"config.objective.loss_weight.gamma is {self.gamma}; it must be positive")
+
+    def at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
+        """The temperature at a step; durations must be in steps (`resolve`)."""
+        if not isinstance(self.tau, tuple):
+            return float(self.tau)
+        return cosine_between(*self.tau, step / self.over)
+
+    def resolve(self, to_steps: ToSteps) -> LossWeight:
+        """Durations in steps."""
+        return dataclasses.replace(self, over=max(1, to_steps(self.over))) if isinstance(self.tau, tuple) else self
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """Which hidden tokens are rebuilt (`config.objective.predicted`); the others are thrown away.
+
+    Attributes:
+      share: of each modality's hidden tokens.
+      by: "scores" rebuilds those with the highest scores (AMT throws the less attended away), "random" any (CrossMAE).
+    """
+
+    share: float | int = 1.0
+    by: str = "scores"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"config.objective.predicted.share is {self.share}; it must be above 0 and at most 1")
+        if self.by not in ("scores", "random"):
+            raise ValueError(f"config.objective.predicted.by is {self.by!r}; known: scores, random")
+
+
+@dataclasses.dataclass(frozen=True)
 class MultiMae:
     """The objective. Hashable and without arrays: parameters and state belong to the caller.
 
     Attributes:
       model: the network.
       num_visible: tokens shown per sample, all modalities together.
-      scores, budget, guidance: (function, its keyword arguments); guidance is None where scores do not need it.
+      scores, budget: (function, its keyword arguments).
+      guidance: where importance comes from; None where neither scores nor loss weights need it.
+      guided_share, loss_weight, predicted: None where not used.
+
+    State, a dict that holds only what is kept: "guidance" (the source's memory), "averages" (loss per input, for the
+    adaptive budget).
     """
 
     model: MultiMaeModel
     num_visible: int
     scores: tuple[Any, tuple[tuple[str, Any], ...]]
     budget: tuple[Any, tuple[tuple[str, Any], ...]]
-    guidance: tuple[Any, tuple[tuple[str, Any], ...]] | None
+    guidance: Source | None = None
+    guided_share: GuidedShare | None = None
+    loss_weight: LossWeight | None = None
+    predicted: Predicted | None = None
 
-    def init(self, key: Key[Array, ""]) -> tuple[Params, Any]:
-        """Fresh parameters and the (empty) objective state."""
-        return self.model.init(key), ()
+    def init(self, key: Key[Array, ""], num_records: int = 1) -> tuple[Params, Any]:
+        """Fresh parameters and the state that goes with them."""
+        params = self.model.init(key)
+        return params, self.init_state(params, num_records)
 
-    def after_update(self, state: Any, params: Params, step: Int[Array, ""]) -> Any:
-        """MultiMAE keeps nothing between steps."""
+    def init_state(self, params: Params, num_records: int = 1) -> dict[str, Any]:
+        """The state at step 0 of given parameters; `num_records`: size of the training data."""
+        state: dict[str, Any] = {}
+        memory = self.guidance.init(self.model, params, num_records) if self.guidance else ()
+        if jax.tree.leaves(memory):
+            state["guidance"] = memory
+        if self._budget_momentum is not None:
+            state["averages"] = {"loss": jnp.zeros(len(self.model.inputs)), "weight": jnp.zeros(())}
         return state
+
+    def resolve(self, to_steps: ToSteps) -> MultiMae:
+        """The objective with every duration in steps; needed where `guided_share` or a temperature schedule is used."""
+        parts = {name: getattr(self, name) for name in ("guided_share", "loss_weight")}
+        return dataclasses.replace(self, **{name: part.resolve(to_steps) for name, part in parts.items() if part is not None})
+
+    @property
+    def _budget_momentum(self) -> float | None:
+        """How slow the averages of the adaptive budget are; None where the budget keeps none."""
+        function, arguments = self.budget
+        return dict(arguments).get("momentum", 0.99) if function is BUDGETS["adaptive_dirichlet"] else None
+
+    def after_update(
+        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], errors: Any, metrics: Metrics
+    ) -> Any:
+        """What follows the optimiser: the source's memory and the averages of the losses.
+
+        `params`: the updated ones; `errors` per token "b n" where the source observes them; `metrics`: those of this step.
+        """
+        state = dict(state)
+        if "guidance" in state:
+            state["guidance"] = self.guidance.update(self._request(params, state, batch, keys), step, errors)
+        if "averages" in state:
+            momentum = self._budget_momentum
+            pairs = [metrics[f"loss/{self._own_output(name)}"] for name in self.model.inputs]
+            losses = jnp.stack([total / jnp.maximum(count, 1.0) for total, count in pairs])
+            seen = jnp.stack([count > 0 for _, count in pairs])
+            old = state["averages"]
+            loss = jnp.where(seen, momentum * old["loss"] + (1 - momentum) * losses, old["loss"])
+            state["averages"] = {"loss": loss, "weight": momentum * old["weight"] + (1 - momentum)}
+        return state
+
+    def _own_output(self, name: str) -> str:
+        """The output that stands for an input modality: its own, else its normalised form."""
+        return name if name in self.model.outputs else f"norm_{name}"
 
     # From stored values to model values
 
@@ -120,28 +264,67 @@ class MultiMae:
 
     # From tokens to a plan
 
-    def guide(self, params: Params, tokens: TokenBatch) -> Guidance | None:
-        """Importance per token, or None where the scores do not ask for it."""
-        if self.guidance is None:
-            return None
-        source, arguments = self.guidance
-        return source(self.model, params, tokens, **dict(arguments))
+    def _request(
+        self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], tokens: TokenBatch | None = None, prepared: Any = None
+    ) -> Request:
+        prepared = self.prepare(batch) if prepared is None else prepared
+        values = prepared.values_of(self.model.inputs)
+        tokens = self.model.embed(params, values, prepared.present) if tokens is None else tokens
 
-    def make_plan(self, tokens: TokenBatch, guidance: Guidance | None, keys: Key[Array, " b"]) -> MaskPlan:
-        """Scores and budget to a plan."""
-        score, score_arguments = self.scores
-        budget, budget_arguments = self.budget
-        scores = score(stream_keys(keys, "scores"), tokens.layout, guidance, **dict(score_arguments))
-        counts = budget(stream_keys(keys, "budget"), tokens.layout, self.num_visible, tokens.present, **dict(budget_arguments))
-        return drop(scores, counts, tokens.layout, self.num_visible, tokens.present)
+        def random_errors(error_keys: Key[Array, " b"]) -> Float[Array, "b n"]:
+            counts = self._counts(error_keys, tokens, None, state)
+            scores = random_scores(stream_keys(error_keys, "scores"), tokens.layout)
+            plan = drop(scores, counts, tokens.layout, self.num_visible, tokens.present)
+            return self.token_errors(self.reconstruct(params, tokens, plan), prepared, plan, tokens.layout)
 
-    def plan(self, params: Params, batch: Batch, keys: Key[Array, " b"]) -> tuple[MaskPlan, dict[str, Float[Array, ""]]]:
+        return Request(self.model, params, state.get("guidance", ()), tokens, values, batch, keys, random_errors)
+
+    def guide(self, request: Request) -> Guidance | None:
+        """Importance per token, without gradient; None where nothing asks for it."""
+        return None if self.guidance is None else jax.lax.stop_gradient(self.guidance(request))
+
+    def _counts(self, keys: Key[Array, " b"], tokens: TokenBatch, scores: Float[Array, "b n"] | None, state: Any) -> Int[Array, "b m"]:
+        budget, arguments = self.budget
+        if scores is None and budget is BUDGETS["joint"]:
+            scores = random_scores(stream_keys(keys, "joint"), tokens.layout)
+        averages = None
+        if "averages" in state:
+            averages = state["averages"]["loss"] / jnp.maximum(state["averages"]["weight"], 1e-12)
+        key = stream_keys(keys, "budget")
+        return budget(key, tokens.layout, self.num_visible, tokens.present, scores, averages, **dict(arguments))
+
+    def make_plan(
+        self, tokens: TokenBatch, guidance: Guidance | None, keys: Key[Array, " b"], state: Any = None, step: Int[Array, ""] | int = 0
+    ) -> MaskPlan:
+        """Scores, budget and weights to a plan."""
+        score, arguments = self.scores
+        scores = score(stream_keys(keys, "scores"), tokens.layout, guidance, tokens.present, **dict(arguments))
+        counts = self._counts(keys, tokens, scores, state or {})
+        if self.guided_share is not None:
+            share = self.guided_share(step)
+            scores = mix_with_random(stream_keys(keys, "share"), scores, counts, tokens.layout, share, tokens.present)
+        predicted = self.predicted or Predicted()
+        order = random_scores(stream_keys(keys, "predicted"), tokens.layout) if predicted.by == "random" else None
+        plan = drop(scores, counts, tokens.layout, self.num_visible, tokens.present, float(predicted.share), order)
+        if self.loss_weight is None:
+            return plan
+        tau, gamma = self.loss_weight.at(step), float(self.loss_weight.gamma)
+        return plan._replace(loss_weights=guidance_weights(guidance, tokens.layout, tau, gamma, tokens.present))
+
+    def plan(
+        self, params: Params, batch: Batch, keys: Key[Array, " b"], state: Any = None, step: Int[Array, ""] | int = 0
+    ) -> tuple[MaskPlan, dict[str, Float[Array, ""]]]:
         """The plan of a batch, and how many samples each output's loss is a mean over."""
         prepared = self.prepare(batch)
-        tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present)
-        plan = self.make_plan(tokens, self.guide(params, tokens), keys)
+        request = self._request(params, state or {}, batch, keys, prepared=prepared)
+        tokens = request.tokens
+        plan = self.make_plan(tokens, self.guide(request), keys, state, step)
         weights = {name: self.pixel_weights(name, prepared, plan, tokens.layout) for name in self.model.outputs}
-        return plan, {name: masked_mean(weight, weight)[1] for name, weight in weights.items()}
+        counts = {name: masked_mean(weight, weight)[1] for name, weight in weights.items()}
+        for name in self.model.error_outputs:
+            errors = predicted_mask(plan)[:, tokens.layout.span(name)]
+            counts[f"error_{name}"] = (errors.sum(axis=1) > 1).sum().astype(jnp.float32)
+        return plan, counts
 
     # Losses
 
@@ -173,27 +356,64 @@ class MultiMae:
             return None
         return patchify(prepared.valid[spec.name], spec.patch_pixels).astype(jnp.float32)
 
-    def reconstruct(
-        self, params: Params, tokens: TokenBatch, plan: MaskPlan, outputs: tuple[str, ...] | None = None
-    ) -> dict[str, Float[Array, "b n p c"]]:
-        """Encode the visible tokens and predict every output, as patches "b n p c" (classes: logits)."""
-        masks_keys = tokens.present is not None
+    def encode_visible(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> Float[Array, "b e d"]:
+        """The visible tokens, in the plan's order, and the global ones, encoded."""
         visible = gather_tokens(tokens.tokens, plan.visible_ids)
-        encoded = self.model.encode(params, visible, plan.visible_valid if masks_keys else None)
+        return self.model.encode(params, visible, plan.visible_valid if tokens.present is not None else None)
+
+    def decode(
+        self, params: Params, encoded: Float[Array, "b e d"], tokens: TokenBatch, plan: MaskPlan
+    ) -> dict[str, Float[Array, "b n p c"]]:
+        """Predict every output from the encoded visible tokens, as patches "b n p c" (classes: logits)."""
+        masks_keys = tokens.present is not None
         return {
             name: _split_channels(self.model.decode(params, name, encoded, plan, tokens.layout, masks_keys), self.model.modality(name))
-            for name in outputs or self.model.outputs
+            for name in self.model.outputs
         }
+
+    def reconstruct(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> dict[str, Float[Array, "b n p c"]]:
+        """`encode_visible` and `decode`."""
+        return self.decode(params, self.encode_visible(params, tokens, plan), tokens, plan)
+
+    def pixel_losses(
+        self, predictions: Mapping[str, Float[Array, "b n p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
+    ) -> dict[str, tuple[Float[Array, "b n p"], Float[Array, "b n p"]]]:
+        """Per output: (loss of every pixel, 1 where it counts)."""
+        losses = {}
+        for name, prediction in predictions.items():
+            pixel_loss = PIXEL_LOSSES[self.model.modality(name).loss](prediction, self.target(name, prepared))
+            losses[name] = pixel_loss, self.pixel_weights(name, prepared, plan, layout)
+        return losses
 
     def loss_sums(
         self, predictions: Mapping[str, Float[Array, "b n p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
     ) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
-        """Per output: (sum over samples of per-sample means, number of samples)."""
+        """Per output: (sum over samples of per-sample means, number of samples).
+
+        Loss weights multiply the losses and not the number they are divided by, as in AttG; an output that is not an input
+        has no tokens and hence no weights.
+        """
         sums = {}
-        for name, prediction in predictions.items():
-            pixel_loss = PIXEL_LOSSES[self.model.modality(name).loss](prediction, self.target(name, prepared))
-            sums[name] = masked_mean(pixel_loss, self.pixel_weights(name, prepared, plan, layout))
+        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout).items():
+            modality = self.model.modality(name).name
+            if plan.loss_weights is not None and modality in layout.names:
+                pixel_loss = pixel_loss * plan.loss_weights[:, layout.span(modality), None]
+            sums[name] = masked_mean(pixel_loss, counted)
         return sums
+
+    def token_errors(
+        self, predictions: Mapping[str, Float[Array, "b g p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
+    ) -> Float[Array, "b n"]:
+        """Unweighted error per token of the layout, summed over the outputs of its modality, mean over its counted pixels; NaN where none counts."""
+        errors: dict[str, Any] = {}
+        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout).items():
+            modality = self.model.modality(name).name
+            if modality in layout.names:
+                count = counted.sum(axis=2)
+                error = jnp.where(count > 0, (pixel_loss * counted).sum(axis=2) / jnp.maximum(count, 1.0), jnp.nan)
+                errors[modality] = errors.get(modality, 0.0) + error
+        unknown = [jnp.full((plan.masked.shape[0], size), jnp.nan) for size in layout.sizes]
+        return jax.lax.stop_gradient(jnp.concatenate([errors.get(n, u) for n, u in zip(layout.names, unknown, strict=True)], axis=1))
 
     def loss(
         self,
@@ -205,7 +425,7 @@ class MultiMae:
         plan: MaskPlan | None = None,
         counts: Mapping[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], tuple[Any, Metrics]]:
-        """The sum over outputs of their masked losses.
+        """The sum over outputs of their masked losses, and ((errors per token or None), metrics).
 
         `plan` and `counts` (from `plan`) are given where a batch is worked off in parts: the parts' losses then add up
         to the whole batch's.
@@ -213,12 +433,25 @@ class MultiMae:
         prepared = self.prepare(batch)
         tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present)
         if plan is None:
-            plan = self.make_plan(tokens, self.guide(params, tokens), keys)
-        sums = self.loss_sums(self.reconstruct(params, tokens, plan), prepared, plan, tokens.layout)
+            request = self._request(params, state or {}, batch, keys, tokens, prepared)
+            plan = self.make_plan(tokens, self.guide(request), keys, state, step)
+        encoded = self.encode_visible(params, tokens, plan)
+        predictions = self.decode(params, encoded, tokens, plan)
+        sums = self.loss_sums(predictions, prepared, plan, tokens.layout)
+        errors = None
+        if self.model.error_outputs or (self.guidance is not None and self.guidance.observes):
+            errors = self.token_errors(predictions, prepared, plan, tokens.layout)
+        if self.model.error_outputs:
+            expected = predict_errors(self.model, params, encoded, plan, tokens.layout, tokens.present is not None)
+            known = ~jnp.isnan(errors)
+            for name in self.model.error_outputs:
+                s = tokens.layout.span(name)
+                sums[f"error_{name}"] = ranking_loss(expected[:, s], jnp.where(known, errors, 0.0)[:, s], known[:, s])
         total = jnp.zeros(())
         for name, (loss_sum, count) in sums.items():
             total += loss_sum / jnp.maximum(count if counts is None else counts[name], 1.0)
-        return total, (state, {f"loss/{name}": value for name, value in sums.items()})
+        observed = errors if self.guidance is not None and self.guidance.observes else None
+        return total, (observed, {f"loss/{name}": value for name, value in sums.items()})
 
     # What evaluators and pictures read
 
@@ -237,7 +470,7 @@ class MultiMae:
         return {"mean": mean, "global": encoded[:, n]}
 
     def visualize(
-        self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: MaskPlan | None = None
+        self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: MaskPlan | None = None, step: Int[Array, ""] | int = 0
     ) -> dict[str, dict[str, Array]]:
         """What a picture of the method needs.
 
@@ -246,9 +479,9 @@ class MultiMae:
         mean and deviation of the target's own patch, standardised ones those of the target map.
         """
         prepared = self.prepare(batch)
-        tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present)
-        guidance = self.guide(params, tokens)
-        plan = self.make_plan(tokens, guidance, keys) if plan is None else plan
+        request = self._request(params, state or {}, batch, keys, prepared=prepared)
+        tokens, guidance = request.tokens, self.guide(request)
+        plan = self.make_plan(tokens, guidance, keys, state, step) if plan is None else plan
         grids = dict(zip(tokens.layout.names, tokens.layout.grids, strict=True))
         on_grid = lambda flat: {n: flat[:, tokens.layout.span(n)].reshape(-1, *grids[n]) for n in grids}  # noqa: E731
         reconstructions = {}
@@ -294,13 +527,21 @@ def multimae(
     scores: Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
     guidance: Mapping[str, Any] | None = None,
+    guided_share: Mapping[str, Any] | None = None,
+    loss_weight: Mapping[str, Any] | None = None,
+    predicted: Mapping[str, Any] | None = None,
+    final_norm: bool = False,
+    num_classes: int = 0,
+    pool: str = "global",
     compute_dtype: str = "float32",
     remat: bool = False,
 ) -> MultiMae:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
     `decoder`: width, depth, heads (and mlp_ratio) of each output's decoder, by default 256, 2, 8. `scores`, `budget`,
-    `guidance`: {"name": ..., and that function's arguments}; by default random scores under a Dirichlet budget.
+    `guidance`: {"name": ..., and that row's arguments}; by default random scores under a Dirichlet budget. `guided_share`,
+    `loss_weight`, `predicted`: the fields of `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
+    of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
     """
     for name in inputs:
         if name not in modalities:
@@ -312,8 +553,8 @@ def multimae(
             raise ValueError(f"config.objective.outputs names {name!r}; known: {known}")
         if name != base and modalities[base].kind == "categorical":
             raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalised per patch")
-    if not inputs or not outputs:
-        raise ValueError("config.objective.inputs and config.objective.outputs must each name at least one modality")
+    if not inputs:
+        raise ValueError("config.objective.inputs must name at least one modality")
     if compute_dtype not in DTYPES:
         raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
@@ -334,6 +575,7 @@ def multimae(
         num_global_tokens=num_global_tokens,
         compute_dtype=compute_dtype,
         remat=remat,
+        **{k: v for k, v in dict(final_norm=final_norm, num_classes=num_classes, pool=pool).items() if k in MultiMaeModel.__dataclass_fields__},
     )
     for spec in used:
         spec.size(model.image_size)
@@ -343,23 +585,47 @@ def multimae(
             f"({', '.join(f'{n} {s}' for n, s in zip(model.layout.names, model.layout.sizes, strict=True))}): "
             "at least one must be visible and one hidden"
         )
-    score = named_function("config.objective.scores", SCORES, scores or {"name": "random"}, ("keys", "layout", "guidance"))
-    guided = (scores or {}).get("name") in GUIDED_SCORES
-    if guided and not guidance:
-        raise ValueError(f"config.objective.scores.name {scores['name']!r} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}")
-    if guidance and not guided:
-        raise ValueError(
-            f"config.objective.guidance is set, but scores {(scores or {'name': 'random'})['name']!r} do not use it: remove one"
-        )
-    alphas = (budget or {}).get("alphas", 1.0)
-    if isinstance(alphas, (list, tuple)) and len(alphas) != len(inputs):
-        raise ValueError(f"config.objective.budget.alphas has {len(alphas)} values for the {len(inputs)} inputs {tuple(inputs)}")
-    return MultiMae(
-        model=model,
-        num_visible=num_visible,
-        scores=score,
-        budget=named_function(
-            "config.objective.budget", BUDGETS, budget or {"name": "dirichlet"}, ("keys", "layout", "num_visible", "present")
-        ),
-        guidance=named_function("config.objective.guidance", GUIDANCE, guidance, ("model", "params", "tokens")) if guidance else None,
-    )
+    name = (scores or {}).get("name", "random")
+    score = named_function("config.objective.scores", SCORES, scores or {"name": "random"}, ("keys", "layout", "guidance", "present"))
+    weight = _part("loss_weight", LossWeight, loss_weight)
+    users = [f"scores {name!r}"] if name in GUIDED_SCORES else []
+    users += ["loss_weight"] if weight is not None else []
+    if users and not guidance:
+        raise ValueError(f"config.objective.{users[0].replace(' ', '.name ')} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}")
+    if guidance and not users:
+        raise ValueError(f"config.objective.guidance is set, but scores {name!r} do not use it and there is no loss_weight: remove it")
+    share = _part("guided_share", GuidedShare, guided_share)
+    source = build_source(guidance) if guidance else None
+    if source is not None:
+        if source.predicts_errors:
+            model = dataclasses.replace(model, error_outputs=model.inputs)
+        source.check(model)
+    given = ("keys", "layout", "num_visible", "present", "scores", "averages")
+    spend = named_function("config.objective.budget", BUDGETS, budget or {"name": "dirichlet"}, given)
+    objective = MultiMae(model, num_visible, score, spend, source, share, weight, _part("predicted", Predicted, predicted))
+    _check_arguments_of_functions(objective)
+    return objective
+
+
+def _part(key: str, constructor: Any, block: Mapping[str, Any] | None) -> Any:
+    """A block of `config.objective` to its dataclass; None where it is empty."""
+    if not block:
+        return None
+    check_arguments(f"config.objective.{key}", constructor, block)
+    return constructor(**{name: hashable(value) for name, value in block.items()})
+
+
+def _check_arguments_of_functions(objective: MultiMae) -> None:
+    """Call scores and budget on shapes, so that wrong numbers are found before anything is computed."""
+    model = objective.model
+    if objective._budget_momentum is not None:
+        missing = [n for n in model.inputs if n not in model.outputs and f"norm_{n}" not in model.outputs]
+        if missing:
+            raise ValueError(f"the budget 'adaptive_dirichlet' follows losses, but the input {missing[0]!r} is not in config.objective.outputs")
+    (score, score_arguments), (budget, budget_arguments), layout = objective.scores, objective.budget, model.layout
+
+    def both(keys: Key[Array, " b"]) -> Any:
+        scores = score(keys, layout, jnp.zeros((1, layout.num_tokens)), None, **dict(score_arguments))
+        return budget(keys, layout, objective.num_visible, None, scores, None, **dict(budget_arguments))
+
+    jax.eval_shape(both, jax.random.split(jax.random.key(0), 1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import GUIDED, on_device, tiny_batch, tiny_objective
 
-from maskvit.guidance import GUIDANCE
+from maskvit.guidance import GUIDANCE, build_source
 from maskvit.guidance.attention import QUERIES, self_attention
 from maskvit.types import TokenBatch
 
@@ -86,6 +86,6 @@ def test_no_gradient_flows_through_guidance(params, tokens, query):
 
 
 def test_guidance_is_looked_up_by_name():
-    assert GUIDANCE["self_attention"] is self_attention
+    assert build_source(dict(name="self_attention", query="mean")) == GUIDANCE["self_attention"](query="mean")
     with pytest.raises(ValueError, match="config.objective.guidance.query is 'cls'; known: global, mean"):
         guide({}, jnp.zeros((1, 48, 48)), "cls", None)

@@ -1,0 +1,75 @@
+"""What a guidance source is: importance per token out of whatever the model, the batch and its own memory can give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, Key, Num
+
+from maskvit.models import MultiMaeModel
+from maskvit.types import Batch, Guidance, Params, TokenBatch
+
+
+class Request(NamedTuple):
+    """What a source may read. No gradient flows out of a source.
+
+    `state`: the source's own memory, () where it keeps none; `tokens`: the embedded tokens of all inputs; `values`: the
+    model values they were made from, by input; `batch`: what the loader delivered; `keys`: one per sample;
+    `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random mask, NaN where not hidden.
+    """
+
+    model: MultiMaeModel
+    params: Params
+    state: Any
+    tokens: TokenBatch
+    values: Mapping[str, Num[Array, "b h w *c"]]
+    batch: Batch
+    keys: Key[Array, " b"]
+    random_errors: Callable[[Key[Array, " b"]], Float[Array, "b n"]]
+
+
+class Source:
+    """Base of all sources: a frozen dataclass whose fields are the keys of `config.objective.guidance`.
+
+    Attributes:
+      batch_keys: what the batch must hold beside the modalities: "index", "box", "flip", "guidance".
+      observes: whether `update` needs the step's own errors per token.
+      predicts_errors: whether the model must learn to predict its errors (`MultiMaeModel.error_outputs`).
+      whole_every: every how many samples the batch must hold the whole picture beside the crop; 0: never.
+    """
+
+    batch_keys: tuple[str, ...] = ()
+    observes: bool = False
+    predicts_errors: bool = False
+
+    @property
+    def whole_every(self) -> int:
+        return 0
+
+    @property
+    def maps(self) -> str | None:
+        """The stored map set that the loader must deliver, if any."""
+        return None
+
+    def check(self, model: MultiMaeModel) -> None:
+        """Raise ValueError where the model cannot give what this source reads."""
+
+    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> Any:
+        """The memory at step 0; `num_records`: size of the training data, for what is kept per record."""
+        return ()
+
+    def __call__(self, request: Request) -> Guidance:
+        """Importance per token."""
+        raise NotImplementedError(f"{type(self).__name__} defines no guidance")
+
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Any:
+        """The memory after a step, from the updated parameters and the whole batch (outside micro-batches).
+
+        `errors`: reconstruction error per token of this step's masked pass, NaN where none was taken; given if `observes`.
+        """
+        return request.state
+
+    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+        """Arithmetic per image and step: the call and the update."""
+        return 0.0

@@ -1,0 +1,138 @@
+"""Random cells of the grid (inputs x source x scores x budget x weight x schedule x what is predicted): two steps of each."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import counting, on_device, tiny_batch, tiny_objective
+
+from maskvit.guidance import GUIDANCE
+from maskvit.keys import sample_keys
+from maskvit.masking import BUDGETS, present_counts
+from maskvit.models import frozen_mask
+from maskvit.optim import Cosine, adamw
+from maskvit.scores import GUIDED_SCORES, SCORES
+from maskvit.step import init_state, train_step
+from maskvit.types import Batch
+
+BATCH, RECORDS = 8, 20
+# What a row needs beside its name.
+SOURCE_FIELDS: dict[str, dict[str, Any]] = {
+    "stored": dict(path="maps"),
+    "random_map": dict(of=dict(name="self_attention", heads="random", renormalise=True)),
+    "teacher_attention": dict(query="mean", heads=(0, 2), block=0),
+    "reused_attention": dict(every=4),
+}
+SCORE_FIELDS: dict[str, dict[str, Any]] = {"attention_stochastic": dict(alpha=0.3), "color": dict(kind="red")}
+BUDGET_FIELDS: dict[str, dict[int, dict[str, Any]]] = {"fixed": {1: dict(counts=(4,)), 2: dict(counts=(7, 3)), 3: dict(counts=(5, 4, 3))}}
+INPUTS = (("rgb",), ("rgb", "depth"), ("rgb", "depth", "semseg"))
+NUM_VISIBLE = {1: 4, 2: 10, 3: 12}
+
+
+def draw_cells(seed: int) -> list[dict[str, Any]]:
+    """As many cells as the longest table has rows, drawn so that every row of every table occurs."""
+    rng = random.Random(seed)
+    tables = (GUIDANCE, SCORES, BUDGETS)
+    drawn = [_shuffled_forever(rng, sorted(table)) for table in tables]
+    cells = []
+    for i in range(max(map(len, tables))):
+        inputs = INPUTS[i % 3]
+        source, score, budget = (next(rows) for rows in drawn)
+        cell = dict(
+            inputs=inputs,
+            outputs=(*inputs, "norm_rgb", *(["depth"] if inputs == ("rgb",) and i % 2 else [])),
+            num_visible=NUM_VISIBLE[len(inputs)],
+            guidance=dict(name=source, **SOURCE_FIELDS.get(source, {})),
+            scores=dict(name=score, **SCORE_FIELDS.get(score, {})),
+            budget=dict(name=budget, **BUDGET_FIELDS.get(budget, {}).get(len(inputs), {})),
+        )
+        # Scores without guidance leave it to the loss weights.
+        if score not in GUIDED_SCORES or rng.random() < 0.3:
+            cell["loss_weight"] = rng.choice([dict(tau=0.75), dict(tau=(0.8, 0.7), over=2)])
+        if rng.random() < 0.4:
+            cell["guided_share"] = dict(share=(0.25, 1.0), start=1, ramp=4)
+        if rng.random() < 0.4:
+            cell["predicted"] = dict(share=0.5, by=rng.choice(["scores", "random"]))
+        cells.append(cell)
+    return cells
+
+
+def _shuffled_forever(rng: random.Random, names: list[str]) -> Any:
+    while True:
+        rng.shuffle(names)
+        yield from names
+
+
+def cell_batch(objective: Any, seed: int, present: bool) -> Batch:
+    """A batch with all that the objective's source asks for."""
+    names = objective.model.inputs
+    batch = tiny_batch(BATCH, seed, present=present and len(names) == 3)
+    rng = np.random.default_rng(seed)
+    batch["index"] = rng.permutation(RECORDS)[:BATCH].astype(np.int32)
+    batch["box"] = np.tile(np.array([[0.1, 0.2, 0.7, 0.6]], np.float32), (BATCH, 1))
+    batch["flip"] = rng.random(BATCH) < 0.5
+    batch["guidance"] = rng.random((BATCH, 1, 4, 4)).astype(np.float32)
+    source = objective.guidance
+    whole = source.whole_every if source else 0
+    wanted = {*names, *(spec.name for spec in objective.model.modalities), "present", *(source.batch_keys if source else ())}
+    kept = {name: value for name, value in batch.items() if name in wanted}
+    if whole:
+        kept |= {f"whole/{name}": tiny_batch(BATCH // whole, seed + 100)[name] for name in names}
+    return on_device(kept)
+
+
+CELLS = draw_cells(seed=0)
+
+
+def test_every_row_of_every_table_occurs():
+    drawn = {kind: {cell[kind]["name"] for cell in CELLS} for kind in ("guidance", "scores", "budget")}
+    assert drawn == {"guidance": set(GUIDANCE), "scores": set(SCORES), "budget": set(BUDGETS)}
+
+
+@pytest.mark.parametrize("number", range(len(CELLS)), ids=[f"{c['guidance']['name']}-{c['scores']['name']}-{c['budget']['name']}" for c in CELLS])
+def test_two_steps_of_a_random_cell(number):
+    cell = CELLS[number]
+    objective = tiny_objective(**cell)
+    schedule = Cosine(1e-3, 10, 1, 0, 0.0)
+    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    optimizer = adamw(shapes, frozen_mask(shapes), schedule)
+    state = init_state(objective, optimizer, 0, RECORDS)
+    step, traces = counting(partial(train_step, objective=objective, optimizer=optimizer, seed=0, micro_batches=2 if number % 3 == 0 else 1))
+    jitted = jax.jit(step)
+    planned = jax.jit(lambda s, b: objective.plan(s.params, b, sample_keys(0, s.step, BATCH), s.objective_state, s.step)[0])
+    present = number % 2 == 0
+    for i in range(2):
+        batch = cell_batch(objective, i, present)
+        plan = planned(state, batch)
+        state, metrics = jitted(state, batch)
+        assert np.isfinite(metrics["loss"][0]), metrics
+        assert metrics["skipped"][0] == 0
+        check_counts(plan, objective, batch)
+    assert len(traces) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def check_counts(plan: Any, objective: Any, batch: Batch) -> None:
+    """Exactly `num_visible` tokens are seen (all, where a sample has fewer), and as many predicted as asked for."""
+    layout = objective.model.layout
+    tokens = objective.prepare(batch).present
+    there = np.asarray(present_counts(layout, tokens, BATCH))
+    visible = np.minimum(objective.num_visible, there.sum(axis=1))
+    masked = np.asarray(plan.masked)
+    np.testing.assert_array_equal((~masked).sum(axis=1), visible)
+    np.testing.assert_array_equal(np.asarray(plan.visible_valid).sum(axis=1), visible)
+    hidden = np.stack([there[:, i] - (~masked[:, span]).sum(axis=1) for i, span in enumerate(layout.spans())], axis=1)
+    share = objective.predicted.share if objective.predicted else 1.0
+    predicted = np.maximum(np.round(share * hidden), np.minimum(hidden, 1)).sum(axis=1)
+    np.testing.assert_array_equal(np.asarray(plan.predicted_valid).sum(axis=1), predicted)
+    budget = objective.budget[0]
+    if budget is BUDGETS["fixed"] and tokens is None:
+        counts = dict(objective.budget[1])["counts"]
+        np.testing.assert_array_equal(there - hidden, np.tile(counts, (BATCH, 1)))
+    if plan.loss_weights is not None:
+        assert np.asarray(plan.loss_weights).min() >= 1.0
