@@ -9,6 +9,7 @@ metadata as .safetensors.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jaxtyping import Float
 
 from maskvit.checkpoint import CheckpointError, load_params
 from maskvit.data.pipeline import eval_batches
+from maskvit.durations import to_steps
 from maskvit.modalities import Modality, parse_modalities
 from maskvit.objectives import build_objective
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
@@ -62,7 +64,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
     block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
-    objective = build_objective({**config, "objective": block})
+    objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
     expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -73,6 +75,14 @@ def load(path: str | os.PathLike) -> LoadedModel:
         )
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
     return LoadedModel(objective, objective.model, params, config, metadata)
+
+
+def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
+    """The objective with the durations of its schedules in steps, as in the run; converted files have no schedules."""
+    if "steps_per_epoch" not in metadata:
+        return objective
+    in_steps = functools.partial(to_steps, steps_per_epoch=metadata["steps_per_epoch"], global_batch=config["global_batch"])
+    return objective.resolve(functools.partial(in_steps, total_steps=in_steps(config["total"])))
 
 
 def _default_visible(config: Mapping[str, Any], inputs: Sequence[str]) -> int:

@@ -8,8 +8,10 @@ across modalities, which is why those without guidance have the same range in ea
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -90,19 +92,19 @@ def color(
     With G the Gaussian blur of white noise W by a deviation of `sigmas` = (fine, coarse), in tokens: "red" G_coarse W keeps
     what is slow; "green" G_fine W - G_coarse W a middle band; "blue" W - G_fine W what is fast; "purple" W - green W all but
     the middle. The noise reaches beyond the grid, so that the grid is a crop of a larger filtered field, as published.
-    The filters are the paper's. Their deviations are not known from its text: these split W into three bands on a grid of
-    14 x 14. (The paper shows the highest values and hides the rest; the noise is symmetric, so that is the same thing.)
+    The filters are the paper's, the deviations are not (its code ships finished patterns): they split W into three bands on
+    a grid of 14 x 14. (The paper shows the highest values and hides the rest; the noise is symmetric, so that is the same thing.)
     """
     _require(kind in COLORS, "kind", kind, f"one of {', '.join(COLORS)}")
     _require(len(sigmas) == 2 and 0 < sigmas[0] < sigmas[1], "sigmas", sigmas, "(fine, coarse) with 0 < fine < coarse, in tokens")
     kernels = [(sign, _gaussian(sigma)) for sign, sigma in COLORS[kind](*sigmas)]
     margin = max(len(kernel) for _, kernel in kernels) // 2
     padded = [(sign, np.pad(kernel, margin - len(kernel) // 2)) for sign, kernel in kernels]
-    deviation = float(np.sqrt((sum(sign * np.outer(kernel, kernel) for sign, kernel in padded) ** 2).sum()))
+    deviation = float(np.linalg.norm(np.sum([sign * np.outer(kernel, kernel) for sign, kernel in padded], axis=0)))
 
     def one(key: Key[Array, ""], grid: tuple[int, int]) -> Float[Array, " n"]:
         noise = jax.random.normal(key, (grid[0] + 2 * margin, grid[1] + 2 * margin))
-        return (sum(sign * _filtered(noise, kernel, grid) for sign, kernel in kernels) / deviation).reshape(-1)
+        return _add(sign * _filtered(noise, kernel, grid) for sign, kernel in kernels).reshape(-1) / deviation
 
     return _each_modality(one, keys, layout)
 
@@ -338,6 +340,11 @@ def _gaussian(sigma: float | None) -> Float[np.ndarray, " k"]:
     return weights / weights.sum()
 
 
+def _add(parts: Iterable[Array]) -> Array:
+    """The sum, from the first to the last."""
+    return functools.reduce(operator.add, parts)
+
+
 def _filtered(noise: Float[Array, "padded_h padded_w"], kernel: Float[np.ndarray, " k"], grid: tuple[int, int]) -> Float[Array, "h w"]:
     """The middle `grid` of `noise`, filtered along both axes.
 
@@ -346,5 +353,5 @@ def _filtered(noise: Float[Array, "padded_h padded_w"], kernel: Float[np.ndarray
     for axis, size in enumerate(grid):
         start = (noise.shape[axis] - size) // 2 - len(kernel) // 2
         shifted = (jax.lax.slice_in_dim(noise, start + i, start + i + size, axis=axis) for i in range(len(kernel)))
-        noise = sum(float(weight) * part for weight, part in zip(kernel, shifted, strict=True))
+        noise = _add(float(weight) * part for weight, part in zip(kernel, shifted, strict=True))
     return noise

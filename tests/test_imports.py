@@ -16,18 +16,20 @@ PACKAGE = ROOT / "maskvit"
 # A part is a file or a folder of maskvit/; a part may import parts of lower levels, and of its own level what `BESIDE` names.
 LEVELS = {
     **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "keys"), 0),
-    **dict.fromkeys(("masking", "losses", "optim", "sharding", "metrics", "figures", "flops"), 1),
+    **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops"), 1),
     **dict.fromkeys(("models", "data", "checkpoint"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
     "step": 4,
-    **dict.fromkeys(("train", "bench", "plan", "report", "features", "demo"), 5),
+    **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo"), 5),
 }
 BESIDE = {
     "modalities": {"configuration"},
     "patches": {"modalities"},
     "objectives": {"guidance"},
     "bench": {"train"},
-    "report": {"features"},
+    "report": {"features", "sweep"},
+    "maps": {"features"},
+    "sweep": {"train"},
     "demo": {"train", "report", "features", "bench"},
 }
 # Narrower than their level: (part, what of lower levels it must not import).
@@ -44,7 +46,9 @@ FORBIDDEN = {
 
 
 def part_of(path: pathlib.Path) -> str:
-    """The part a source file belongs to ("models" for maskvit/models/vit.py)."""
+    """The part a source file belongs to ("models" for maskvit/models/vit.py). The command that makes maps stands above guidance."""
+    if path == PACKAGE / "guidance" / "maps.py":
+        return "maps"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -16,6 +16,7 @@ from maskvit.masking import (
     dirichlet_budget,
     drop,
     gather_tokens,
+    mix_with_random,
     predicted_mask,
     present_counts,
     show_all,
@@ -311,3 +312,120 @@ def test_a_samples_plan_depends_on_its_key_alone():
     one = plan_of("random", SMALL, 12, keys[2:3], guidance[:1])
     np.testing.assert_array_equal(one.masked[0], both[0].masked[2])
     assert len({row.tobytes() for row in np.asarray(both[0].masked)}) == 8, "samples must differ"
+
+
+# The other budgets
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("options",))
+def spend(name: str, layout: TokenLayout, num_visible: int, keys: jax.Array, present=None, scores=None, averages=None, options=()):
+    """A row of `BUDGETS`."""
+    return BUDGETS[name](keys, layout, num_visible, present, scores, averages, **dict(options))
+
+
+BUDGET_OPTIONS = {"fixed": (("counts", (5, 4, 3)),)}
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_budgets_add_up(name):
+    keys, scores = sample_keys(0, 0, 256), guidance_of(SMALL, 256)
+    options = BUDGET_OPTIONS.get(name, ())
+    counts = np.asarray(spend(name, SMALL, 12, keys, None, scores, options=options))
+    assert (counts.sum(axis=1) == 12).all() and counts.min() >= 0 and counts.max() <= 16
+    rows = np.random.default_rng(0).random((256, 3)) < 0.6
+    rows[:, 1] |= ~rows.any(axis=1)
+    present = token_presence(SMALL, rows.tolist())
+    counts = np.asarray(spend(name, SMALL, 12, keys, present, scores, options=options))
+    np.testing.assert_array_equal(counts.sum(axis=1), np.minimum(12, 16 * rows.sum(axis=1)))
+    assert (counts[~rows] == 0).all()
+
+
+def test_equal_and_fixed_budgets():
+    keys = sample_keys(0, 0, 300)
+    np.testing.assert_array_equal(spend("equal", SMALL, 12, keys), np.full((300, 3), 4))
+    uneven = np.asarray(spend("equal", SMALL, 14, keys))
+    assert set(np.unique(uneven)) <= {4, 5, 6} and (uneven.mean(axis=0) > 4.5).all()  # the two left over go anywhere
+    np.testing.assert_array_equal(spend("fixed", SMALL, 12, keys, options=BUDGET_OPTIONS["fixed"]), np.tile([5, 4, 3], (300, 1)))
+    for counts, message in (((5, 4, 4), "together config.objective.num_visible = 12"), ((17, -5, 0), "one number for each")):
+        with pytest.raises(ValueError, match=message):
+            spend("fixed", SMALL, 12, keys, options=(("counts", counts),))
+    with pytest.raises(ValueError, match="shows more tokens of 'depth' than it has"):
+        spend("fixed", UNEVEN, 12, keys, options=(("counts", (2, 8, 2)),))
+
+
+def test_uniform_subsets_are_uniform():
+    counts = np.asarray(spend("uniform_subsets", FULL, 98, sample_keys(0, 0, 7000)))
+    shown = counts > 0
+    patterns, times = np.unique(shown, axis=0, return_counts=True)
+    assert len(patterns) == 7 and np.abs(times / 7000 - 1 / 7).max() < 0.02  # 0.0042 standard deviation
+    equal_parts = {1: (98,), 2: (49, 49), 3: (32, 33)}
+    for size, parts in equal_parts.items():
+        here = counts[shown.sum(axis=1) == size]
+        assert np.abs(np.sort(here, axis=1)[:, -1] - max(parts)).max() <= 2
+
+
+def test_the_joint_budget_ranks_all_modalities_together():
+    scores = guidance_of(UNEVEN, 50, levels=6)
+    counts = spend("joint", UNEVEN, 9, sample_keys(0, 0, 50), None, scores)
+    plan = drop(scores, counts, UNEVEN, 9)
+    values, masked = np.asarray(scores), np.asarray(plan.masked)
+    for row, hidden in zip(values, masked, strict=True):
+        assert (~hidden).sum() == 9 and row[~hidden].max() <= row[hidden].min()
+    with pytest.raises(ValueError, match="joint budget needs scores"):
+        BUDGETS["joint"](sample_keys(0, 0, 2), UNEVEN, 9)
+
+
+@pytest.mark.parametrize("strength,moves", [(1.0, "more"), (-1.0, "less"), (0.0, "not")])
+def test_adaptive_alphas_move_the_shares(strength, moves):
+    keys = sample_keys(0, 0, 4000)
+    options = (("strength", strength), ("alphas", 2.0))
+    averages = jnp.array([0.5, 1.0, 2.0])
+    share = np.asarray(spend("adaptive_dirichlet", FULL, 98, keys, None, None, averages, options=options)).mean(axis=0) / 98
+    expected = np.array(averages) ** strength / (np.array(averages) ** strength).sum()
+    np.testing.assert_allclose(share, expected, atol=0.01)  # the mean of a Dirichlet draw is alpha over their sum
+    assert {"more": share[2] > share[0] + 0.1, "less": share[2] < share[0] - 0.1, "not": abs(share[2] - share[0]) < 0.02}[moves]
+    before = spend("adaptive_dirichlet", FULL, 98, keys, None, None, jnp.zeros(3), options=options)
+    np.testing.assert_array_equal(before, spend("dirichlet", FULL, 98, keys, options=(("alphas", 2.0),)))
+
+
+def test_asymmetric_alphas():
+    counts = np.asarray(spend("dirichlet", FULL, 98, sample_keys(0, 0, 4000), options=(("alphas", (1.0, 2.0, 5.0)),)))
+    np.testing.assert_allclose(counts.mean(axis=0) / 98, [0.125, 0.25, 0.625], atol=0.012)
+
+
+# Easy to hard, and what is predicted
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_guided_share_of_the_hidden_tokens(share):
+    keys, scores = sample_keys(0, 0, 400), guidance_of(SMALL, 400)
+    counts = dirichlet_budget(stream_keys(keys, "budget"), SMALL, 12)
+    mixed = jax.jit(lambda s: mix_with_random(stream_keys(keys, "share"), scores, counts, SMALL, s))(share)
+    masked = np.asarray(drop(mixed, counts, SMALL, 12).masked)
+    by_rank = []
+    for i, span in enumerate(SMALL.spans()):
+        hidden = 16 - np.asarray(counts[:, i])
+        rank = np.argsort(np.argsort(-np.asarray(scores[:, span]), axis=1), axis=1)
+        top = rank < np.round(share * hidden)[:, None]
+        assert masked[:, span][top].all()
+        np.testing.assert_array_equal(masked[:, span].sum(axis=1), hidden)
+        free = (hidden - top.sum(axis=1)) / np.maximum(16 - top.sum(axis=1), 1)  # the rest is uniform
+        by_rank.append(masked[:, span][~top].mean() - np.repeat(free, 16 - top.sum(axis=1)).mean() if share < 1 else 0.0)
+    assert np.abs(by_rank).max() < 0.02
+
+
+@pytest.mark.parametrize("by", ["scores", "random"])
+def test_hidden_tokens_thrown_away_are_not_predicted(by):
+    keys, scores = sample_keys(0, 0, 50), guidance_of(SMALL, 50)
+    counts = dirichlet_budget(stream_keys(keys, "budget"), SMALL, 12)
+    order = random_scores(keys, SMALL) if by == "random" else None
+    plan = drop(scores, counts, SMALL, 12, None, 0.5, order)
+    predicted, masked = np.asarray(predicted_mask(plan)), np.asarray(plan.masked)
+    assert not (predicted & ~masked).any() and plan.predicted_ids.shape == (50, 36)
+    for span in SMALL.spans():
+        hidden = masked[:, span].sum(axis=1)
+        np.testing.assert_array_equal(predicted[:, span].sum(axis=1), np.maximum(np.round(0.5 * hidden), np.minimum(hidden, 1)))
+        if by == "scores":
+            kept = np.where(predicted[:, span], scores[:, span], np.inf).min(axis=1)
+            thrown = np.where(masked[:, span] & ~predicted[:, span], scores[:, span], -np.inf).max(axis=1)
+            assert (kept >= thrown).all()

@@ -8,6 +8,7 @@ from typing import Any
 
 from maskvit.configuration import hashable, look_up
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
+from maskvit.guidance.bipartition import Bipartition
 from maskvit.guidance.errors import PredictedError, ReconstructionError
 from maskvit.guidance.source import Request, Source
 from maskvit.guidance.stored import RandomMap, Stored
@@ -17,6 +18,7 @@ GUIDANCE: dict[str, type[Source]] = {
     "teacher_attention": TeacherAttention,
     "reconstruction_error": ReconstructionError,
     "predicted_error": PredictedError,
+    "bipartition": Bipartition,
     "stored": Stored,
     "random_map": RandomMap,
 }

@@ -297,6 +297,7 @@ class MultiMae:
         self, tokens: TokenBatch, guidance: Guidance | None, keys: Key[Array, " b"], state: Any = None, step: Int[Array, ""] | int = 0
     ) -> MaskPlan:
         """Scores, budget and weights to a plan."""
+        step = jnp.asarray(step)
         score, arguments = self.scores
         scores = score(stream_keys(keys, "scores"), tokens.layout, guidance, tokens.present, **dict(arguments))
         counts = self._counts(keys, tokens, scores, state or {})

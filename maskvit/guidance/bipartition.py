@@ -1,0 +1,85 @@
+"""Guidance from the model's own grouping of tokens: the sample split in two, and how much each token belongs to the object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from maskvit.flops import block_flops
+from maskvit.guidance.source import Request, Source
+from maskvit.models import MultiMaeModel
+from maskvit.types import Guidance
+
+ITERATIONS = 60  # of the power method; the second eigenvector only has to tell two groups apart
+
+
+def normalised_cut(affinity: Float[Array, "n n"], there: Bool[Array, " n"]) -> Float[Array, " n"]:
+    """The second smallest eigenvector x of (D - W) x = lambda D x for a symmetric affinity >= 0, over the nodes `there`; 0 elsewhere.
+
+    By the power method on the lazy random walk's symmetric form, the known first eigenvector taken out; sign is arbitrary.
+    """
+    w = jnp.where(there[:, None] & there[None, :], affinity, 0.0)
+    root = jnp.sqrt(jnp.maximum(w.sum(axis=1), 1e-12))
+    walk = w / (root[:, None] * root[None, :])
+    first = jnp.where(there, root, 0.0)
+    first = first / jnp.maximum(jnp.linalg.norm(first), 1e-12)
+
+    def iterate(_: Any, y: Float[Array, " n"]) -> Float[Array, " n"]:
+        y = 0.5 * (y + walk @ y)  # eigenvalues in [0, 1]: the largest but one is what converges
+        y = y - first * (first @ y)
+        return y / jnp.maximum(jnp.linalg.norm(y), 1e-12)
+
+    # A fixed start with a part in every direction; the same sample gives the same split.
+    start = jnp.where(there, jnp.sin(jnp.arange(1.0, w.shape[0] + 1) * 12.9898), 0.0)
+    return jnp.where(there, jax.lax.fori_loop(0, ITERATIONS, iterate, start) / root, 0.0)
+
+
+def relevance(tokens: Float[Array, "n d"], there: Bool[Array, " n"]) -> Float[Array, " n"]:
+    """Cosine of each token with the mean of the object's tokens, the object being the half with the strongest node.
+
+    Tokens are compared after their mean is taken out: what all have in common says nothing of groups. 0 for absent tokens.
+    """
+    weight = there.astype(jnp.float32)[:, None]
+    centred = (tokens - (tokens * weight).sum(axis=0) / jnp.maximum(weight.sum(), 1.0)) * weight
+    unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    x = normalised_cut(jnp.maximum(unit @ unit.T, 0.0), there)
+    above = x > (x * weight[:, 0]).sum() / jnp.maximum(weight.sum(), 1.0)
+    strongest = jnp.argmax(jnp.abs(x))
+    same_half = (above == above[strongest]) & there
+    centre = (unit * same_half[:, None]).sum(axis=0)
+    return unit @ (centre / jnp.maximum(jnp.linalg.norm(centre), 1e-12))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bipartition(Source):
+    """How much each token belongs to the object, by a normalised cut of the model's own tokens in each modality.
+
+    `block`: the tokens that leave this block (negative counts from the last). With scores `attention_hint` it is the masking of
+    "Self-Guided Masked Autoencoder" (Shin et al., 2024), which hides the object but for a few hints.
+    """
+
+    block: int = -1
+
+    def check(self, model: MultiMaeModel) -> None:
+        depth = dict(model.encoder)["depth"]
+        if not -depth <= self.block < depth:
+            raise ValueError(f"config.objective.guidance.block is {self.block}; the encoder has blocks 0 ... {depth - 1} (or -1 for the last)")
+
+    def __call__(self, request: Request) -> Guidance:
+        params, batch = jax.lax.stop_gradient((request.params, request.tokens))
+        stop = self.block % dict(request.model.encoder)["depth"] + 1
+        tokens, mask = request.model.append_global(params, batch.tokens, batch.present)
+        tokens = request.model.blocks(params, tokens, 0, stop, mask).astype(jnp.float32)
+        there = jnp.ones(batch.tokens.shape[:2], bool) if batch.present is None else batch.present
+        return jnp.concatenate([jax.vmap(relevance)(tokens[:, s], there[:, s]) for s in batch.layout.spans()], axis=1)
+
+    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+        sizes = dict(model.encoder)
+        tokens = model.layout.num_tokens + model.num_global_tokens
+        blocks = (self.block % sizes["depth"] + 1) * block_flops(tokens, sizes["width"], sizes.get("mlp_ratio", 4.0))
+        cuts = sum(2 * size**2 * (sizes["width"] + ITERATIONS) for size in model.layout.sizes)
+        return blocks + cuts
