@@ -30,9 +30,9 @@ def make_scenes(directory: pathlib.Path) -> str:
 
 
 def shipped_configs() -> list[str]:
-    """Every config file of the repository."""
-    files = sorted((ROOT / "configs").rglob("*.py"))
-    return [str(f.relative_to(ROOT)) for f in files if f.name not in ("common.py", "__init__.py")]
+    """Every config file of the repository that `main.py` takes."""
+    files = [ROOT / "configs" / "demo.py", *sorted((ROOT / "configs" / "pretrain").rglob("*.py"))]
+    return [str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py"]
 
 
 def get_config(path: str) -> Any:

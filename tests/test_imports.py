@@ -27,7 +27,7 @@ BESIDE = {
     "patches": {"modalities"},
     "objectives": {"guidance"},
     "bench": {"train"},
-    "report": {"features", "sweep"},
+    "report": {"features", "sweep", "train"},
     "maps": {"features"},
     "sweep": {"train"},
     "demo": {"train", "report", "features", "bench"},

@@ -60,6 +60,23 @@ def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
         np.testing.assert_array_equal(losses(workdir), losses(tmp_path / "whole"))
 
 
+def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
+    config = small_run(data_dir, total="4 steps", checkpoint=dict(every="4 steps", keep=2))
+    config["objective"] |= dict(
+        scores=dict(name="attention_high"),
+        guidance=dict(name="teacher_attention", momentum=0.9),
+        budget=dict(name="adaptive_dirichlet", momentum=0.5),
+        guided_share=dict(share=(0.0, 1.0), start="1 steps", ramp="2 steps"),
+        loss_weight=dict(tau=(0.8, 0.7), over="4 steps"),
+    )
+    whole = train.run(str(tmp_path / "whole"), **config)
+    train.run(str(tmp_path / "stopped"), **{**config, "total": "2 steps"})
+    resumed = train.run(str(tmp_path / "stopped"), **config)
+    for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert set(whole.objective_state) == {"guidance", "averages"}
+
+
 def test_killed_and_terminated_runs_go_on(data_dir, tmp_path):
     config = small_run(data_dir, guided=True, total="30 steps", checkpoint=dict(every="2 steps", keep=2))
     file = write_config(tmp_path / "config.py", config)
