@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 from maskvit.modalities import Modality
 
 Picture = UInt8[np.ndarray, "h w 3"]
+Tile = tuple[UInt8[np.ndarray, "_ _ 3"], str]  # a picture of any size, and the words below it
 Numbers = Sequence[float] | np.ndarray
 
 INK, FAINT, PAPER = (28, 32, 38), (112, 120, 130), (255, 255, 255)
@@ -173,6 +174,13 @@ def heat_overlay(picture: Picture, guidance: Float[np.ndarray, "gh gw"], limits:
     return np.where(_to_pixels(finite, picture.shape[:2])[..., None], blend, grey).round().astype(np.uint8)
 
 
+def heat_map(values: Float[np.ndarray, "gh gw"], size: tuple[int, int], limits: tuple[float, float]) -> Picture:
+    """`values` alone as colours (those of `heat_overlay`) on the scale `limits`, for reading them off; (height, width) = `size`."""
+    unit = np.clip((np.where(np.isfinite(values), values, limits[0]) - limits[0]) / max(limits[1] - limits[0], 1e-12), 0, 1)
+    levels = _to_pixels((unit * 255).round().astype(np.uint8), size)
+    return _colour_map("inferno")[levels]
+
+
 def attention_rollout(attention: Float[np.ndarray, "l a n n"]) -> Float[np.ndarray, "n n"]:
     """Attention of all layers followed to the input: the product over layers of the mean over heads, half of it the residual.
 
@@ -247,6 +255,52 @@ def tile_grid(tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "
         sheet.tile((x, y + label), picture, (wide, tall))
     if heat_bar:
         sheet.heat_bar((gap + 110, sheet.image.height - 24), 160, "least attention", "most (each tile for itself)")
+    return sheet.png()
+
+
+def labelled_grid(
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Tile | None]]],
+    title: str = "",
+    heat: tuple[str, str] | None = None,
+    side: int = 132,
+) -> bytes:
+    """A table of pictures as PNG: a name over every column, a name before every row, and words under every tile.
+
+    Args:
+      columns: the names above.
+      rows: (name, one (picture, words below it) per column, or None where there is nothing).
+      heat: words at both ends of the colour bar of `heat_overlay`; None leaves it out.
+      side: height of a tile in pixels.
+
+    Raises ValueError for a row of another length than `columns`.
+    """
+    for name, tiles in rows:
+        if len(tiles) != len(columns):
+            raise ValueError(f"row {name!r} has {len(tiles)} tiles under {len(columns)} columns")
+    shapes = [tile[0].shape for _, tiles in rows for tile in tiles if tile is not None]
+    wide = round(side * max((shape[1] / shape[0] for shape in shapes), default=1.0))
+    worded = any(tile is not None and tile[1] for _, tiles in rows for tile in tiles)
+    gap, under = 10, 17 if worded else 0
+    left = 20 + max([8 * len(line) for name, _ in rows for line in name.split("\n")] + [30])
+    heads = [name.split("\n") for name in columns]
+    top = (44 if title else 12) + 17 * max((len(head) for head in heads), default=1) + 6
+    sheet = _Sheet(left + len(columns) * (wide + gap) + gap, top + len(rows) * (side + under + gap) + (34 if heat else 6))
+    sheet.text((gap, 12), title, 18)
+    for place, head in enumerate(heads):
+        for line, words in enumerate(reversed(head)):
+            sheet.text((left + place * (wide + gap), top - 8 - 17 * line), words, 14, INK, "ls")
+    for line, (name, tiles) in enumerate(rows):
+        y = top + line * (side + under + gap)
+        for offset, words in enumerate(name.split("\n")):
+            sheet.text((left - 12, y + side // 2 + 17 * offset), words, 14, INK if offset == 0 else FAINT, "rs")
+        for place, tile in enumerate(tiles):
+            if tile is not None:
+                x = left + place * (wide + gap)
+                sheet.tile((x, y), tile[0], (wide, side))
+                sheet.text((x, y + side + 15), tile[1], 12, FAINT, "ls")
+    if heat:
+        sheet.heat_bar((left + 8 * len(heat[0]), sheet.image.height - 22), 180, *heat)
     return sheet.png()
 
 
@@ -403,6 +457,84 @@ def curves(series: Mapping[str, tuple[Numbers, Numbers]], title: str = "") -> by
         axes.tick_params(labelsize=9)
         if index >= len(series) - columns:
             axes.set_xlabel("step", fontsize=9)
+    return _save(figure)
+
+
+# Colours that people with any colour vision tell apart (Okabe and Ito, 2008), then the same dashed and dotted.
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+_STYLES = ("-", "--", ":", "-.")
+
+
+def line_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str = "epoch") -> bytes:
+    """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one colour throughout.
+
+    The mean is over the runs that have a finite value at an x; runs are logged at the same steps. Raises ValueError without a panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ValueError("plots of nothing: no panel given")
+    labels = list(dict.fromkeys(label for series in panels.values() for label in series))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    legend = 0.24 * math.ceil(len(labels) / 4) + 0.2
+    figure = Figure(figsize=(max(4.2 * columns, 8.4), 2.9 * rows + legend), layout="constrained")  # room for four names
+    drawn = {}
+    for index, (name, series) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for label, runs in series.items():
+            number = labels.index(label)
+            style: dict[str, Any] = dict(color=_LINES[number % len(_LINES)], linestyle=_STYLES[number // len(_LINES) % len(_STYLES)])
+            merged: dict[float, list[float]] = {}
+            for steps, values in runs:
+                if len(runs) > 1:
+                    axes.plot(steps, values, alpha=0.22, linewidth=0.8, **style)
+                for step, value in zip(steps, values, strict=True):
+                    if math.isfinite(value):
+                        merged.setdefault(float(step), []).append(float(value))
+            places = sorted(merged)
+            means = [sum(merged[place]) / len(merged[place]) for place in places]
+            marker = "o" if len(places) <= 12 else None
+            drawn[label] = axes.plot(places, means, linewidth=1.7, marker=marker, markersize=3.5, **style)[0]
+        axes.set_title(name, loc="left", fontsize=11)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+        axes.set_xlabel(x, fontsize=9)
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside upper left", ncols=min(4, len(labels)), fontsize=9, frameon=False, handlelength=3
+    )
+    return _save(figure)
+
+
+def points(panels: Mapping[str, Mapping[str, Numbers]], baseline: str) -> bytes:
+    """One plot per panel {name: {label: values}}, as PNG: every value a point, a bar at their mean, the mean of `baseline` dashed."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for series in panels.values() for label in series))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.4 + 3.6 * columns, rows * (0.9 + 0.27 * len(labels))), layout="constrained")
+    first = None
+    for index, (name, series) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1, sharey=first)
+        first = first or axes
+        for label, values in series.items():
+            finite = [float(value) for value in values if math.isfinite(value)]
+            if not finite:
+                continue
+            height, mean = labels.index(label), sum(finite) / len(finite)
+            colour = ORANGE if label == baseline else BLUE
+            axes.plot(finite, [height] * len(finite), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
+            axes.plot([mean, mean], [height - 0.32, height + 0.32], color=colour, linewidth=2.2)
+            if label == baseline:
+                axes.axvline(mean, color=ORANGE, linestyle="--", linewidth=1, zorder=0)
+        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9, labelleft=index % columns == 0)
     return _save(figure)
 
 

@@ -14,6 +14,6 @@ def stream_keys(keys: Key[Array, "*b"], name: str) -> Key[Array, "*b"]:
     return fold(keys) if keys.ndim == 0 else jax.vmap(fold)(keys)
 
 
-def sample_keys(seed: int, step: Int[Array, ""] | int, batch_size: int) -> Key[Array, " b"]:
+def sample_keys(seed: Int[Array, ""] | int, step: Int[Array, ""] | int, batch_size: int) -> Key[Array, " b"]:
     """One key per sample of the global batch of `step`."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)

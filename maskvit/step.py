@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from maskvit.keys import sample_keys
 from maskvit.objectives import Objective
@@ -62,7 +63,7 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, objective: Objective, optimizer: Optimizer, seed: int, micro_batches: int = 1
+    state: TrainState, batch: Batch, *, objective: Objective, optimizer: Optimizer, seed: int | Int[Array, ""], micro_batches: int = 1
 ) -> tuple[TrainState, Metrics]:
     """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
 

@@ -144,7 +144,7 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
 
 
 def compile_step(
-    step: Any, state: TrainState, batch: Any, *, global_batch: int, micro_batch: int, devices: int, model: Any
+    step: Any, state: TrainState, batch: Any, seed: Any, *, global_batch: int, micro_batch: int, devices: int, model: Any
 ) -> tuple[Any, int, float]:
     """Compile the train step with as few micro-batches as fit: (compiled step, micro-batches, bytes per device).
 
@@ -157,7 +157,7 @@ def compile_step(
         per_sample = activation_bytes(model)
         counts = [n for n in counts if global_batch / n / devices * per_sample < limit] or counts[-1:]
     for n in counts:
-        compiled = jax.jit(functools.partial(step, micro_batches=n), donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(functools.partial(step, micro_batches=n), donate_argnums=0).lower(state, batch, seed).compile()
         memory = compiled.memory_analysis()
         needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
         if limit is None or needed <= limit or n == counts[-1]:
@@ -366,6 +366,8 @@ def run(
             raise ValueError("config.optimizer lacks the key 'base_lr'")
         check_arguments("config.optimizer", adamw, optimizer, ("params", "frozen", "schedule"))
         method = build_objective(dict(modalities=modalities, image_size=image_size, objective=objective))
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"config.seed is {seed}; it must be at least 0 and below 2**31")
         model = method.model
         if not model.outputs:
             raise ValueError("config.objective.outputs is empty: there is nothing to train for")
@@ -451,10 +453,12 @@ def run(
     )  # fmt: skip
     batch = place_batch(next(batches), mesh)
     pure_step = functools.partial(
-        _placed_step, objective=method, optimizer=optim, seed=seed, shardings=shardings, metric_sharding=replicated(mesh)
+        _placed_step, objective=method, optimizer=optim, shardings=shardings, metric_sharding=replicated(mesh)
     )
+    # An argument, not a constant: runs that differ in their seed alone share a compilation.
+    step_seed = np.int32(seed)
     compiled, micro_batches, memory = compile_step(
-        pure_step, state, batch, global_batch=global_batch, micro_batch=micro_batch, devices=mesh.size, model=model
+        pure_step, state, batch, step_seed, global_batch=global_batch, micro_batch=micro_batch, devices=mesh.size, model=model
     )
     flops = global_batch * step_flops(method)
     if jax.process_index() == 0:
@@ -500,7 +504,7 @@ def run(
                     host_batch = next(batches)
                 batch = place_batch(host_batch, mesh)
             trace(step, Path(workdir) / "profile")
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, step_seed)
             accumulated.add(metrics)
             batch, step = None, step + 1
             throughput.step()
@@ -529,7 +533,7 @@ def run(
 
 
 def _placed_step(
-    state: Any, batch: Any, *, objective: Any, optimizer: Any, seed: int, micro_batches: int, shardings: Any, metric_sharding: Any
+    state: Any, batch: Any, seed: Any, *, objective: Any, optimizer: Any, micro_batches: int, shardings: Any, metric_sharding: Any
 ):
     """`train_step` whose results stay where the rules put them."""
     state, metrics = train_step(state, batch, objective=objective, optimizer=optimizer, seed=seed, micro_batches=micro_batches)

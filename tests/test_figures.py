@@ -239,3 +239,32 @@ def test_page_is_self_contained_and_escaped():
 def test_page_refuses_ragged_tables():
     with pytest.raises(ValueError, match="1 cells under a header of 2"):
         figures.html_page("t", [figures.Section("s", [figures.Table(["a", "b"], [["only one"]])])])
+
+
+def test_labelled_grid():
+    picture = np.full((32, 48, 3), 100, np.uint8)
+    rows = [("one", [(picture, "below"), None]), ("two\nlines", [(picture, ""), (picture, "")])]
+    plain = open_png(figures.labelled_grid(["a", "b\nc"], rows))
+    assert plain.shape[0] > 2 * 132 and plain.shape[1] > 2 * 198
+    assert open_png(figures.labelled_grid(["a", "b"], rows, "title", heat=("0", "1"))).shape[0] > plain.shape[0]
+    with pytest.raises(ValueError, match="row 'one' has 2 tiles under 1 columns"):
+        figures.labelled_grid(["a"], rows)
+
+
+def test_heat_maps_share_a_scale():
+    low, high = (figures.heat_map(np.full((2, 2), value), (8, 8), (0.0, 4.0)) for value in (1.0, 4.0))
+    assert low.shape == (8, 8, 3) and (low == low[0, 0]).all() and high.sum() > low.sum()
+    np.testing.assert_array_equal(figures.heat_map(np.array([[9.0]]), (8, 8), (0.0, 4.0)), high)
+    np.testing.assert_array_equal(
+        figures.heat_map(np.array([[np.nan]]), (8, 8), (0.0, 4.0)), figures.heat_map(np.zeros((1, 1)), (8, 8), (0.0, 4.0))
+    )
+
+
+def test_panels_and_points_are_png():
+    runs = [([0, 1], [1.0, np.nan]), ([0, 1], [2.0, 3.0])]
+    panels = {"loss": {f"cell {i}": runs for i in range(9)}, "k-NN": {"cell 0": runs[:1]}}
+    assert open_png(figures.line_panels(panels)).std() > 0
+    assert figures.line_panels(panels) == figures.line_panels(panels)
+    with pytest.raises(ValueError, match="no panel"):
+        figures.line_panels({})
+    assert open_png(figures.points({"k-NN": {"random": [1.0, 2.0], "low": [np.nan], "none": []}}, "random")).std() > 0

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit import report
 from maskvit.checkpoint import save_imported
 from maskvit.data import scenes
 from maskvit.data.sources import ListSource
 from maskvit.features import load
 from maskvit.modalities import DEPTH, RGB, SEMSEG
 from maskvit.objectives import build_objective
+from maskvit.report import attention, compare, guidance, rows, strategies
+from maskvit.report.__main__ import main
 from maskvit.types import TokenLayout
+from tests.runs import make_scenes, small_run
 
 CONFIG = dict(
     image_size=[32, 32],
@@ -50,13 +52,13 @@ def source():
 
 def test_equal_counts():
     layout = TokenLayout(("a", "b", "c"), ((2, 2), (1, 2), (3, 3)))
-    assert report.equal_counts(layout, 7) == (3, 2, 2)
-    assert report.equal_counts(layout, 12) == (4, 2, 6)  # b is too small for its third: the others take it
-    assert report.equal_counts(layout, 15) == (4, 2, 9)
+    assert attention.equal_counts(layout, 7) == (3, 2, 2)
+    assert attention.equal_counts(layout, 12) == (4, 2, 6)  # b is too small for its third: the others take it
+    assert attention.equal_counts(layout, 15) == (4, 2, 9)
     with pytest.raises(ValueError, match="16 visible tokens of 15"):
-        report.equal_counts(layout, 16)
-    assert report.share_visible(196, 98, 588) == 33
-    assert report.share_visible(4, 1, 100) == 1 and report.share_visible(4, 99, 100) == 3
+        attention.equal_counts(layout, 16)
+    assert attention.share_visible(196, 98, 588) == 33
+    assert attention.share_visible(4, 1, 100) == 1 and attention.share_visible(4, 99, 100) == 3
 
 
 def test_object_tokens():
@@ -65,11 +67,11 @@ def test_object_tokens():
     ids[0, 0, 2:] = 2  # half of the second
     ids[0, 3, 0] = 2  # a quarter of the third
     ids[0, 2:, 2:] = -1
-    assert report.object_tokens(ids, (2, 2), 2).tolist() == [[True, False, False, False]]
-    assert report.object_tokens(ids, (2, 2), 2, above=0.0).tolist() == [[True, True, True, False]]
-    assert report.object_tokens(ids, (2, 2), 3, above=0.0).tolist() == [[True, False, False, False]]
+    assert rows.object_tokens(ids, (2, 2), 2).tolist() == [[True, False, False, False]]
+    assert rows.object_tokens(ids, (2, 2), 2, above=0.0).tolist() == [[True, True, True, False]]
+    assert rows.object_tokens(ids, (2, 2), 3, above=0.0).tolist() == [[True, False, False, False]]
     with pytest.raises(ValueError, match="4 x 4 pixels does not divide into 3 x 2 tokens"):
-        report.object_tokens(ids, (3, 2), 2)
+        rows.object_tokens(ids, (3, 2), 2)
 
 
 def test_overlap_and_lift_of_known_masks():
@@ -77,32 +79,32 @@ def test_overlap_and_lift_of_known_masks():
     present = np.ones_like(objects)
     perfect = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], bool)
     masked = {"global": ~perfect, "mean": perfect, "random": np.array([[1, 0, 1, 0], [0, 0, 1, 1], [1] * 4, [1] * 4], bool)}
-    result = report.row_overlaps(masked, objects, present)
-    rows = result["strategies"]
-    assert rows["mean"]["objects_hidden"] == {"mean": 1.0, "error": 0.0, "count": 2}
-    assert rows["mean"]["lift"]["mean"] == 2.0 and rows["global"]["lift"]["mean"] == 0.0
-    assert rows["mean"]["hidden_are_object"] == {"mean": 0.75, "error": pytest.approx(0.25), "count": 2}
-    assert rows["random"]["objects_hidden"]["mean"] == 0.25
+    result = rows.row_overlaps(masked, objects, present)
+    found = result["strategies"]
+    assert found["mean"]["objects_hidden"] == {"mean": 1.0, "error": 0.0, "count": 2}
+    assert found["mean"]["lift"]["mean"] == 2.0 and found["global"]["lift"]["mean"] == 0.0
+    assert found["mean"]["hidden_are_object"] == {"mean": 0.75, "error": pytest.approx(0.25), "count": 2}
+    assert found["random"]["objects_hidden"]["mean"] == 0.25
     assert result["difference"] == {"mean": 1.0, "error": 0.0, "count": 2}
     assert result["object_tokens"]["mean"] == pytest.approx(3 / 8)
     # A token that does not exist is neither hidden nor object.
     present[:, 1] = False
-    rows = report.row_overlaps(masked, objects, present)["strategies"]
-    assert rows["mean"]["hidden_are_object"]["mean"] == 1.0 and rows["mean"]["lift"]["mean"] == 3.0
+    found = rows.row_overlaps(masked, objects, present)["strategies"]
+    assert found["mean"]["hidden_are_object"]["mean"] == 1.0 and found["mean"]["lift"]["mean"] == 3.0
 
 
 def test_random_masks_have_lift_one():
     rng = np.random.default_rng(0)
     objects = rng.random((4000, 16)) < 0.3
     hidden = np.argsort(rng.random((4000, 16)), axis=1) < 12
-    rows = report.row_overlaps({"global": hidden, "mean": hidden}, objects, np.ones_like(hidden))["strategies"]
-    lift = rows["mean"]["lift"]
+    found = rows.row_overlaps({"global": hidden, "mean": hidden}, objects, np.ones_like(hidden))["strategies"]
+    lift = found["mean"]["lift"]
     assert abs(lift["mean"] - 1) < 4 * lift["error"] < 0.05
 
 
 def test_estimate():
-    assert report.estimate(np.array([1.0, 3.0, np.nan])) == (2.0, 1.0, 2)
-    assert report.estimate(np.array([np.nan]))[2] == 0 and np.isnan(report.estimate(np.array([1.0])).error)
+    assert rows.estimate(np.array([1.0, 3.0, np.nan])) == (2.0, 1.0, 2)
+    assert rows.estimate(np.array([np.nan]))[2] == 0 and np.isnan(rows.estimate(np.array([1.0])).error)
 
 
 def test_outliers_and_their_attention():
@@ -111,10 +113,10 @@ def test_outliers_and_their_attention():
     norms[5, 5] = 1e6  # of a token that does not exist
     present = np.ones_like(norms, bool)
     present[5, 5] = False
-    assert np.argwhere(report.outliers(norms, present)).tolist() == [[3, 7], [4, 7]]
+    assert np.argwhere(rows.outliers(norms, present)).tolist() == [[3, 7], [4, 7]]
     flat, sink = np.full((10, 20), 0.05), np.full((10, 20), 0.5 / 19)
     sink[:, 7] = 0.5
-    result = report.sink_figures({"global": flat, "mean": sink}, norms, present)
+    result = rows.sink_figures({"global": flat, "mean": sink}, norms, present)
     assert result["outliers"] == 2 and result["norm_max"] == 9.0
     assert result["rows"]["global"]["mass"]["mean"] == pytest.approx(0.05 * 2 / 10)
     assert result["rows"]["mean"]["mass"]["mean"] == pytest.approx(0.5 * 2 / 10)
@@ -126,7 +128,7 @@ def test_last_block_input_is_one_block_short(checkpoint):
     batch = {"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)}
     prepared = loaded.objective.prepare(batch)
     tokens = loaded.model.embed(loaded.params, prepared.values)
-    before = report.last_block_input(loaded.model, loaded.params, tokens)
+    before = rows.last_block_input(loaded.model, loaded.params, tokens)
     assert before.shape == (2, 16, 48)
     # With a last block that adds nothing, the encoder's output is what enters it.
     silent = jax.tree.map(jnp.zeros_like, loaded.params["encoder"]["block_01"])
@@ -144,7 +146,7 @@ def test_attention_page(checkpoint, tmp_path, capsys):
         Image.fromarray(scenes.render(0, i, (40, 48))["rgb"]).save(folder / f"scene{i}.png")
     (folder / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "attention.html"
-    assert report.main(["attention", "--checkpoint", str(checkpoint), "--images", str(folder), "--out", str(out)]) == 1
+    assert main(["attention", "--checkpoint", str(checkpoint), "--images", str(folder), "--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "2 picture(s)" in said.out and "broken.png" in said.err
     page = out.read_text()
@@ -155,7 +157,7 @@ def test_attention_page(checkpoint, tmp_path, capsys):
 def test_attention_maps_follow_the_guidance(checkpoint):
     loaded = load(checkpoint)
     batch = {"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)}
-    maps = jax.device_get(report.attention_maps(loaded.objective, loaded.params, batch, 3))
+    maps = jax.device_get(attention.attention_maps(loaded.objective, loaded.params, batch, 3))
     assert maps.attentions.shape == (2, 2, 2, 17, 17)
     np.testing.assert_allclose(maps.attentions[:, -1, :, -1, :16].mean(1), maps.rows["global"], rtol=1e-5)
     np.testing.assert_allclose(maps.attentions[:, -1].mean((1, 2))[:, :16], maps.rows["mean"], rtol=1e-5)
@@ -165,10 +167,10 @@ def test_attention_maps_follow_the_guidance(checkpoint):
 
 
 def test_rows_command(checkpoint, source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "open_source", lambda kind, specs, **_: source)
+    monkeypatch.setattr(rows, "open_source", lambda kind, specs, **_: source)
     out = tmp_path / "rows.json"
     arguments = ["rows", "--checkpoint", str(checkpoint), "--data_dir", "x", "--batch_size", "8", "--above", "0.25", "--out", str(out)]
-    assert report.main(arguments) == 0
+    assert main(arguments) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(out.read_text())
     assert json.loads(last) == result and result["images"] == 11
@@ -188,6 +190,156 @@ def test_mistakes_end_with_one_line(checkpoint, tmp_path, capsys):
         (["rows", "--checkpoint", str(checkpoint), "--data_dir", str(tmp_path)], "no prepared data set 'scenes'"),
         (["rows", "--checkpoint", "nowhere", "--data_dir", str(tmp_path)], "it does not exist"),
     ):
-        assert report.main(arguments) == 2
+        assert main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
+
+
+# Runs side by side
+
+
+def write_run(folder, losses, accuracies, epoch_per_step=0.5, rate=1.0):
+    folder.mkdir(parents=True)
+    lines = [{"step": 0, "knn/top1": accuracies[0]}]
+    for step, (loss, accuracy) in enumerate(zip(losses, accuracies[1:], strict=True), 1):
+        lines.append({"step": step, "epoch": step * epoch_per_step, "learning_rate": rate / step, "loss": loss, "loss/rgb": loss})
+        lines.append({"step": step, "knn/top1": accuracy})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A sweep of two cells with two seeds each, and a run of its own."""
+    home = tmp_path / "sweep"
+    write_run(home / "random" / "seed_0", [3.0, 2.0], [10.0, 20.0, 30.0])
+    write_run(home / "random" / "seed_1", [3.0, 1.0], [10.0, 20.0, 40.0])
+    write_run(home / "high" / "seed_0", [3.0, 1.5], [10.0, 36.0, 36.0])
+    write_run(home / "high" / "seed_1", [4.0, 2.5], [10.0, 11.0, 12.0])
+    write_run(tmp_path / "alone", [1.4, float("nan")], [36.0, 35.0, 34.0])
+    return tmp_path
+
+
+def test_find_runs_understands_sweeps(runs):
+    found = compare.find_runs([runs / "alone", runs / "sweep"])
+    assert {name: [folder.name for folder in folders] for name, folders in found.items()} == {
+        "alone": ["alone"], "high": ["seed_0", "seed_1"], "random": ["seed_0", "seed_1"],
+    }  # fmt: skip
+    assert compare.find_runs([runs / "sweep" / "high"]).keys() == {"high"}
+    assert len(compare.find_runs([runs / "sweep" / "high" / "seed_1", runs / "sweep" / "high"])["high"]) == 2
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        compare.find_runs([runs / "nowhere"])
+    write_run(runs / "other" / "high" / "seed_0", [1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="have the same name"):
+        compare.find_runs([runs / "sweep", runs / "other"])
+
+
+def test_epochs_to_reach_a_level(runs):
+    run = compare.read_run(runs / "sweep" / "high" / "seed_0")
+    assert run.curves["knn/top1"] == ([0.0, 0.5, 1.0], [10.0, 36.0, 36.0])
+    assert compare.epochs_to(run.curves["knn/top1"], 35.0, rising=True) == 0.5
+    assert compare.epochs_to(run.curves["knn/top1"], 37.0, rising=True) == float("inf")
+    assert compare.epochs_to(run.curves["loss"], 2.0, rising=False) == 1.0
+    (runs / "young").mkdir()
+    (runs / "young" / "metrics.jsonl").write_text('{"step": 0, "knn/top1": 1.0}\n')
+    with pytest.raises(ValueError, match="no training step"):
+        compare.read_run(runs / "young")
+
+
+def test_compare_page(runs, capsys):
+    out = runs / "compare.html"
+    assert main(["compare", str(runs / "sweep"), str(runs / "alone"), "--baseline", "random", "--out", str(out)]) == 0
+    assert "5 run(s) of 3 cell(s)" in capsys.readouterr().out
+    page = out.read_text()
+    assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page and "https:" not in page
+    assert "<td>35 ± 7.1</td>" in page and "<td>1.5 ± 0.71</td>" in page  # random's final accuracy and loss
+    assert "<th>knn/top1 35</th>" in page and "<td>0.5, never in 1</td>" in page and "<td>0</td>" in page
+    assert main(["compare", str(runs / "sweep"), "--baseline", "no", "--out", str(out)]) == 2
+    assert "--baseline is 'no', which is none of the runs: high, random" in capsys.readouterr().err
+
+
+# Strategies
+
+
+@pytest.fixture(scope="module")
+def scenes_dir(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def strategy_file(tmp_path_factory, scenes_dir):
+    config = small_run(scenes_dir)
+    config["objective"]["loss_weight"] = {}
+    attention = dict(name="self_attention")
+    cells = {
+        "random": {},
+        "high": {"objective.scores": dict(name="attention_high"), "objective.guidance": attention},
+        "weighted": {"objective.guidance": attention, "objective.loss_weight": dict(tau=0.75)},
+        "lost_maps": {"objective.scores": dict(name="attention_high"), "objective.guidance": dict(name="stored", path="nowhere")},
+    }
+    path = tmp_path_factory.mktemp("config") / "strategies.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n\n"
+        f"def get_sweep():\n    return {cells!r}\n"
+    )
+    return str(path)
+
+
+def test_strategies_show_what_they_hide(strategy_file):
+    config, chosen = strategies.find_strategies(strategy_file, None)
+    shows = strategies.show_strategies(config, chosen, None, 3, None, 1.0)
+    assert (
+        list(shows.shown) == ["random", "high", "weighted"]
+        and list(shows.missing) == ["lost_maps"]
+        and "nowhere" in shows.missing["lost_maps"]
+    )
+    high, weighted = shows.shown["high"], shows.shown["weighted"]
+    assert high.heads["rgb"].shape == (3, 2, 4, 4) and not high.weights and not shows.shown["random"].guidance
+    for name, masked in high.masked.items():
+        np.testing.assert_allclose(high.guidance[name], high.heads[name].mean(1), rtol=1e-4)
+        for hidden, values in zip(masked, high.guidance[name], strict=True):
+            assert not hidden.any() or hidden.all() or values[hidden].min() >= values[~hidden].max()
+        # The same keys and budget: as many are hidden everywhere; weighting leaves random masks as they are.
+        assert (masked.sum((1, 2)) == shows.shown["random"].masked[name].sum((1, 2))).all()
+        assert (weighted.masked[name] == shows.shown["random"].masked[name]).all()
+    assert weighted.weights["rgb"].min() == 1.0 and weighted.weights["rgb"].max() == pytest.approx(np.exp(1 / 0.75), rel=1e-5)
+    assert "Fresh parameters" in shows.remarks["high"]
+
+
+def test_masks_and_guidance_pages(strategy_file, tmp_path, capsys):
+    out = tmp_path / "masks.html"
+    assert main(["masks", "--config", strategy_file, "--images", "2", "--out", str(out)]) == 1  # the stored maps are not there
+    assert "3 strategies on 2 image(s)" in capsys.readouterr().out
+    page = out.read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2 + 3 * 3 and "http:" not in page and "https:" not in page
+    assert "not shown: no map set in" in page
+    out = tmp_path / "guidance.html"
+    arguments = ["guidance", "--config", strategy_file, "--strategies", "random,high,weighted", "--images", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "1 map set(s) on 2 image(s)" in capsys.readouterr().out  # high and weighted read the same attention
+    page = out.read_text()
+    assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page
+    assert main([*arguments, "--maps", "DINO=nowhere"]) == 1 and "not shown: DINO" in capsys.readouterr().out
+
+
+def test_weights_are_those_of_the_paper():
+    maps = np.array([[[0.2, 0.2], [0.7, 1.2]]], np.float32)
+    np.testing.assert_allclose(guidance.weights_of(maps, None), [[[0, 0], [0.5, 1]]], atol=1e-6)
+    for tau, largest in ((0.7, 4.1727), (0.75, 3.7937), (0.8, 3.4903)):
+        weights = guidance.weights_of(maps, tau)
+        assert (weights[0, 0] == 1).all() and weights.max() == pytest.approx(largest, abs=1e-4)
+
+
+def test_strategy_mistakes_are_named(strategy_file, checkpoint, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x.html")]
+    for arguments, message in (
+        (["masks", "--config", strategy_file, "--strategies", "no", *out], "its get_sweep() has random, high, weighted, lost_maps"),
+        (["masks", "--config", strategy_file, "--images", "0", *out], "--images is 0"),
+        (["masks", "--config", strategy_file, "--strategies", "random", "--checkpoint", str(checkpoint), *out], "has shape"),
+        (["masks", "--config", strategy_file, "--strategies", "lost_maps", *out], "no strategy can be shown; lost_maps: no map set"),
+        (["guidance", "--config", strategy_file, "--strategies", "random", *out], "no strategy has a guidance source"),
+        (["guidance", "--config", strategy_file, "--tau", "0", *out], "temperatures must be positive"),
+        (["guidance", "--config", strategy_file, "--maps", "DINO", *out], "not of the form name=folder"),
+        (["guidance", "--config", strategy_file, "--strategies", "high", "--modality", "infrared", *out], "the inputs: rgb, depth, semseg"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

@@ -1,11 +1,4 @@
-"""Reports on a checkpoint: what its attention looks at, and which attention row hides objects.
-
-    python -m maskvit.report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
-    python -m maskvit.report rows --checkpoint C --data_dir D
-
-`attention` draws pictures of one's own into one HTML page; `rows` measures on `scenes` (or any data with a semantic map)
-how much the tokens that each guidance row would hide overlap the objects, and looks for tokens of outlier norm.
-"""
+"""Which attention row hides objects, measured on data with a semantic map, and whether tokens of outlier norm draw attention."""
 
 from __future__ import annotations
 
@@ -14,9 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,133 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from maskvit import figures
 from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches
 from maskvit.data.scenes import FIRST_KIND
-from maskvit.features import LoadedModel, Pictures, find_pictures, first_input, load, unreadable
+from maskvit.features import LoadedModel, load
 from maskvit.guidance.attention import QUERIES, self_attention
 from maskvit.keys import sample_keys, stream_keys
-from maskvit.masking import attention_high, drop, present_counts, random_scores
+from maskvit.report.attention import ROW_NAMES, equal_counts, hide
+from maskvit.report.files import check_out, write
+from maskvit.scores import attention_high, random_scores
 from maskvit.sharding import make_mesh, place_batch, replicated
-from maskvit.types import Batch, Params, TokenBatch, TokenLayout
+from maskvit.types import Batch, Params, TokenBatch
 
 DEVIATIONS = 4.0  # a token is an outlier where its norm exceeds the mean by so many standard deviations
-ROW_NAMES = {"global": "global token's row", "mean": "mean over queries"}
-
-
-# Equal budgets
-
-
-def equal_counts(layout: TokenLayout, num_visible: int) -> tuple[int, ...]:
-    """Visible tokens per modality, as equal as can be; what one modality is too small for goes to the next, in token order.
-
-    Raises ValueError where there are fewer tokens than `num_visible`.
-    """
-    if num_visible > layout.num_tokens:
-        raise ValueError(f"{num_visible} visible tokens of {layout.num_tokens}")
-    counts = [0] * len(layout.sizes)
-    while (left := num_visible - sum(counts)) > 0:
-        room = [i for i, size in enumerate(layout.sizes) if counts[i] < size]
-        for place, i in enumerate(room):
-            counts[i] += min(left // len(room) + (place < left % len(room)), layout.sizes[i] - counts[i])
-    return tuple(counts)
-
-
-def share_visible(num_tokens: int, num_visible: int, all_tokens: int) -> int:
-    """Of `num_tokens` as large a share visible as `num_visible` of `all_tokens`; at least one visible and one hidden."""
-    return min(max(1, round(num_tokens * num_visible / all_tokens)), num_tokens - 1)
-
-
-# The attention page
-
-
-class AttentionMaps(NamedTuple):
-    """What a page shows of a batch; `n` patch tokens, `e` = n and the global tokens, which come last.
-
-    `attentions`: every block's attention ("l" blocks); `rows`: the last block's, mean over heads, as the guidance "global"
-    and "mean" reads it; `masked`: what each of them hides.
-    """
-
-    attentions: Float[Array, "b l a e e"]
-    rows: dict[str, Float[Array, "b n"]]
-    masked: dict[str, Bool[Array, "b n"]]
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "num_visible"))
-def attention_maps(objective: Any, params: Params, batch: Batch, num_visible: int) -> AttentionMaps:
-    """Attention on the modalities in `batch` alone, and what stays hidden when `num_visible` tokens are shown."""
-    model = objective.model
-    prepared = objective.prepare(batch)
-    tokens = model.embed(params, prepared.values, prepared.present)
-    b = tokens.tokens.shape[0]
-    rows = {query: self_attention(model, params, tokens, query) for query in QUERIES}
-    counts = jnp.tile(jnp.array(equal_counts(tokens.layout, num_visible)), (b, 1))
-    masked = {query: _hide(row, counts, tokens, num_visible) for query, row in rows.items()}
-    attentions = jnp.stack(model.attentions(params, tokens), axis=1)
-    return AttentionMaps(attentions, rows, masked)
-
-
-def _hide(scores: Float[Array, "b n"], counts: Int[Array, "b m"], tokens: TokenBatch, num_visible: int) -> Bool[Array, "b n"]:
-    """The tokens hidden where those with the highest `scores` are."""
-    counts = jnp.minimum(counts, present_counts(tokens.layout, tokens.present, counts.shape[0]))
-    return drop(scores, counts, tokens.layout, num_visible, tokens.present).masked
-
-
-def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, crop: float | int = 0.875) -> tuple[str, dict[Path, str]]:
-    """One self-contained HTML page of pictures given as the first input modality, and the files left out with the reason."""
-    spec, model = first_input(loaded.model), loaded.model
-    grid = spec.grid(model.image_size)
-    tokens = math.prod(grid)
-    visible = share_visible(tokens, loaded.objective.num_visible, model.layout.num_tokens)
-    left_out = unreadable(paths)
-    paths = [path for path in paths if path not in left_out]
-    if not paths:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
-
-    sections = []
-    with eval_batches(Pictures(paths, spec.name), {spec.name: spec}, model.image_size, batch_size=1, crop=crop) as batches:
-        for batch in batches:
-            path = paths[int(batch["index"][0])]
-            if not batch["valid"][0]:
-                left_out[path] = "damaged picture data"
-                continue
-            maps = jax.device_get(attention_maps(loaded.objective, loaded.params, {spec.name: jnp.asarray(batch[spec.name])}, visible))
-            rollout = figures.attention_rollout(maps.attentions[0])[-1, :tokens]
-            heads = maps.attentions[0, -1, :, -1, :tokens]
-            picture = figures.to_picture(spec, batch[spec.name][0])
-            on_grid = lambda values: np.asarray(values, np.float64).reshape(grid)  # noqa: E731
-            heat = functools.partial(figures.heat_overlay, picture)
-            tiles = [("input", picture)]
-            tiles += [(ROW_NAMES[query], heat(on_grid(maps.rows[query][0]))) for query in QUERIES]
-            tiles += [("rollout over all blocks", heat(on_grid(rollout)))]
-            tiles += [
-                (f"visible, {ROW_NAMES[query]}", figures.mask_overlay(picture, maps.masked[query][0].reshape(grid))) for query in QUERIES
-            ]
-            tiles += [(f"head {i}", heat(on_grid(head))) for i, head in enumerate(heads)]
-            caption = (
-                f"{path}: last-block attention averaged over heads (both rows), attention rollout, the {visible} of {tokens} tokens that "
-                "stay visible when the most attended are hidden, and the global token's attention per head. Each heat map has its own "
-                "scale."
-            )
-            sections.append(figures.Section(path.name, [figures.Figure(figures.tile_grid(tiles, 4, heat_bar=True), caption)]))
-    if not sections:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
-
-    encoder = dict(model.encoder)
-    guidance = loaded.config["objective"].get("guidance") or {}
-    facts = [
-        ("checkpoint", checkpoint),
-        ("image size", f"{model.image_size[0]} x {model.image_size[1]}, {tokens} tokens of {spec.name} alone"),
-        ("encoder", f"width {encoder['width']}, {encoder['depth']} blocks, {encoder['heads']} heads"),
-        ("visible", f"{visible} of {tokens}, the share of {loaded.objective.num_visible} of {model.layout.num_tokens} in its config"),
-        ("guidance in its config", ROW_NAMES.get(guidance.get("query"), "none") if guidance else "none"),
-    ]
-    about = figures.Section("What is shown", [figures.Table(("", "value"), facts)])
-    return figures.html_page("Attention", [about, *sections], "What the last block attends to, and what would be hidden for it."), left_out
-
-
-# Which row hides objects
 
 
 def object_tokens(
@@ -180,7 +57,7 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 def estimate(values: Float[np.ndarray, " b"]) -> Estimate:
@@ -301,7 +178,7 @@ def measure_rows(
         keys = stream_keys(sample_keys(seed, step, b), "scores")
         scores = {"random": random_scores(keys, tokens.layout)} | {q: attention_high(keys, tokens.layout, g) for q, g in guidance.items()}
         visible = jnp.tile(jnp.array(counts), (b, 1))
-        masked = {name: _hide(score, visible, tokens, objective.num_visible) for name, score in scores.items()}
+        masked = {name: hide(score, visible, tokens, objective.num_visible) for name, score in scores.items()}
         norms = jnp.linalg.norm(last_block_input(model, params, tokens), axis=-1)
         return guidance, masked, norms, jnp.ones(norms.shape, bool) if tokens.present is None else tokens.present
 
@@ -369,65 +246,28 @@ def rows_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# The commands
+# The command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The commands; the exit status is 1 where a file was left out, 2 where nothing could be done."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.report", description="Reports on a checkpoint.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    attention = commands.add_parser("attention", help="heads, rollout and masks on pictures of one's own, as one HTML page")
-    rows = commands.add_parser("rows", help="which attention row hides objects more, measured on data with a semantic map")
-    for command in (attention, rows):
-        command.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
-    attention.add_argument("--images", required=True, nargs="+", help="image files or folders of them")
-    attention.add_argument("--out", required=True, type=Path, help="HTML file to write")
-    attention.add_argument("--crop", type=float, default=0.875, help="image side over the side of the resized picture it is cut from")
-    rows.add_argument("--data_dir", required=True, help="folder of prepared data sets, or of one version")
-    rows.add_argument("--name", default="scenes", help="name of the data set below it")
-    rows.add_argument("--split", default="val")
-    rows.add_argument("--limit", type=int, default=None, help="only the first so many images")
-    rows.add_argument("--first_object", type=int, default=FIRST_KIND, help="class ids from here on are objects")
-    rows.add_argument("--above", type=float, default=0.5, help="share of a token's pixels that must be exceeded for an object token")
-    rows.add_argument("--batch_size", type=int, default=64)
-    rows.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
-    arguments = vars(parser.parse_args(argv))
-    command = {"attention": _attention_command, "rows": _rows_command}[arguments.pop("command")]
-    try:
-        return command(**arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
+    parser.add_argument("--data_dir", required=True, help="folder of prepared data sets, or of one version")
+    parser.add_argument("--name", default="scenes", help="name of the data set below it")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
+    parser.add_argument("--first_object", type=int, default=FIRST_KIND, help="class ids from here on are objects")
+    parser.add_argument("--above", type=float, default=0.5, help="share of a token's pixels that must be exceeded for an object token")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
 
 
-def _check_out(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {str(out)!r}, but the folder {out.parent} does not exist: make it first")
-
-
-def _write(out: Path, text: str) -> None:
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, out)
-
-
-def _attention_command(checkpoint: str, images: Sequence[str], out: Path, crop: float) -> int:
-    _check_out(out)
-    paths = find_pictures(images)
-    page, left_out = attention_page(load(checkpoint), paths, str(checkpoint), crop)
-    _write(out, page)
-    print(f"{len(paths) - len(left_out)} picture(s) in {out}")
-    for path, reason in left_out.items():
-        print(f"left out: {path}: {reason}", file=sys.stderr)
-    return 1 if left_out else 0
-
-
-def _rows_command(
+def run(
     checkpoint: str, data_dir: str, name: str, split: str, limit: int | None, first_object: int, above: float, batch_size: int,
     out: Path | None,
 ) -> int:  # fmt: skip
     if out is not None:
-        _check_out(out)
+        check_out(out)
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
     loaded = load(checkpoint)
@@ -444,9 +284,5 @@ def _rows_command(
     text = json.dumps(result)
     print(text)
     if out is not None:
-        _write(out, text)
+        write(out, text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Reports.
+
+python -m maskvit.report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
+python -m maskvit.report rows --checkpoint C --data_dir D
+python -m maskvit.report compare RUN... --out compare.html
+python -m maskvit.report masks --config FILE --out masks.html
+python -m maskvit.report guidance --config FILE --out guidance.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from maskvit.report import attention, compare, guidance, masks, rows
+
+COMMANDS = {
+    "attention": (attention, "heads, rollout and masks on pictures of one's own, as one HTML page"),
+    "rows": (rows, "which attention row hides objects more, measured on data with a semantic map"),
+    "compare": (compare, "runs side by side: curves, k-NN, epochs to reach the baseline, a table with spread"),
+    "masks": (masks, "what masking strategies look at and hide, on images of a config's data"),
+    "guidance": (guidance, "maps as loss weights, from raw to exp(g / tau), and map sets side by side"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The commands; the exit status is 1 where something was left out, 2 where nothing could be done."""
+    parser = argparse.ArgumentParser(prog="python -m maskvit.report", description="Pages and tables about checkpoints and runs.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (module, words) in COMMANDS.items():
+        module.add_arguments(subparsers.add_parser(name, help=words))
+    arguments = vars(parser.parse_args(argv))
+    module, _ = COMMANDS[arguments.pop("command")]
+    try:
+        return module.run(**arguments)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Sweeps: parsing, statistics on known numbers, and a small real sweep that is stopped and goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from maskvit import train
+from maskvit.sweep import __main__ as command
+from maskvit.sweep import cells as grid
+from maskvit.sweep import runs as running
+from maskvit.sweep import table
+from tests.runs import ROOT, make_scenes, small_run
+
+CONFIG = dict(seed=3, optimizer=dict(base_lr=1e-3, clip_norm=None), objective=dict(scores=dict(name="random"), inputs=("rgb", "depth")))
+
+
+def write(path: pathlib.Path, config: dict, cells: dict | None = None) -> str:
+    text = f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n"
+    if cells is not None:
+        text += f"\ndef get_sweep():\n    return {cells!r}\n"
+    path.write_text(text)
+    return str(path)
+
+
+# Parsing
+
+
+def test_overrides_set_values_and_replace_blocks():
+    changed = grid.overrides(CONFIG, {"optimizer.base_lr": 2.0, "optimizer.clip_norm": 1.0, "objective.scores": {"name": "a", "b": 1}}, "x")
+    assert changed["optimizer"] == dict(base_lr=2.0, clip_norm=1.0) and changed["objective"]["scores"] == {"name": "a", "b": 1}
+    assert CONFIG["optimizer"]["base_lr"] == 1e-3 and CONFIG["objective"]["scores"] == {"name": "random"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optimizer.base_rl", "cell 'c' sets 'optimizer.base_rl', but config.optimizer has no 'base_rl'; it has: base_lr, clip_norm"),
+        ("optimiser.base_lr", "config has no 'optimiser'; it has: seed, optimizer, objective"),
+        ("seed.a", "config.seed has no 'a'; it has: no keys, it is a value"),
+        ("objective.scores.alpha.x", "config.objective.scores has no 'alpha'"),
+    ],
+)
+def test_unknown_keys_are_named(key, message):
+    with pytest.raises(ValueError) as error:
+        grid.overrides(CONFIG, {key: 1}, "cell 'c'")
+    assert message in str(error.value)
+
+
+def test_grid_values_are_literals_or_text():
+    assert grid.parse_grid("a.b=1,2.5,x y,None,True") == ("a.b", [1, 2.5, "x y", None, True])
+    assert grid.parse_grid("a=(0.2,1.0),{'name': 'fixed', 'counts': [1, 2]}") == ("a", [(0.2, 1.0), {"name": "fixed", "counts": [1, 2]}])
+    for text in ("a", "a=", "=1"):
+        with pytest.raises(ValueError, match="not of the form key=value"):
+            grid.parse_grid(text)
+
+
+def test_cells_are_named_rows_times_the_grid():
+    experiment = grid.Experiment(CONFIG, {"low": {"objective.scores.name": "low"}, "high": {}})
+    cells = grid.make_cells(experiment, [("seed", [1, 2]), ("optimizer.base_lr", [0.1])])
+    assert list(cells)[0] == "low,seed=1,optimizer.base_lr=0.1" and len(cells) == 4
+    assert cells["high,seed=2,optimizer.base_lr=0.1"] == {"seed": 2, "optimizer.base_lr": 0.1}
+    assert list(grid.make_cells(experiment._replace(cells={}), [("a", ["x/y", {"b": 1}])])) == ["a=x_y", "a=_b_1_"]
+    with pytest.raises(ValueError, match="nothing to sweep"):
+        grid.make_cells(experiment._replace(cells={}), [])
+    with pytest.raises(ValueError, match="two cells are called"):
+        grid.make_cells(experiment, [("seed", [1, 1])])
+
+
+def test_a_config_file_is_checked(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.py"):
+        grid.load_experiment(tmp_path / "nowhere.py")
+    path = write(tmp_path / "a.py", CONFIG, {"wrong": {"objective.score": 1}})
+    with pytest.raises(ValueError, match="cell 'wrong' of .*a.py sets 'objective.score'"):
+        grid.load_experiment(path)
+    assert grid.load_experiment(write(tmp_path / "b.py", CONFIG)).cells == {}
+
+
+# Statistics
+
+
+def test_spread_is_the_sample_deviation_of_the_finite():
+    assert table.spread([1.0, 3.0, math.nan]) == (2.0, math.sqrt(2), 2)
+    assert table.spread([0.1, 0.1, 0.1]) == (0.1, 0.0, 3)
+    alone = table.spread([1.0])
+    assert alone.mean == 1.0 and math.isnan(alone.deviation) and table.spread([])[2] == 0
+
+
+def test_difference_and_pooled_spread():
+    first, second = table.spread([1.0, 2.0, 3.0]), table.spread([4.0, 8.0])  # variances 1 (2 degrees) and 8 (1 degree)
+    result = table.difference(first, second)
+    assert result.value == -4.0 and result.pooled == pytest.approx(math.sqrt(10 / 3)) and result.beyond is True
+    assert table.difference(first, table.spread([1.0, 2.5])).beyond is False
+    assert table.difference(table.spread([1.0]), table.spread([9.0])).beyond is None
+    assert table.difference(table.spread([1.0]), second).pooled == pytest.approx(math.sqrt(8))
+
+
+def test_chance_beyond_the_spread():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(2, 20000, 3))
+    pooled = np.sqrt(draws.var(axis=2, ddof=1).mean(axis=0))
+    share = (abs(draws[0].mean(1) - draws[1].mean(1)) > pooled).mean()
+    assert table.chance_beyond(3, 3) == pytest.approx(share, abs=0.01)
+    assert math.isnan(table.chance_beyond(1, 1))
+
+
+def results(values: dict[str, list[float]]) -> list[dict]:
+    return [
+        dict(cell=cell, seed=seed, seconds=1.0, failed="", final={"loss": 1.0 + value, "knn/top1": value})
+        for cell, runs in values.items()
+        for seed, value in enumerate(runs)
+    ]
+
+
+def test_power_is_said_either_way():
+    found = table.summarize(
+        results({"random": [10.0, 11.0, 12.0], "low": [5.0, 6.0, 7.0], "null": [10.0, 11.5, 12.0]}), ["random", "low", "null"], "random"
+    )
+    assert table.power(found, ["low", "null"], "random") == (
+        "1 of 2 comparisons of a control with random exceed the spread over seeds, where 0.6 would if nothing differed: "
+        "low by -5 in knn/top1 (spread 1)."
+    )
+    assert table.power(found, ["null"], "random").startswith("No power: none of the controls (null) differs from random")
+    assert found["knn/top1"]["random"]["beyond"] is None
+    single = table.summarize(results({"random": [10.0], "low": [5.0]}), ["random", "low"], "random")
+    assert table.power(single, ["low"], "random").startswith("Power not known")
+
+
+def test_tables_of_known_numbers(tmp_path):
+    cells = {"random": {}, "low": {"objective.scores": {"name": "low"}}, "not run": {}}
+    given = results({"random": [10.0, 12.0], "low": [5.0, math.nan]})
+    text = table.write_tables(tmp_path, given, cells, "random", ["low"], "the <command>")
+    assert "random    11   1.414      2    baseline" in text and "low        5       -      1          -6          1.414        yes" in text
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["metrics"]["knn/top1"]["low"] == dict(mean=5.0, deviation=None, seeds=1, difference=-6.0, pooled=2**0.5, beyond=True)
+    assert record["runs"][3]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
+    page = (tmp_path / "sweep.html").read_text()
+    assert (
+        page.count('<img src="data:image/png;base64,') == 1
+        and "the &lt;command&gt;" in page
+        and "http:" not in page
+        and "https:" not in page
+    )
+
+
+def test_metrics_are_read_as_written(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": null, "loss/rgb": 1.5, "non_finite": {"loss": "nan"}}\n'
+        '{"step": 2, "loss": 2.0, "lr": 1, "knn/a": 3}\n{"step": 3, "lo'
+    )
+    rows = running.read_metrics(tmp_path)
+    assert len(rows) == 2 and math.isnan(rows[0]["loss"])
+    assert running.final_figures(rows, {"evaluators": {"knn": {}}}) == {"loss": 2.0, "loss/rgb": 1.5, "knn/a": 3}
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        running.read_metrics(tmp_path / "nowhere")
+
+
+# Sweeps
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    knn = dict(type="knn", every=2, crop=1.0, ks=(3,), batch_size=8)
+    plain = small_run(make_scenes(folder / "data"), evaluators=dict(knn=knn), total="2 steps", log_every=2)
+    return write(folder / "config.py", plain, {"random": {}, "half": {"objective.num_visible": 4}})
+
+
+def test_a_real_run(config, tmp_path, capsys):
+    arguments = ["--config", config, "--only", "half", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "[1/1] half seed 0: loss " in said and "knn/mean/top1_k3" in said and "0 min left)" in said
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert set(record["metrics"]) >= {"loss", "loss/rgb", "knn/global/top1_k3"} and list(record["metrics"]["loss"]) == ["half"]
+    log = (tmp_path / "half" / "seed_0" / "log.txt").read_text()
+    assert "4 visible" in log and "step 2/2" in log
+    assert command.main(arguments) == 0 and "finished before" in capsys.readouterr().out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`train.run` that only notes what it was asked for; it stops, or loses its loss, where the test says so."""
+    asked, faults = [], {}
+
+    @functools.wraps(train.run)
+    def run(workdir, **settings):
+        asked.append((pathlib.Path(workdir).parent.name, settings["seed"], settings["objective"]["num_visible"]))
+        if len(asked) in faults:
+            raise faults[len(asked)]
+        (pathlib.Path(workdir) / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": float(len(asked))}) + "\n")
+
+    monkeypatch.setattr(train, "run", run)
+    return asked, faults
+
+
+def test_a_stopped_sweep_goes_on_and_is_not_run_twice(config, tmp_path, quick, capsys):
+    asked, faults = quick
+    faults[2] = KeyboardInterrupt()
+    arguments = ["--config", config, "--seeds", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    assert command.main([*arguments, "--only", "half"]) == 0
+    assert command.main([*arguments, "--controls", "half"]) == 0
+    assert asked == [("random", 0, 8), ("half", 0, 4), ("half", 0, 4), ("half", 1, 4), ("random", 1, 8)]
+    said = capsys.readouterr().out
+    assert "[1/4] random seed 0: finished before" in said and "[3/4] random seed 1: loss 5  (" in said
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert {name: row["mean"] for name, row in record["metrics"]["loss"].items()} == {"random": 3.0, "half": 3.5}
+    assert "No power: none of the controls (half)" in said
+
+    # The folder belongs to this sweep: another config's is not mistaken for it, and harmless changes are let through.
+    plain, cells = grid.load_experiment(config)
+    changed = write(tmp_path / "other.py", {**plain, "optimizer": {**plain["optimizer"], "base_lr": 1.0}}, cells)
+    assert command.main([*arguments, "--config", changed]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of another config" in error and "optimizer.base_lr" in error and "delete that folder" in error
+    assert command.main([*arguments, "--config", write(tmp_path / "more.py", {**plain, "log_every": 1}, cells)]) == 0
+    assert len(asked) == 5
+
+
+def test_a_lost_loss_is_a_result(config, tmp_path, quick, capsys):
+    asked, faults = quick
+    faults[1] = FloatingPointError("all of the last steps had a non-finite loss")
+    (tmp_path / "half" / "seed_0").mkdir(parents=True)
+    (tmp_path / "half" / "seed_0" / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n')
+    arguments = ["--config", config, "--only", "half", "--baseline", "half", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0 and command.main(arguments) == 0 and len(asked) == 1
+    assert "Lost their loss (not finite) and stopped: half seed 0." in capsys.readouterr().out
+
+
+def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
+    out = str(tmp_path / "out")
+    for arguments, message in (
+        (["--grid", "objective.num_visible=8,1000"], "cell 'random,objective.num_visible=1000': config.objective.num_visible is 1000"),
+        (["--grid", "objective.scores.nam=a"], "has no 'nam'"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
+        (["--controls", "none"], "--controls names 'none'"),
+    ):
+        assert command.main(["--config", config, "--out", out, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not quick[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=lambda path: path.stem)
+def test_shipped_sweeps_build(path, tmp_path):
+    """Every cell's config and objective; nothing runs."""
+    experiment = grid.load_experiment(path)
+    runs = running.make_runs(experiment.config, experiment.cells, 3, tmp_path)
+    assert len(runs) == 3 * len(experiment.cells) and len({run.folder for run in runs}) == len(runs)
+    assert [run.seed for run in runs[:: len(experiment.cells)]] == [0, 1, 2]
+    assert list(experiment.cells)[0] == "random"
