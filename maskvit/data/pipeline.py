@@ -18,13 +18,14 @@ import queue
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from maskvit.data import transforms
+from maskvit.data.maps import MapSet
 from maskvit.data.sources import Source
 from maskvit.modalities import Modality
 
@@ -32,6 +33,7 @@ CHUNK = 16  # records that one worker prepares at a time: batches of thousands t
 PROBES = 64  # records looked at, at most, before the first batch
 MAX_BAD_SHARE, MAX_BAD_COUNT = 0.01, 10  # a run stops where both are exceeded
 REPLACEMENTS = 10  # records tried in place of a bad one
+EXTRAS = ("index", "box", "flip")  # keys that a batch holds when asked for
 READ_ERRORS = (ValueError, OSError, RuntimeError)  # what decoders and record readers raise on damaged data
 
 _log = logging.getLogger(__name__)
@@ -118,10 +120,26 @@ def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dt
 
 
 class _Records:
-    """What training and evaluation share: record -> arrays of the model's size, and arrays -> batch. Picklable."""
+    """What training and evaluation share: record -> arrays of the model's size, and arrays -> batch. Picklable.
 
-    def __init__(self, source: Source, modalities: Mapping[str, Modality], image_size: tuple[int, int], inputs: Sequence[str] | None):
+    `rows`: first and end of this process's rows in a global batch; the other arguments are those of `train_batches`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        modalities: Mapping[str, Modality],
+        image_size: tuple[int, int],
+        rows: tuple[int, int],
+        *,
+        inputs: Sequence[str] | None,
+        extras: Sequence[str],
+        whole_every: int,
+        maps: str | None,
+    ):
         self.source = source
+        self.rows = rows
+        self.chunks_per_batch = math.ceil((rows[1] - rows[0]) / CHUNK)
         self.modalities = dict(modalities)
         self.image_size = (int(image_size[0]), int(image_size[1]))
         for modality in self.modalities.values():
@@ -130,7 +148,23 @@ class _Records:
         unknown = sorted(set(self.inputs) - set(self.modalities))
         if unknown:
             raise ValueError(f"input {unknown[0]!r} is not declared in config.modalities ({', '.join(self.modalities)})")
+        wrong = [name for name in extras if name not in EXTRAS]
+        if wrong:
+            raise ValueError(f"the extra batch key {wrong[0]!r} is unknown; known: {', '.join(EXTRAS)}")
+        self.extras = tuple(extras)
+        if whole_every < 0 or (whole_every and (rows[1] - rows[0]) % whole_every):
+            raise ValueError(
+                f"config.objective.guidance asks for the whole picture of every {whole_every} samples, which must divide the batch of "
+                f"each process, now {rows[1] - rows[0]}: change config.objective.guidance or config.global_batch"
+            )
+        self.whole_every = whole_every
+        self.maps = None if maps is None else MapSet(maps, source, self.inputs, self.modalities[self.inputs[0]].grid(self.image_size))
         self.dtypes = probe(source, self.modalities)
+
+    def chunk(self, number: int) -> tuple[int, range]:
+        """(step, this process's rows, counted from 0, that are in the chunk)."""
+        step, part = divmod(int(number), self.chunks_per_batch)
+        return step, range(part * CHUNK, min((part + 1) * CHUNK, self.rows[1] - self.rows[0]))
 
     def decode(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
         arrays = transforms.decode_record(record, self.modalities)
@@ -142,54 +176,87 @@ class _Records:
             raise transforms.RecordError(f"lacks modality {lacking[0]!r}; if that is expected, name the modality in config.data's may_lack")
         return arrays
 
-    def example(self, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """One row of a batch out of a record and its transformed arrays."""
-        row: dict[str, Any] = {}
-        for name, modality in self.modalities.items():
-            row[name] = arrays[name] if name in arrays else transforms.absent(modality, self.image_size, self.dtypes[name])
-        row["label"] = np.int32(record.get("label", -1))
+    def example(
+        self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], geometry: transforms.Geometry, resize: str, row: int
+    ) -> dict[str, Any]:
+        """Row `row` of this process's batch out of a record and its decoded arrays."""
+        made: dict[str, Any] = self.transformed(arrays, self.modalities, geometry, resize)
+        made["label"] = np.int32(record.get("label", -1))
         if self.source.may_lack:
-            row["present"] = np.array([name in arrays for name in self.inputs])
-        return row
+            made["present"] = np.array([name in arrays for name in self.inputs])
+        height, width = next(iter(arrays.values())).shape[:2]
+        box = transforms.visible_share(geometry, height, width, self.image_size)
+        made |= self.chosen(index, box, geometry.flip)
+        if self.maps is not None:
+            made["guidance"] = self.maps.cropped(index, record["id"], box, geometry.flip)
+        if self.gives_whole(row):
+            made["whole"] = self.transformed(arrays, self.inputs, transforms.whole_geometry(height, width, self.image_size), resize)
+        return made
 
-    def padding(self) -> dict[str, Any]:
+    def transformed(
+        self, arrays: Mapping[str, np.ndarray], names: Collection[str], geometry: transforms.Geometry, resize: str
+    ) -> dict[str, np.ndarray]:
+        """The named modalities at the model's size, with a stand-in for those that the record lacks."""
+        made = transforms.transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, self.image_size, resize)
+        return {n: made[n] if n in made else transforms.absent(self.modalities[n], self.image_size, self.dtypes[n]) for n in names}
+
+    def chosen(self, index: int, box: tuple[float, float, float, float], flip: bool) -> dict[str, Any]:
+        """The keys of `EXTRAS` that were asked for."""
+        known = {"index": np.int32(index), "box": np.array(box, np.float32), "flip": np.bool_(flip)}
+        return {name: known[name] for name in self.extras}
+
+    def gives_whole(self, row: int) -> bool:
+        """Whether the batch holds the whole picture of this process's row `row`."""
+        return self.whole_every > 0 and row % self.whole_every == 0
+
+    def padding(self, row: int) -> dict[str, Any]:
         """A row that stands for no example: finite everywhere, so that what is computed from it stays finite."""
-        row: dict[str, Any] = {}
+        made: dict[str, Any] = {}
         for name, modality in self.modalities.items():
             empty = transforms.absent(modality, self.image_size, self.dtypes[name])
-            row[name] = empty if modality.kind == "categorical" else np.zeros_like(empty)
-        row["label"] = np.int32(-1)
+            made[name] = empty if modality.kind == "categorical" else np.zeros_like(empty)
+        whole = {name: made[name] for name in self.modalities}
+        made["label"] = np.int32(-1)
         if self.source.may_lack:
-            row["present"] = np.ones(len(self.inputs), bool)
-        return row
+            made["present"] = np.ones(len(self.inputs), bool)
+        made |= self.chosen(-1, (0.0, 0.0, 1.0, 1.0), False)
+        if self.maps is not None:
+            made["guidance"] = self.maps.empty()
+        if self.gives_whole(row):
+            made["whole"] = whole
+        return made
 
-    def stack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        stacked = {}
-        for name in rows[0]:
-            dtype = self.dtypes.get(name)
-            stacked[name] = np.stack([row[name] for row in rows], dtype=dtype, casting="same_kind" if dtype is None else "safe")
+    def stack(self, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Rows to arrays, the whole pictures of some of them (maybe of none) apart. Takes "whole" out of the rows."""
+        wholes = [row.pop("whole") for row in rows if "whole" in row]
+        stacked = {name: self._stack(name, [row[name] for row in rows]) for name in rows[0]}
+        if self.whole_every:
+            for name in self.inputs:
+                empty = np.empty((0, *stacked[name].shape[1:]), self.dtypes[name])
+                stacked[f"whole/{name}"] = self._stack(name, [whole[name] for whole in wholes]) if wholes else empty
         return stacked
+
+    def _stack(self, name: str, values: Sequence[Any]) -> np.ndarray:
+        dtype = self.dtypes.get(name)
+        return np.stack(values, dtype=dtype, casting="same_kind" if dtype is None else "safe")
 
 
 class _TrainChunks(_Records):
     """Chunk number -> rows of a training batch."""
 
-    def __init__(self, *args: Any, augment: transforms.Augment, seed: int, global_batch: int, rows: tuple[int, int]):
-        super().__init__(*args)
-        self.augment, self.seed, self.global_batch, self.rows = augment, seed, global_batch, rows
+    def __init__(self, *args: Any, augment: transforms.Augment, seed: int, global_batch: int, **settings: Any):
+        super().__init__(*args, **settings)
+        self.augment, self.seed, self.global_batch = augment, seed, global_batch
         self.epoch_steps = steps_per_epoch(len(self.source), global_batch)
-        self.chunks_per_batch = math.ceil((rows[1] - rows[0]) / CHUNK)
 
     def __call__(self, number: int) -> dict[str, Any]:
-        step, part = divmod(int(number), self.chunks_per_batch)
+        step, rows = self.chunk(number)
         epoch, step = divmod(step, self.epoch_steps)
-        first = self.rows[0] + part * CHUNK
-        last = min(first + CHUNK, self.rows[1])
         bad: list[str] = []
-        rows = [self._row(epoch, step * self.global_batch + row, bad) for row in range(first, last)]
-        return {**self.stack(rows), "bad": bad}
+        return {**self.stack([self._row(epoch, step * self.global_batch, row, bad) for row in rows]), "bad": bad}
 
-    def _row(self, epoch: int, position: int, bad: list[str]) -> dict[str, Any]:
+    def _row(self, epoch: int, batch_start: int, row: int, bad: list[str]) -> dict[str, Any]:
+        position = batch_start + self.rows[0] + row
         order = epoch_order(self.seed, epoch, len(self.source))
         for attempt in range(REPLACEMENTS):
             index = int(order[(position + attempt) % len(order)])
@@ -201,8 +268,7 @@ class _TrainChunks(_Records):
                 height, width = next(iter(arrays.values())).shape[:2]
                 rng = record_rng(self.seed, epoch, index)
                 geometry = transforms.draw_geometry(rng, height, width, self.image_size, self.augment)
-                arrays = transforms.transform(arrays, self.modalities, geometry, self.image_size, self.augment.resize)
-                return self.example(record, arrays)
+                return self.example(index, record, arrays, geometry, self.augment.resize, row)
             except READ_ERRORS as error:
                 bad.append(f"{identity}: {error}")
         raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {bad[-1]}")
@@ -211,41 +277,42 @@ class _TrainChunks(_Records):
 class _EvalChunks(_Records):
     """Chunk number -> rows of an evaluation batch, records in stored order, padded behind the last."""
 
-    def __init__(self, *args: Any, crop: float, resize: str, batch_size: int, rows: tuple[int, int], num_records: int):
-        super().__init__(*args)
-        self.crop, self.resize, self.batch_size, self.rows, self.num_records = crop, resize, batch_size, rows, num_records
-        self.chunks_per_batch = math.ceil((rows[1] - rows[0]) / CHUNK)
+    def __init__(self, *args: Any, crop: float | int | None, resize: str, batch_size: int, num_records: int, **settings: Any):
+        super().__init__(*args, **settings)
+        self.crop, self.resize, self.batch_size, self.num_records = crop, resize, batch_size, num_records
 
     def __call__(self, number: int) -> dict[str, Any]:
-        step, part = divmod(int(number), self.chunks_per_batch)
-        first = self.rows[0] + part * CHUNK
-        last = min(first + CHUNK, self.rows[1])
+        step, numbers = self.chunk(number)
         bad: list[str] = []
         rows, ids = [], []
-        for slot in range(step * self.batch_size + first, step * self.batch_size + last):
+        for row_number in numbers:
+            slot = step * self.batch_size + self.rows[0] + row_number
             real = slot < self.num_records
             # a limit takes records spread over the data: folders are stored class by class
             index = slot * len(self.source) // self.num_records if real else -1
-            identity, row = self._row(index, bad) if real else ("", None)
+            identity, row = self._row(index, row_number, bad) if real else ("", None)
             ids.append(identity)
             rows.append(
                 {
-                    **(self.padding() if row is None else row),
+                    **(self.padding(row_number) if row is None else row),
                     "valid": np.bool_(row is not None),
                     "index": np.int32(index),
                 }
             )
         return {**self.stack(rows), "id": ids, "bad": bad}
 
-    def _row(self, index: int, bad: list[str]) -> tuple[str, dict[str, Any] | None]:
+    def _row(self, index: int, row: int, bad: list[str]) -> tuple[str, dict[str, Any] | None]:
         identity = f"record {index}"
         try:
             record = self.source[index]
             identity = str(record["id"])
             arrays = self.decode(record)
             height, width = next(iter(arrays.values())).shape[:2]
-            geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
-            return identity, self.example(record, transforms.transform(arrays, self.modalities, geometry, self.image_size, self.resize))
+            if self.crop is None:
+                geometry = transforms.whole_geometry(height, width, self.image_size)
+            else:
+                geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
+            return identity, self.example(index, record, arrays, geometry, self.resize, row)
         except READ_ERRORS as error:
             bad.append(f"{identity!r}: {error}")
             return identity, None
@@ -425,6 +492,9 @@ def train_batches(
     workers: int = 0,
     prefetch: int = 2,
     inputs: Sequence[str] | None = None,
+    extras: Sequence[str] = (),
+    whole_every: int = 0,
+    maps: str | None = None,
 ) -> Batches:
     """This process's rows of the global batches of steps start_step, start_step + 1, ... without end.
 
@@ -433,20 +503,31 @@ def train_batches(
       augment: keys of `transforms.Augment`.
       workers: processes that decode; 0 decodes in threads of this process.
       prefetch: finished batches kept ready.
-      inputs: order of the columns of `present`; the modalities' order if None.
+      inputs: the model's input modalities, which order the columns of `present`; the modalities' order if None.
+      extras: further keys of a batch: "index" int32 "b", the number of the record; "box" float32 "b 4", the part of the whole
+        picture that the sample shows (top, left, height, width as shares of it); "flip" bool "b", whether it is mirrored after that.
+      whole_every: with k > 0 `whole/<input>` holds the whole pictures of the process's rows 0, k, 2k, ..., squeezed to
+        `image_size`, unmirrored.
+      maps: a stored map set (`maskvit.data.maps`), cropped and mirrored with the picture: `guidance` float32 "b m gh gw" in
+        0 ... 1 at the token grid of the first input; m is 1 (one map for all inputs) or one per input.
 
-    Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none), and
-      `present` bool "b m" if the source may lack modalities.
+    Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none),
+      `present` bool "b m" if the source may lack modalities, and what else was asked for.
 
     Raises:
       ValueError: settings or data that do not fit, before the first batch.
+      FileNotFoundError: no map set there.
+      MapError: from a batch: a record without a stored map.
     """
     rows = _process_rows(global_batch, "config.global_batch", process_index, process_count)
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed ({seed}) and start_step ({start_step}) must not be negative")
     steps_per_epoch(len(source), global_batch)
     settings = transforms.parse_augment(augment)
-    chunks = _TrainChunks(source, modalities, image_size, inputs, augment=settings, seed=int(seed), global_batch=global_batch, rows=rows)
+    chunks = _TrainChunks(
+        source, modalities, image_size, rows, augment=settings, seed=int(seed), global_batch=global_batch,
+        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps,
+    )  # fmt: skip
     return Batches(chunks, int(start_step), None, workers, prefetch)
 
 
@@ -461,28 +542,35 @@ def eval_batches(
     workers: int = 0,
     prefetch: int = 2,
     resize: str = "pil",
-    crop: float | int = 0.875,
+    crop: float | int | None = 0.875,
     limit: int | None = None,
+    start_batch: int = 0,
     inputs: Sequence[str] | None = None,
+    extras: Sequence[str] = (),
+    whole_every: int = 0,
+    maps: str | None = None,
 ) -> Batches:
     """Every record (or `limit` of them) once, in stored order, middle crop, over all processes together.
 
     Args:
       batch_size: rows over all processes; each yields its contiguous rows of every batch, so all yield equally many batches.
-      crop: image side over the side of the resized picture it is cut from.
+      crop: image side over the side of the resized picture it is cut from; None squeezes the whole picture to `image_size`.
       limit: only so many records, evenly spread over the data.
+      start_batch: batches to leave out at the beginning.
+      extras, whole_every, maps: as `train_batches`.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
       `index` int32 "b" (record number, -1 for padding), `id` list of str (not for the device).
     """
     rows = _process_rows(batch_size, "batch_size", process_index, process_count)
-    if not 0 < crop <= 1:
+    if crop is not None and not 0 < crop <= 1:
         raise ValueError(f"crop is {crop}; it must be above 0 and at most 1")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for every record")
     transforms.check_resize(resize, "resize")
     num_records = len(source) if limit is None else min(limit, len(source))
     chunks = _EvalChunks(
-        source, modalities, image_size, inputs, crop=crop, resize=resize, batch_size=batch_size, rows=rows, num_records=num_records
-    )
-    return Batches(chunks, 0, math.ceil(num_records / batch_size), workers, prefetch)
+        source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,
+        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps,
+    )  # fmt: skip
+    return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch)

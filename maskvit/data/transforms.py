@@ -230,10 +230,30 @@ def draw_geometry(rng: np.random.Generator, height: int, width: int, image_size:
     flip = bool(rng.random() < augment.flip)
     if augment.crop == "center":
         return center_geometry(height, width, image_size, 1.0)._replace(flip=flip)
-    box = (0, 0, height, width)
+    whole = whole_geometry(height, width, image_size)
     if augment.crop == "random_resized":
-        box = random_resized_box(rng, height, width, augment.scale, augment.ratio)
-    return Geometry(box, (image_size[0], image_size[1]), (0, 0), flip)
+        return whole._replace(box=random_resized_box(rng, height, width, augment.scale, augment.ratio), flip=flip)
+    return whole._replace(flip=flip)
+
+
+def whole_geometry(height: int, width: int, image_size: tuple[int, int]) -> Geometry:
+    """The whole picture, squeezed to `image_size`."""
+    return Geometry((0, 0, height, width), (image_size[0], image_size[1]), (0, 0), False)
+
+
+def visible_share(geometry: Geometry, height: int, width: int, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(top, left, height, width) of what the model sees of a picture of height x width, as shares of that picture in 0 ... 1.
+
+    For crops that resize and then cut it is the cut area. The flip comes after it and does not change it.
+    """
+    top, left, box_height, box_width = geometry.box
+    per_row, per_column = box_height / geometry.resized[0], box_width / geometry.resized[1]
+    return (
+        (top + geometry.offset[0] * per_row) / height,
+        (left + geometry.offset[1] * per_column) / width,
+        image_size[0] * per_row / height,
+        image_size[1] * per_column / width,
+    )
 
 
 def apply_geometry(

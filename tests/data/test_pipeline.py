@@ -310,6 +310,100 @@ def alive(pid: int) -> bool:
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 
 
+# --- what a batch holds when asked ------------------------------------------------------------------------------------
+
+ASKED = dict(extras=("index", "box", "flip"), whole_every=4)
+
+
+def test_asking_for_more_changes_nothing_else(source):
+    plain = take(source, 6, global_batch=40)
+    more = take(source, 6, global_batch=40, **ASKED)
+    assert_same([{name: batch[name] for name in plain[0]} for batch in more], plain)
+    forms = {name: (more[0][name].shape, more[0][name].dtype.name) for name in set(more[0]) - set(plain[0])}
+    assert forms == {
+        "index": ((40,), "int32"),
+        "box": ((40, 4), "float32"),
+        "flip": ((40,), "bool"),
+        "whole/rgb": ((10, 32, 32, 3), "uint8"),
+        "whole/depth": ((10, 32, 32, 1), "float32"),
+        "whole/semseg": ((10, 8, 8), "int32"),
+    }
+
+
+def test_box_and_flip_say_what_was_cut(source):
+    for batch in take(source, 6, global_batch=16, **ASKED):
+        assert batch["index"].tolist() == numbers(batch)
+        assert (batch["box"] >= 0).all() and (batch["box"][:, :2] + batch["box"][:, 2:] <= 1 + 1e-6).all()
+        for row, (index, box, flip) in enumerate(zip(batch["index"], batch["box"], batch["flip"], strict=True)):
+            top, left, height, width = np.rint(box * (40, 50, 40, 50)).astype(int)
+            picture = codec.decode(source[int(index)]["rgb"])[top : top + height, left : left + width]
+            picture = np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BICUBIC))
+            np.testing.assert_array_equal(batch["rgb"][row], picture[:, ::-1] if flip else picture)
+    flips = np.concatenate([batch["flip"] for batch in take(source, 6, global_batch=16, **ASKED)])
+    assert 0 < flips.mean() < 1
+
+
+def whole(index: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(codec.decode(record(index)["rgb"])).resize((32, 32), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(("every", "chunk"), [(1, 16), (4, 16), (5, 16), (20, 16), (40, 16), (4, 7), (8, 64)])
+def test_whole_pictures_are_those_of_every_kth_row(source, monkeypatch, every, chunk):
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
+    for batch in take(source, 2, global_batch=40, extras=("index",), whole_every=every):
+        wanted = batch["index"][::every]
+        assert (np.nanmedian(batch["whole/depth"], axis=(1, 2, 3)).round() - 1).tolist() == wanted.tolist()
+        np.testing.assert_array_equal(batch["whole/rgb"], np.stack([whole(index) for index in wanted]))
+
+
+def test_whole_pictures_whatever_the_processes_and_workers(source):
+    alone = take(source, 3, global_batch=40, **ASKED)
+    assert_same(take(source, 3, global_batch=40, workers=2, **ASKED), alone)
+    parts = [take(source, 3, global_batch=40, process_index=index, process_count=2, **ASKED) for index in range(2)]
+    assert_same([{name: np.concatenate([part[step][name] for part in parts]) for name in alone[0]} for step in range(3)], alone)
+
+
+def test_whole_pictures_and_index_are_those_of_the_replacement():
+    bad = {index: "truncated" for index in (30, 77, 150, 222, 301)}
+    settings = dict(seed=1, global_batch=40, extras=("index",), whole_every=1)
+    with train_batches(corrupted(bad), MODALITIES, SIZE, **settings) as batches:
+        for batch in (next(batches) for _ in range(10)):
+            assert (batch["index"] % 50).tolist() == numbers(batch) and not set(batch["index"]) & set(bad)
+            np.testing.assert_array_equal(batch["whole/rgb"], np.stack([whole(index % 50) for index in batch["index"]]))
+
+
+def test_whole_pictures_mark_what_is_absent_and_leave_out_what_is_no_input():
+    records = [record(index) for index in range(8)]
+    del records[1]["rgb"]
+    source = ListSource(records, may_lack=("rgb",))
+    with train_batches(source, MODALITIES, SIZE, seed=0, global_batch=8, inputs=("rgb", "depth"), **ASKED | {"whole_every": 1}) as batches:
+        batch = next(batches)
+    assert "whole/semseg" not in batch
+    assert [(picture == 0).all() for picture in batch["whole/rgb"]] == [index == 1 for index in batch["index"]]
+
+
+def test_evaluation_gives_them_too(source):
+    with eval_batches(source, MODALITIES, SIZE, batch_size=20, crop=0.5, **ASKED) as batches:
+        first, _, last = list(batches)
+    assert first["whole/rgb"].shape == (5, 32, 32, 3) and not first["flip"].any()
+    np.testing.assert_allclose(first["box"][0], [0.25, 0.3, 0.5, 0.4], atol=0.01)  # 64 x 80, of which the middle 32 x 32
+    assert last["valid"].sum() == 10 and last["box"][-1].tolist() == [0, 0, 1, 1] and np.isfinite(last["whole/depth"]).all()
+    with eval_batches(source, MODALITIES, SIZE, batch_size=20, crop=None, start_batch=1) as batches:
+        squeezed = list(batches)
+    assert [batch["index"][0] for batch in squeezed] == [20, 40]
+    np.testing.assert_array_equal(squeezed[0]["rgb"], np.stack([whole(index) for index in range(20, 40)]))
+
+
+def test_asking_for_what_cannot_be(source):
+    with pytest.raises(ValueError, match="extra batch key 'boxes' is unknown; known: index, box, flip"):
+        take(source, 1, extras=("boxes",))
+    for every in (3, -1, 16):
+        with pytest.raises(ValueError, match="config.objective.guidance asks for the whole picture .*each process, now 8"):
+            take(source, 1, whole_every=every)
+    with pytest.raises(ValueError, match="each process, now 4"):
+        take(source, 1, whole_every=8, process_count=2)
+
+
 @linux
 def test_killed_worker_is_an_error_that_says_so():
     start = time.monotonic()

@@ -182,6 +182,26 @@ def test_evaluation_of_non_square_sizes_covers_the_window():
         assert geometry.resized[0] >= 96 and geometry.resized[1] >= 160 and min(geometry.offset) >= 0
 
 
+@pytest.mark.parametrize("crop", ["random_resized", "center", "none"])
+def test_visible_share_is_what_the_sample_shows(crop):
+    rows, columns = np.mgrid[:300, :400].astype(np.float32)  # the picture says where each pixel comes from
+    where = np.stack([(rows + 0.5) / 300, (columns + 0.5) / 400], axis=-1)
+    modality = Modality("place", channels=2)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        geometry = transforms.draw_geometry(rng, 300, 400, SIZE, Augment(crop=crop))
+        top, left, height, width = transforms.visible_share(geometry, 300, 400, SIZE)
+        seen = transforms.apply_geometry(where, modality, geometry, SIZE)
+        seen = seen[:, ::-1] if geometry.flip else seen
+        middles = (np.arange(224) + 0.5) / 224
+        # the resize leans inwards at the very edge
+        np.testing.assert_allclose(seen[8:-8, 100, 0], (top + height * middles)[8:-8], atol=1e-4)
+        np.testing.assert_allclose(seen[100, 8:-8, 1], (left + width * middles)[8:-8], atol=1e-4)
+    assert transforms.visible_share(transforms.whole_geometry(30, 40, SIZE), 30, 40, SIZE) == (0, 0, 1, 1)
+    share = transforms.visible_share(transforms.center_geometry(256, 512, SIZE, 0.875), 256, 512, SIZE)
+    np.testing.assert_allclose(share, (16 / 256, 144 / 512, 224 / 256, 224 / 512))
+
+
 def test_crops_by_name_and_errors():
     rng = np.random.default_rng(0)
     assert transforms.draw_geometry(rng, 30, 40, SIZE, Augment(crop="none", flip=0)) == Geometry((0, 0, 30, 40), SIZE, (0, 0), False)
