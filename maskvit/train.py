@@ -285,7 +285,7 @@ def guidance_loading(source: Any) -> dict[str, Any]:
     if source is None:
         return {}
     extras = tuple(key for key in source.batch_keys if key != "guidance")
-    return dict(extras=extras, whole_every=source.whole_every, maps=source.maps)
+    return dict(extras=extras, whole_every=source.whole_every, maps=source.maps, blocks=source.blocks)
 
 
 # Pictures

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from maskvit.data import transforms
+from maskvit.data.block import block_mask, draw_ratio
 from maskvit.data.maps import MapSet
 from maskvit.data.sources import Source
 from maskvit.modalities import Modality
@@ -136,6 +137,7 @@ class _Records:
         extras: Sequence[str],
         whole_every: int,
         maps: str | None,
+        blocks: tuple[Any, Any] | None,
     ):
         self.source = source
         self.rows = rows
@@ -158,6 +160,11 @@ class _Records:
                 f"each process, now {rows[1] - rows[0]}: change config.objective.guidance or config.global_batch"
             )
         self.whole_every = whole_every
+        self.blocks = blocks
+        if blocks is not None:
+            if maps is not None:
+                raise ValueError("stored maps and block masks are both the batch's guidance: ask for one of them")
+            draw_ratio(np.random.default_rng(0), *blocks)  # wrong ratios are said here
         self.maps = None if maps is None else MapSet(maps, source, self.inputs, self.modalities[self.inputs[0]].grid(self.image_size))
         self.dtypes = probe(source, self.modalities)
 
@@ -205,6 +212,14 @@ class _Records:
         known = {"index": np.int32(index), "box": np.array(box, np.float32), "flip": np.bool_(flip)}
         return {name: known[name] for name in self.extras}
 
+    def block_guidance(self, seed: int, epoch: int, index: int) -> dict[str, Any]:
+        """The block mask of a record in an epoch, 1 where hidden, as the batch's guidance; nothing where none was asked for."""
+        if self.blocks is None:
+            return {}
+        grid = self.modalities[self.inputs[0]].grid(self.image_size)
+        rng = np.random.Generator(_philox(seed, "blocks", epoch, index))
+        return {"guidance": block_mask(rng, *grid, draw_ratio(rng, *self.blocks) * math.prod(grid))[None].astype(np.float32)}
+
     def gives_whole(self, row: int) -> bool:
         """Whether the batch holds the whole picture of this process's row `row`."""
         return self.whole_every > 0 and row % self.whole_every == 0
@@ -222,6 +237,8 @@ class _Records:
         made |= self.chosen(-1, (0.0, 0.0, 1.0, 1.0), False)
         if self.maps is not None:
             made["guidance"] = self.maps.empty()
+        if self.blocks is not None:
+            made |= self.block_guidance(0, 0, 0)
         if self.gives_whole(row):
             made["whole"] = whole
         return made
@@ -268,7 +285,8 @@ class _TrainChunks(_Records):
                 height, width = next(iter(arrays.values())).shape[:2]
                 rng = record_rng(self.seed, epoch, index)
                 geometry = transforms.draw_geometry(rng, height, width, self.image_size, self.augment)
-                return self.example(index, record, arrays, geometry, self.augment.resize, row)
+                made = self.example(index, record, arrays, geometry, self.augment.resize, row)
+                return made | self.block_guidance(self.seed, epoch, index)
             except READ_ERRORS as error:
                 bad.append(f"{identity}: {error}")
         raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {bad[-1]}")
@@ -312,7 +330,7 @@ class _EvalChunks(_Records):
                 geometry = transforms.whole_geometry(height, width, self.image_size)
             else:
                 geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
-            return identity, self.example(index, record, arrays, geometry, self.resize, row)
+            return identity, self.example(index, record, arrays, geometry, self.resize, row) | self.block_guidance(0, 0, index)
         except READ_ERRORS as error:
             bad.append(f"{identity!r}: {error}")
             return identity, None
@@ -495,6 +513,7 @@ def train_batches(
     extras: Sequence[str] = (),
     whole_every: int = 0,
     maps: str | None = None,
+    blocks: tuple[Any, Any] | None = None,
 ) -> Batches:
     """This process's rows of the global batches of steps start_step, start_step + 1, ... without end.
 
@@ -510,6 +529,7 @@ def train_batches(
         `image_size`, unmirrored.
       maps: a stored map set (`maskvit.data.maps`), cropped and mirrored with the picture: `guidance` float32 "b m gh gw" in
         0 ... 1 at the token grid of the first input; m is 1 (one map for all inputs) or one per input.
+      blocks: (ratio, ratio_var) of `maskvit.data.block.draw_ratio`: `guidance` is then a block mask on that grid, 1 where hidden.
 
     Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none),
       `present` bool "b m" if the source may lack modalities, and what else was asked for.
@@ -526,7 +546,7 @@ def train_batches(
     settings = transforms.parse_augment(augment)
     chunks = _TrainChunks(
         source, modalities, image_size, rows, augment=settings, seed=int(seed), global_batch=global_batch,
-        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps,
+        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
     )  # fmt: skip
     return Batches(chunks, int(start_step), None, workers, prefetch)
 
@@ -549,6 +569,7 @@ def eval_batches(
     extras: Sequence[str] = (),
     whole_every: int = 0,
     maps: str | None = None,
+    blocks: tuple[Any, Any] | None = None,
 ) -> Batches:
     """Every record (or `limit` of them) once, in stored order, middle crop, over all processes together.
 
@@ -557,7 +578,7 @@ def eval_batches(
       crop: image side over the side of the resized picture it is cut from; None squeezes the whole picture to `image_size`.
       limit: only so many records, evenly spread over the data.
       start_batch: batches to leave out at the beginning.
-      extras, whole_every, maps: as `train_batches`.
+      extras, whole_every, maps, blocks: as `train_batches`.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
       `index` int32 "b" (record number, -1 for padding), `id` list of str (not for the device).
@@ -571,6 +592,6 @@ def eval_batches(
     num_records = len(source) if limit is None else min(limit, len(source))
     chunks = _EvalChunks(
         source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,
-        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps,
+        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
     )  # fmt: skip
     return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch)

@@ -9,18 +9,26 @@ from typing import Any
 from maskvit.configuration import hashable, look_up
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
 from maskvit.guidance.bipartition import Bipartition
+from maskvit.guidance.canvas import AverageError, ReusedAttention
+from maskvit.guidance.cheap import CoarseAttention, MergedAttention, SampledAttention
 from maskvit.guidance.errors import PredictedError, ReconstructionError
 from maskvit.guidance.source import Request, Source
-from maskvit.guidance.stored import RandomMap, Stored
+from maskvit.guidance.stored import BlockMask, RandomMap, Stored
 
 GUIDANCE: dict[str, type[Source]] = {
     "self_attention": SelfAttention,
     "teacher_attention": TeacherAttention,
+    "coarse_attention": CoarseAttention,
+    "sampled_attention": SampledAttention,
+    "merged_attention": MergedAttention,
+    "reused_attention": ReusedAttention,
+    "average_error": AverageError,
     "reconstruction_error": ReconstructionError,
     "predicted_error": PredictedError,
     "bipartition": Bipartition,
     "stored": Stored,
     "random_map": RandomMap,
+    "block_mask": BlockMask,
 }
 
 __all__ = ["GUIDANCE", "Request", "Source", "build_source"]

@@ -16,7 +16,8 @@ class Request(NamedTuple):
 
     `state`: the source's own memory, () where it keeps none; `tokens`: the embedded tokens of all inputs; `values`: the
     model values they were made from, by input; `batch`: what the loader delivered; `keys`: one per sample;
-    `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random mask, NaN where not hidden.
+    `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random mask, NaN where not hidden;
+    `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`).
     """
 
     model: MultiMaeModel
@@ -27,6 +28,7 @@ class Request(NamedTuple):
     batch: Batch
     keys: Key[Array, " b"]
     random_errors: Callable[[Key[Array, " b"]], Float[Array, "b n"]]
+    whole_tokens: Callable[[], TokenBatch]
 
 
 class Source:
@@ -50,6 +52,11 @@ class Source:
     @property
     def maps(self) -> str | None:
         """The stored map set that the loader must deliver, if any."""
+        return None
+
+    @property
+    def blocks(self) -> tuple[Any, Any] | None:
+        """(ratio, ratio_var) of the block masks that the loader must deliver, if any."""
         return None
 
     def check(self, model: MultiMaeModel) -> None:

@@ -50,6 +50,34 @@ class Stored(Source):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockMask(Source):
+    """The exact block-wise masks of BEiT and iBOT, made by the loader: 1 to 2 inside the blocks, 0 to 1 outside, random.
+
+    `ratio`, `ratio_var`: the share of the grid that blocks cover is uniform in ratio -+ ratio_var; sequences hold alternatives
+    (iBOT: ratios 0 and 0.3, variations 0 and 0.2). All modalities share a sample's blocks. With scores `attention_high` the blocks
+    are hidden first; what the budget hides beyond them is random.
+    """
+
+    ratio: float | tuple[float, ...] = 0.3
+    ratio_var: float | tuple[float, ...] = 0.2
+    batch_keys = ("guidance",)
+
+    @property
+    def blocks(self) -> tuple[Any, Any] | None:
+        return self.ratio, self.ratio_var
+
+    def check(self, model: MultiMaeModel) -> None:
+        for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"config.objective.guidance.ratio is {self.ratio}; it must lie in 0 ... 1")
+
+    def __call__(self, request: Request) -> Guidance:
+        blocks = maps_to_tokens(request.batch["guidance"], request.tokens.layout)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, blocks.shape[1:]))(stream_keys(request.keys, "block mask"))
+        return (blocks > 0.5) + noise
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomMap(Source):
     """The control of the published ablation: a map of the same values in the wrong places.
 
@@ -82,6 +110,10 @@ class RandomMap(Source):
     @property
     def maps(self) -> str | None:
         return self.of.maps if self.of else None
+
+    @property
+    def blocks(self) -> tuple[Any, Any] | None:
+        return self.of.blocks if self.of else None
 
     def check(self, model: MultiMaeModel) -> None:
         if self.of:

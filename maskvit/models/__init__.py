@@ -8,16 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Key, Num
 
 from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
 from maskvit.models.decoders import SpatialDecoder
-from maskvit.models.vit import VARIANTS, Encoder
+from maskvit.models.vit import VARIANTS, Dense, Encoder, layer_norm
 from maskvit.types import MaskPlan, Params, TokenBatch, TokenLayout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+POOLS = ("global", "mean")
 
 
 def encoder_sizes(encoder: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -43,6 +45,10 @@ class MultiMaeModel:
       num_global_tokens: learned tokens without position, appended at the end.
       compute_dtype: "float32" or "bfloat16".
       remat: recompute the encoder's blocks in the backward pass.
+      final_norm: whether a layer norm follows the encoder: plain ViTs have one, MultiMAE none.
+      num_classes: classes of the head, 0 for none.
+      pool: what head and norm read: "global" is the last global token out of the normed tokens (DINO, timm), "mean" the norm
+        of the mean of all other tokens (fine-tuned MAE).
     """
 
     modalities: tuple[Modality, ...]
@@ -55,6 +61,15 @@ class MultiMaeModel:
     compute_dtype: str = "float32"
     remat: bool = False
     error_outputs: tuple[str, ...] = ()
+    final_norm: bool = False
+    num_classes: int = 0
+    pool: str = "global"
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"config.objective.pool is {self.pool!r}; known: {', '.join(POOLS)}")
+        if self.num_classes and self.pool == "global" and not self.num_global_tokens:
+            raise ValueError("config.objective.pool is 'global', but the model has no global token: set it to 'mean'")
 
     def modality(self, output: str) -> Modality:
         """The modality of an input or output name ("norm_rgb" -> rgb; "error_rgb" -> rgb with one value per token)."""
@@ -96,6 +111,13 @@ class MultiMaeModel:
         spec = self.modality(name)
         return SpatialDecoder(spec, self.inputs, grid=spec.grid(self.image_size), dtype=self._dtype(), **dict(self.decoder))
 
+    def _norm(self) -> nn.LayerNorm:
+        return layer_norm(self._dtype())
+
+    def _head(self) -> Dense:
+        # The head is float32 whatever the compute type.
+        return Dense(self.num_classes, jnp.float32)
+
     # The pure functions.
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -111,6 +133,10 @@ class MultiMaeModel:
             params["inputs"][name] = self._input(name).init(jax.random.fold_in(input_key, i), values)["params"]
         params["global_tokens"] = 0.02 * jax.random.normal(global_key, (self.num_global_tokens, self.width))
         params["encoder"] = self._encoder().init(encoder_key, jnp.zeros((1, 1, self.width)))["params"]
+        if self.final_norm:
+            params["norm"] = self._norm().init(key, jnp.zeros((1, self.width)))["params"]
+        if self.num_classes:
+            params["head"] = self._head().init(jax.random.fold_in(key, 1), jnp.zeros((1, self.width)))["params"]
         plan = show_all(layout, 1)
         encoded = jnp.zeros((1, layout.num_tokens + self.num_global_tokens, self.width))
         for i, name in enumerate((*self.outputs, *(f"error_{name}" for name in self.error_outputs))):
@@ -138,12 +164,47 @@ class MultiMaeModel:
     def encode(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Float[Array, "b e d"]:
         """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to."""
         tokens, mask = self.append_global(params, tokens, mask)
-        return self._encoder().apply({"params": params["encoder"]}, tokens, mask)
+        return self.normed(params, self._encoder().apply({"params": params["encoder"]}, tokens, mask))
+
+    def normed(self, params: Params, tokens: Float[Array, "b e d"]) -> Float[Array, "b e d"]:
+        """What leaves the last block, through the final norm where the model has one on every token."""
+        if self.final_norm and self.pool == "global":
+            return self._norm().apply({"params": params["norm"]}, tokens)
+        return tokens
+
+    def logits(self, params: Params, encoded: Float[Array, "b e d"]) -> Float[Array, "b k"]:
+        """Class scores (before the softmax, float32) of encoded tokens, as `encode` or `normed` give them."""
+        if not self.num_classes:
+            raise ValueError("this model has no classifier: its config.objective.num_classes is 0")
+        if self.pool == "global":
+            pooled = encoded[:, -1]
+        else:
+            pooled = encoded[:, : encoded.shape[1] - self.num_global_tokens].mean(axis=1)
+            if self.final_norm:
+                pooled = self._norm().apply({"params": params["norm"]}, pooled)
+        return self._head().apply({"params": params["head"]}, pooled)
 
     def attention(self, params: Params, batch: TokenBatch, queries: slice, block: int = -1) -> Float[Array, "b a q e"]:
         """The attention of one block on all tokens (global tokens last), for the queries asked for and no work beyond it."""
         tokens, mask = self.append_global(params, batch.tokens, batch.present)
         return self._encoder().apply({"params": params["encoder"]}, tokens, queries, block, mask, method=Encoder.attention)
+
+    def attention_from(
+        self, params: Params, tokens: Float[Array, "b e d"], start: int, queries: slice, block: int, mask: Bool[Array, "b e"] | None = None
+    ) -> Float[Array, "b a q e"]:
+        """As `attention`, of tokens (global ones included, as `start` finds them) that went through the blocks before `start`."""
+        return self._encoder().apply({"params": params["encoder"]}, tokens, queries, block, mask, start, method=Encoder.attention)
+
+    def key_features(self, params: Params, batch: TokenBatch, block: int = -1, bias: bool = True) -> Float[Array, "b e d"]:
+        """The attention keys of one block on all tokens (global tokens last), heads side by side; `bias` False leaves theirs out."""
+        tokens, mask = self.append_global(params, batch.tokens, batch.present)
+        encoder = params["encoder"]
+        if not bias:
+            name = f"block_{block % dict(self.encoder)['depth']:02d}"
+            attn = encoder[name]["attn"]
+            attn = {**attn, "qkv": {**attn["qkv"], "bias": jnp.zeros_like(attn["qkv"]["bias"])}}
+            encoder = {**encoder, name: {**encoder[name], "attn": attn}}
+        return self._encoder().apply({"params": encoder}, tokens, block, mask, method=Encoder.key_features)
 
     def blocks(
         self, params: Params, tokens: Float[Array, "b v d"], start: int, stop: int, mask: Bool[Array, "b v"] | None = None

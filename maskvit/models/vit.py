@@ -126,6 +126,10 @@ class SelfAttention(nn.Module):
         k = self.qkv(x, columns=slice(self.width, 2 * self.width))
         return attention_weights(split_heads(q, self.heads), split_heads(k, self.heads), mask)
 
+    def key_features(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The keys, heads side by side; nothing else is computed."""
+        return self.qkv(x, columns=slice(self.width, 2 * self.width))
+
 
 class Block(nn.Module):
     """Pre-norm transformer block without dropout."""
@@ -142,12 +146,22 @@ class Block(nn.Module):
         self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
 
     def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
-        x = x + self.attn(self.norm1(x), mask)
+        return self.behind_norm(x, self.norm1(x), mask)
+
+    def behind_norm(
+        self, x: Float[Array, "b n d"], normed: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """The rest of the block, for tokens and what its first norm made of them."""
+        x = x + self.attn(normed, mask)
         return x + self.mlp(self.norm2(x))
 
     def attention(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
         """This block's attention of the tokens in `queries`, and nothing beyond it."""
         return self.attn.weights(self.norm1(x), queries, mask)
+
+    def key_features(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """This block's keys, and nothing beyond them."""
+        return self.attn.key_features(self.norm1(x))
 
 
 class Encoder(nn.Module):
@@ -179,12 +193,17 @@ class Encoder(nn.Module):
         return x
 
     def attention(
-        self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None
+        self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None, start: int = 0
     ) -> Float[Array, "b a q n"]:
-        """The attention of block `block` (negative counts from the end); later work is not computed."""
+        """The attention of block `block` (negative counts from the end) on tokens as block `start` finds them; no work beyond."""
         block %= self.depth
-        x = self.blocks(x, 0, block, mask)
+        x = self.blocks(x, start, block, mask)
         return getattr(self, f"block_{block:02d}").attention(x, queries, mask)
+
+    def key_features(self, x: Float[Array, "b n d"], block: int, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+        """The keys of block `block` (negative counts from the end); later work is not computed."""
+        block %= self.depth
+        return getattr(self, f"block_{block:02d}").key_features(self.blocks(x, 0, block, mask))
 
     def attentions(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> list[Float[Array, "b a n n"]]:
         """The attention maps of every block, for pictures and rollout."""

@@ -277,7 +277,14 @@ class MultiMae:
             plan = drop(scores, counts, tokens.layout, self.num_visible, tokens.present)
             return self.token_errors(self.reconstruct(params, tokens, plan), prepared, plan, tokens.layout)
 
-        return Request(self.model, params, state.get("guidance", ()), tokens, values, batch, keys, random_errors)
+        def whole_tokens() -> TokenBatch:
+            whole: Batch = {name.removeprefix("whole/"): value for name, value in batch.items() if name.startswith("whole/")}
+            if "present" in batch:  # the pictures are those of every k-th sample
+                whole["present"] = batch["present"][:: keys.shape[0] // next(iter(whole.values())).shape[0]]
+            pictures = self.prepare(whole)
+            return self.model.embed(params, pictures.values_of(self.model.inputs), pictures.present)
+
+        return Request(self.model, params, state.get("guidance", ()), tokens, values, batch, keys, random_errors, whole_tokens)
 
     def guide(self, request: Request) -> Guidance | None:
         """Importance per token, without gradient; None where nothing asks for it."""
@@ -576,7 +583,9 @@ def multimae(
         num_global_tokens=num_global_tokens,
         compute_dtype=compute_dtype,
         remat=remat,
-        **{k: v for k, v in dict(final_norm=final_norm, num_classes=num_classes, pool=pool).items() if k in MultiMaeModel.__dataclass_fields__},
+        final_norm=final_norm,
+        num_classes=num_classes,
+        pool=pool,
     )
     for spec in used:
         spec.size(model.image_size)

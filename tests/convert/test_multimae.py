@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(change, message, tmp_path):
 def test_other_families_are_named(tmp_path):
     for keys, name in (
         (["cls_token", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight"], "MAE with decoder"),
-        (["cls_token", "pos_embed", "patch_embed.proj.weight"], "ViT in timm's layout"),
+        (["global_tokens", "input_adapters.rgb.proj.weight"], "MultiViT"),
     ):
         save_file({key: np.zeros((1, 2), np.float32) for key in keys}, tmp_path / "x.safetensors")
         with pytest.raises(ConversionError, match=name):

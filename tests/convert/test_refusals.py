@@ -275,15 +275,12 @@ def test_learned_loss_weights_are_left_out(state):
 def test_families(tmp_path):
     vit = ["cls_token", "pos_embed", "patch_embed.proj.weight"]
     for keys, name in (
-        ([*vit, "norm.weight"], "encoder only, as MAE's files"),
-        ([*vit, "fc_norm.weight", "head.weight"], "with a classifier"),
-        (vit, "as MultiMAE's rgb files"),
         ([*vit, "mask_token", "decoder_pos_embed", "decoder_blocks.0.cross_attn.q.weight"], "CrossMAE"),
         (["module.head.last_layer.weight"], "DINO or iBOT"),
         (["conv1.weight"], "unknown"),
     ):
         save_file({key: np.zeros((1, 2), np.float32) for key in keys}, tmp_path / "x.safetensors")
-        with pytest.raises(ConversionError, match=f"{name}.*only MultiMAE pretraining checkpoints can be converted"):
+        with pytest.raises(ConversionError, match=f"{name}.*only MultiMAE pretraining checkpoints, plain ViTs and ResNets can be converted"):
             convert.convert(tmp_path / "x.safetensors", tmp_path / "ours")
         assert name in convert.inspect(tmp_path / "x.safetensors")
     assert not (tmp_path / "ours").exists()

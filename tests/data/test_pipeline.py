@@ -53,8 +53,8 @@ def numbers(batch) -> list[int]:
 
 
 def take(source, count: int, **kwargs) -> list[dict]:
-    settings = {"seed": 3, "global_batch": 8, **kwargs}
-    with train_batches(source, MODALITIES, SIZE, **settings) as batches:
+    settings = {"seed": 3, "global_batch": 8, "image_size": SIZE, **kwargs}
+    with train_batches(source, MODALITIES, **settings) as batches:
         return [next(batches) for _ in range(count)]
 
 
@@ -439,3 +439,20 @@ def test_leaving_without_closing_does_not_hang():
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert not any(alive(int(word)) for word in out.splitlines()[0].split()[1:])
+
+
+def test_block_masks_come_with_the_batch_and_depend_on_epoch_and_record_alone(source):
+    def masks(**settings) -> dict:
+        batches = take(source, 12, extras=("index",), blocks=(0.4, 0.1), **settings)  # two epochs of six steps
+        rows = [(step // 6, int(i), m) for step, batch in enumerate(batches) for i, m in zip(batch["index"], batch["guidance"], strict=True)]
+        return {(epoch, index): mask for epoch, index, mask in rows}
+
+    one, again = masks(), masks(workers=2)
+    assert one.keys() == again.keys() and all(np.array_equal(one[key], again[key]) for key in one)
+    assert {mask.shape for mask in one.values()} == {(1, 2, 2)}
+    large = take(source, 4, image_size=(224, 224), blocks=(0.4, 0.1))
+    masks = np.concatenate([batch["guidance"] for batch in large])
+    assert masks.shape == (32, 1, 14, 14) and set(np.unique(masks)) == {0.0, 1.0}
+    assert 0.3 < masks.mean() < 0.45 and masks.mean(axis=(1, 2, 3)).max() <= 0.5
+    with pytest.raises(ValueError, match="ratio 0.9"):
+        take(source, 1, blocks=(0.9, 0.2))

@@ -1,0 +1,285 @@
+"""A map of every record's whole picture, on the device: read and written under the crop that a training step sees.
+
+Geometry: a crop is `box` (top, left, height, width as shares of the whole picture), mirrored afterwards where `flip`. Tokens of the
+crop and cells of the map are points at their centres; values pass between them with triangle kernels as wide as the coarser of
+the two grids (bilinear where the map is the coarser one), normalised over what is known. NaN stands for what is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from maskvit.flops import embed_flops
+from maskvit.guidance.attention import SelfAttention, check_momentum
+from maskvit.guidance.errors import check_rebuilds_inputs
+from maskvit.guidance.source import Request, Source
+from maskvit.keys import stream_keys
+from maskvit.models import MultiMaeModel
+from maskvit.types import Guidance, TokenBatch, TokenLayout
+
+Maps = Float[Array, "r m g g"]  # float16; NaN where a record's cell was never written
+
+
+def blank(num_records: int, layout: TokenLayout, grid: int) -> Maps:
+    """Maps that know nothing, one per record and modality."""
+    return jnp.full((num_records, len(layout.names), grid, grid), jnp.nan, jnp.float16)
+
+
+def _centres(count: int) -> Float[Array, " k"]:
+    return (jnp.arange(count) + 0.5) / count
+
+
+def _axis_weights(first: Float[Array, ""], length: Float[Array, ""], tokens: int, cells: int) -> Float[Array, "t c"]:
+    """Nearness in [0, 1] of the tokens of a crop's axis to the cells of the map's; every token has a cell at 1/2 or nearer."""
+    cell_centres = _centres(cells)
+    token_centres = jnp.clip(first + length * _centres(tokens), cell_centres[0], cell_centres[-1])
+    width = jnp.maximum(1.0 / cells, length / tokens)
+    return jnp.maximum(1.0 - jnp.abs(token_centres[:, None] - cell_centres[None, :]) / width, 0.0)
+
+
+def _box_weights(
+    box: Float[Array, "4"], flip: Bool[Array, ""], tokens: tuple[int, int], cells: tuple[int, int]
+) -> tuple[Float[Array, "t c"], Float[Array, "u e"]]:
+    """`_axis_weights` of rows and columns; the columns of a mirrored crop run backwards."""
+    rows = _axis_weights(box[0], box[2], tokens[0], cells[0])
+    columns = _axis_weights(box[1], box[3], tokens[1], cells[1])
+    return rows, jnp.where(flip, columns[::-1], columns)
+
+
+def _normalised(rows: Float[Array, "o i"], values: Float[Array, "i j"], columns: Float[Array, "p j"]) -> Float[Array, "o p"]:
+    """Values weighted by rows x columns, divided by the weight of those that are known; NaN where none is."""
+    known = ~jnp.isnan(values)
+    total = rows @ jnp.where(known, values, 0.0) @ columns.T
+    weight = rows @ known.astype(jnp.float32) @ columns.T
+    return jnp.where(weight > 1e-3, total / jnp.maximum(weight, 1e-3), jnp.nan)
+
+
+def read(maps: Float[Array, "b m g g"], box: Float[Array, "b 4"], flip: Bool[Array, " b"], layout: TokenLayout) -> Float[Array, "b n"]:
+    """What the maps say under each sample's crop, at its tokens; NaN where no cell nearby is known."""
+
+    def one_sample(own: Float[Array, "m g g"], own_box: Float[Array, "4"], own_flip: Bool[Array, ""]) -> Float[Array, " n"]:
+        parts = []
+        for modality, grid in zip(own.astype(jnp.float32), layout.grids, strict=True):
+            rows, columns = _box_weights(own_box, own_flip, grid, modality.shape)
+            parts.append(_normalised(rows, modality, columns).reshape(-1))
+        return jnp.concatenate(parts)
+
+    return jax.vmap(one_sample)(maps, box, flip)
+
+
+def write(
+    maps: Float[Array, "b m g g"],
+    values: Float[Array, "b n"],
+    box: Float[Array, "b 4"],
+    flip: Bool[Array, " b"],
+    layout: TokenLayout,
+    momentum: float,
+) -> Float[Array, "b m g g"]:
+    """The maps after each sample's crop was seen: in cells whose centre lies in the crop, momentum * old + (1 - momentum) * new.
+
+    A cell's first value is taken as it is; NaN among `values` is no observation.
+    """
+
+    def one_sample(
+        own: Float[Array, "m g g"], seen: Float[Array, " n"], own_box: Float[Array, "4"], own_flip: Bool[Array, ""]
+    ) -> Float[Array, "m g g"]:
+        parts = []
+        for modality, grid, span in zip(own.astype(jnp.float32), layout.grids, layout.spans(), strict=True):
+            rows, columns = _box_weights(own_box, own_flip, grid, modality.shape)
+            new = _normalised(rows.T, seen[span].reshape(grid), columns.T)
+            inside = [
+                (centres >= start) & (centres <= start + length)
+                for centres, start, length in zip(map(_centres, modality.shape), own_box[:2], own_box[2:], strict=True)
+            ]
+            new = jnp.where(inside[0][:, None] & inside[1][None, :], new, jnp.nan)
+            mixed = jnp.where(jnp.isnan(modality), new, momentum * modality + (1 - momentum) * new)
+            parts.append(jnp.where(jnp.isnan(new), modality, mixed))
+        return jnp.stack(parts)
+
+    return jax.vmap(one_sample)(maps, values, box, flip)
+
+
+def rows_of(maps: Maps, index: Int[Array, " b"]) -> Float[Array, "b m g g"]:
+    """The maps of the samples' records; unknown (NaN) for an index that is no record (negative, padding)."""
+    own = maps.at[jnp.where(index < 0, maps.shape[0], index)].get(mode="fill", fill_value=jnp.nan)
+    return own.astype(jnp.float32)
+
+
+def store(maps: Maps, index: Int[Array, " b"], new: Float[Array, "b m g g"]) -> Maps:
+    """The maps with those of the samples' records replaced; of a record that is in the batch twice one is kept."""
+    return maps.at[jnp.where(index < 0, maps.shape[0], index)].set(new.astype(maps.dtype), mode="drop")
+
+
+def check_grid(key: str, grid: int) -> None:
+    """Raise unless a map can have this side."""
+    if not 1 <= grid <= 64:
+        raise ValueError(f"config.objective.guidance.{key} is {grid}; a map kept per record has a side of 1 ... 64 cells")
+
+
+# Exact scores of a part of the batch
+
+
+def every(request: Request, count: int) -> Request:
+    """The request of samples 0, count, 2 count, ... of the batch; their tokens are embedded anew, so that only they cost anything."""
+    part = lambda tree: jax.tree.map(lambda x: x[::count], tree)  # noqa: E731
+    values, present = part(dict(request.values)), part(request.tokens.present)
+    tokens = request.model.embed(request.params, values, present)
+    batch = {key: value[::count] for key, value in request.batch.items() if not key.startswith("whole/")}
+    return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::count])
+
+
+CHUNK = 64  # samples whose attention is held at once
+
+
+def standard_logs(source: SelfAttention, request: Request) -> Float[Array, "b n"]:
+    """The exact scores, as `standardise` gives them, with at most `CHUNK` samples in memory at once where their number allows."""
+    layout = request.tokens.layout
+
+    def one_chunk(part: tuple[Any, Any, Any]) -> Float[Array, "b n"]:
+        tokens, present, keys = part
+        scores = source(request._replace(tokens=TokenBatch(tokens, layout, present), keys=keys))
+        return standardise(jnp.log(jnp.maximum(scores, 1e-12)), layout, present)
+
+    parts = (request.tokens.tokens, request.tokens.present, request.keys)
+    rows = request.keys.shape[0]
+    chunks = next(n for n in range(-(-rows // CHUNK), rows + 1) if rows % n == 0)
+    if chunks == 1:
+        return one_chunk(parts)
+    # Every chunk takes every `chunks`-th row: a batch that is spread over devices stays so.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0), parts)
+    return jnp.moveaxis(jax.lax.map(one_chunk, split), 0, 1).reshape(rows, -1)
+
+
+def standardise(values: Float[Array, "b n"], layout: TokenLayout, present: Bool[Array, "b n"] | None = None) -> Float[Array, "b n"]:
+    """Mean 0 and deviation 1 over each modality's known tokens (present, not NaN); NaN for the others."""
+    parts = []
+    for span in layout.spans():
+        here = values[:, span]
+        known = ~jnp.isnan(here) if present is None else ~jnp.isnan(here) & present[:, span]
+        count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
+        centred = here - jnp.where(known, here, 0.0).sum(axis=1, keepdims=True) / count
+        deviation = jnp.sqrt((jnp.where(known, centred, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
+        parts.append(jnp.where(known, centred / jnp.maximum(deviation, 1e-6), jnp.nan))
+    return jnp.concatenate(parts, axis=1)
+
+
+def fill_unknown(values: Float[Array, "b n"], layout: TokenLayout, keys: Key[Array, " b"]) -> Float[Array, "b n"]:
+    """Unknown tokens (NaN) get the mean of the modality's known ones and, so that their order is random, a little noise.
+
+    Where nothing is known of a sample's modality its values are that noise alone.
+    """
+    noise = 1e-3 * jax.vmap(lambda key: jax.random.normal(key, values.shape[1:]))(stream_keys(keys, "unknown"))
+    parts = []
+    for span in layout.spans():
+        here, known = values[:, span], ~jnp.isnan(values[:, span])
+        mean = jnp.where(known, here, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(known.sum(axis=1, keepdims=True), 1)
+        parts.append(jnp.where(known, here, mean + noise[:, span]))
+    return jnp.concatenate(parts, axis=1)
+
+
+# The sources
+
+VIEWS = ("crop", "whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReusedAttention(SelfAttention):
+    """The exact scores of earlier visits, kept per record as a map of the whole picture and read under today's crop.
+
+    A record that was never visited with an exact pass gets random scores, unseen places of a map the mean of the seen ones. The
+    other fields say how attention is read in the exact pass. What a map holds are logarithms, of mean 0 and deviation 1 per view.
+
+    Attributes:
+      every: an exact pass is made on samples 0, every, 2 every, ... of each batch, so a record is refreshed every `every`-th visit.
+      view: what that pass sees: "crop", the sample as it is trained on, averaged into the map under its box; or "whole", the whole
+        picture, which replaces the map.
+      momentum: how much of the old map stays where a crop is averaged in.
+      grid: side of the maps, 2 grid^2 bytes per record and modality.
+    """
+
+    every: int = 16
+    view: str = "crop"
+    momentum: float = 0.75
+    grid: int = 24
+    batch_keys = ("index", "box", "flip")
+
+    @property
+    def whole_every(self) -> int:
+        return self.every if self.view == "whole" else 0
+
+    def check(self, model: MultiMaeModel) -> None:
+        super().check(model)
+        check_momentum(self.momentum)
+        check_grid("grid", self.grid)
+        if self.every < 1:
+            raise ValueError(f"config.objective.guidance.every is {self.every}; it must be at least 1")
+        if self.view not in VIEWS:
+            raise ValueError(f"config.objective.guidance.view is {self.view!r}; known: {', '.join(VIEWS)}")
+
+    def init(self, model: MultiMaeModel, params: Any, num_records: int) -> Maps:
+        return blank(num_records, model.layout, self.grid)
+
+    def __call__(self, request: Request) -> Guidance:
+        batch, layout = request.batch, request.tokens.layout
+        own = read(rows_of(request.state, batch["index"]), batch["box"], batch["flip"], layout)
+        return jnp.exp(fill_unknown(own, layout, request.keys))
+
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
+        index, layout = request.batch["index"][:: self.every], request.tokens.layout
+        if self.view == "crop":
+            part = every(request, self.every)
+            box, flip, momentum = part.batch["box"], part.batch["flip"], self.momentum
+        else:
+            part = request._replace(tokens=request.whole_tokens(), keys=request.keys[:: self.every])
+            momentum = 0.0
+            box, flip = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (index.shape[0], 1)), jnp.zeros(index.shape, bool)
+        logs = standard_logs(SelfAttention(self.query, self.block, self.heads, self.renormalise), part)
+        return store(request.state, index, write(rows_of(request.state, index), logs, box, flip, layout, momentum))
+
+    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+        return (embed_flops(model) + super().flops(model)) / self.every
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageError(Source):
+    """How badly a record's places were rebuilt in earlier visits: a moving average of the step's own errors per token, as a map of
+    the whole picture kept per record and read under today's crop. It costs no pass.
+
+    Errors are brought to mean 0 and deviation 1 over each sample's hidden tokens of a modality, so that visits compare; a token that was
+    visible says nothing. Records that were never visited get random scores.
+
+    Attributes:
+      momentum: how much of the old map stays at each visit.
+      grid: side of the maps, 2 grid^2 bytes per record and modality.
+    """
+
+    momentum: float = 0.9
+    grid: int = 16
+    batch_keys = ("index", "box", "flip")
+    observes = True
+
+    def check(self, model: MultiMaeModel) -> None:
+        check_rebuilds_inputs(model, "average_error")
+        check_momentum(self.momentum)
+        check_grid("grid", self.grid)
+
+    def init(self, model: MultiMaeModel, params: Any, num_records: int) -> Maps:
+        return blank(num_records, model.layout, self.grid)
+
+    def __call__(self, request: Request) -> Guidance:
+        batch, layout = request.batch, request.tokens.layout
+        own = read(rows_of(request.state, batch["index"]), batch["box"], batch["flip"], layout)
+        return fill_unknown(own, layout, request.keys)
+
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
+        if errors is None:
+            raise ValueError("average_error needs the errors of the step")
+        batch, layout = request.batch, request.tokens.layout
+        new = standardise(errors, layout)
+        own = rows_of(request.state, batch["index"])
+        return store(request.state, batch["index"], write(own, new, batch["box"], batch["flip"], layout, self.momentum))
