@@ -70,7 +70,7 @@ class Bipartition(Source):
             raise ValueError(f"config.objective.guidance.block is {self.block}; the encoder has blocks 0 ... {depth - 1} (or -1 for the last)")
 
     def __call__(self, request: Request) -> Guidance:
-        params, batch = jax.lax.stop_gradient((request.params, request.tokens))
+        params, batch = jax.lax.stop_gradient(request.params), request.tokens
         stop = self.block % dict(request.model.encoder)["depth"] + 1
         tokens, mask = request.model.append_global(params, batch.tokens, batch.present)
         tokens = request.model.blocks(params, tokens, 0, stop, mask).astype(jnp.float32)
