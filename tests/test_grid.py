@@ -27,6 +27,7 @@ SOURCE_FIELDS: dict[str, dict[str, Any]] = {
     "random_map": dict(of=dict(name="self_attention", heads="random", renormalise=True)),
     "teacher_attention": dict(query="mean", heads=(0, 2), block=0),
     "reused_attention": dict(every=4, view="whole", grid=6),
+    "predicted_attention": dict(after=1, every=2, grid=6, solve_every=1),
 }
 SCORE_FIELDS: dict[str, dict[str, Any]] = {"attention_stochastic": dict(alpha=0.3), "color": dict(kind="red")}
 BUDGET_FIELDS: dict[str, dict[int, dict[str, Any]]] = {"fixed": {1: dict(counts=(4,)), 2: dict(counts=(7, 3)), 3: dict(counts=(5, 4, 3))}}

@@ -10,7 +10,7 @@ from maskvit.configuration import hashable, look_up
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
 from maskvit.guidance.bipartition import Bipartition
 from maskvit.guidance.canvas import AverageError, ReusedAttention
-from maskvit.guidance.cheap import CoarseAttention, MergedAttention, SampledAttention
+from maskvit.guidance.cheap import CoarseAttention, MergedAttention, PredictedAttention, SampledAttention
 from maskvit.guidance.errors import PredictedError, ReconstructionError
 from maskvit.guidance.source import Request, Source
 from maskvit.guidance.stored import BlockMask, RandomMap, Stored
@@ -21,6 +21,7 @@ GUIDANCE: dict[str, type[Source]] = {
     "coarse_attention": CoarseAttention,
     "sampled_attention": SampledAttention,
     "merged_attention": MergedAttention,
+    "predicted_attention": PredictedAttention,
     "reused_attention": ReusedAttention,
     "average_error": AverageError,
     "reconstruction_error": ReconstructionError,

@@ -1,4 +1,4 @@
-"""How far cheap guidance agrees with the exact one: overlap of the tokens it would choose, corrected for chance and held against a ceiling."""
+"""How far cheap guidance agrees with the exact one: common tokens, corrected for chance and held against a ceiling."""
 
 from __future__ import annotations
 

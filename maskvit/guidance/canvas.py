@@ -8,6 +8,7 @@ the two grids (bilinear where the map is the coarser one), normalised over what 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,13 +125,35 @@ def check_grid(key: str, grid: int) -> None:
 # Exact scores of a part of the batch
 
 
-def every(request: Request, count: int) -> Request:
-    """The request of samples 0, count, 2 count, ... of the batch; their tokens are embedded anew, so that only they cost anything."""
-    part = lambda tree: jax.tree.map(lambda x: x[::count], tree)  # noqa: E731
+def stride(batch: int, every: int) -> int:
+    """Of a batch in which one sample in `every` gets an exact pass: samples 0, stride, 2 stride, ... of it do.
+
+    A batch smaller than that has its turn once in every // batch steps (`in_turn`).
+    """
+    return min(every, batch)
+
+
+def in_turn(learn: Callable[[], Any], request: Request, step: Int[Array, ""], every: int) -> Any:
+    """The memory that `learn` makes in the steps in which exact passes are due, else the one there is."""
+    period = max(1, every // request.keys.shape[0])
+    return learn() if period == 1 else jax.lax.cond(step % period == 0, learn, lambda: request.state)
+
+
+def thinned(request: Request, every: int) -> Request:
+    """The request of the samples with an exact pass; their tokens are embedded anew, so that only they cost anything."""
+    step = stride(request.keys.shape[0], every)
+    part = lambda tree: jax.tree.map(lambda x: x[::step], tree)  # noqa: E731
     values, present = part(dict(request.values)), part(request.tokens.present)
     tokens = request.model.embed(request.params, values, present)
-    batch = {key: value[::count] for key, value in request.batch.items() if not key.startswith("whole/")}
-    return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::count])
+    batch = {key: value[::step] for key, value in request.batch.items() if not key.startswith("whole/")}
+    return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::step])
+
+
+def average_in(maps: Maps, request: Request, logs: Float[Array, "b n"], momentum: float) -> Maps:
+    """The maps after the samples' scores were written under their crops."""
+    batch = request.batch
+    own = write(rows_of(maps, batch["index"]), logs, batch["box"], batch["flip"], request.tokens.layout, momentum)
+    return store(maps, batch["index"], own)
 
 
 CHUNK = 64  # samples whose attention is held at once
@@ -195,7 +218,7 @@ class ReusedAttention(SelfAttention):
     other fields say how attention is read in the exact pass. What a map holds are logarithms, of mean 0 and deviation 1 per view.
 
     Attributes:
-      every: an exact pass is made on samples 0, every, 2 every, ... of each batch, so a record is refreshed every `every`-th visit.
+      every: one sample in `every` gets an exact pass, so a record is refreshed at every `every`-th visit on average.
       view: what that pass sees: "crop", the sample as it is trained on, averaged into the map under its box; or "whole", the whole
         picture, which replaces the map.
       momentum: how much of the old map stays where a crop is averaged in.
@@ -230,16 +253,20 @@ class ReusedAttention(SelfAttention):
         return jnp.exp(fill_unknown(own, layout, request.keys))
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
-        index, layout = request.batch["index"][:: self.every], request.tokens.layout
-        if self.view == "crop":
-            part = every(request, self.every)
-            box, flip, momentum = part.batch["box"], part.batch["flip"], self.momentum
-        else:
-            part = request._replace(tokens=request.whole_tokens(), keys=request.keys[:: self.every])
-            momentum = 0.0
-            box, flip = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (index.shape[0], 1)), jnp.zeros(index.shape, bool)
-        logs = standard_logs(SelfAttention(self.query, self.block, self.heads, self.renormalise), part)
-        return store(request.state, index, write(rows_of(request.state, index), logs, box, flip, layout, momentum))
+        exact = SelfAttention(self.query, self.block, self.heads, self.renormalise)
+
+        def learn() -> Maps:
+            if self.view == "crop":
+                part = thinned(request, self.every)
+                return average_in(request.state, part, standard_logs(exact, part), self.momentum)
+            step = stride(request.keys.shape[0], self.every)
+            rows = request.batch["index"][::step]
+            everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
+            seen = dict(index=rows, box=everything, flip=jnp.zeros(rows.shape, bool))
+            part = request._replace(tokens=request.whole_tokens(), keys=request.keys[::step], batch=seen)
+            return average_in(request.state, part, standard_logs(exact, part), 0.0)
+
+        return in_turn(learn, request, step, self.every)
 
     def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
         return (embed_flops(model) + super().flops(model)) / self.every
@@ -279,7 +306,4 @@ class AverageError(Source):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
         if errors is None:
             raise ValueError("average_error needs the errors of the step")
-        batch, layout = request.batch, request.tokens.layout
-        new = standardise(errors, layout)
-        own = rows_of(request.state, batch["index"])
-        return store(request.state, batch["index"], write(own, new, batch["box"], batch["flip"], layout, self.momentum))
+        return average_in(request.state, request, standardise(errors, request.tokens.layout), self.momentum)

@@ -8,19 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from maskvit.flops import attention_flops, block_flops, embed_flops
-from maskvit.guidance.attention import SelfAttention, per_modality_sum_one, read_attention
+from maskvit.guidance.attention import SelfAttention, check_momentum, moving_average, per_modality_sum_one, read_attention
+from maskvit.guidance.canvas import (
+    AverageError,
+    ReusedAttention,
+    average_in,
+    blank,
+    check_grid,
+    in_turn,
+    read,
+    rows_of,
+    standard_logs,
+    thinned,
+)
 from maskvit.guidance.source import Request
 from maskvit.keys import stream_keys
 from maskvit.masking import gather_tokens
 from maskvit.models import MultiMaeModel
 from maskvit.types import Guidance, Params, TokenBatch, TokenLayout
+
+__all__ = [
+    "AverageError",
+    "CoarseAttention",
+    "MergedAttention",
+    "PredictedAttention",
+    "ReusedAttention",
+    "SampledAttention",
+]
 
 WHERE = "config.objective.guidance"
 
@@ -82,12 +103,12 @@ class CoarseAttention(SelfAttention):
         return embedding + attention_flops(model, self.block, self.query == "global", tokens)
 
 
-def resize_values(values: Num[Array, "b h w *c"], size: tuple[int, int]) -> Num[Array, "b h w *c"]:
+def resize_values(values: Num[Array, "b h w *c"], size: tuple[int, int]) -> Num[Array, "b y x *c"]:
     """Model values at another size: numbers antialiased, class ids (integers) nearest."""
     if not jnp.issubdtype(values.dtype, jnp.integer):
         return jax.image.resize(values, (values.shape[0], *size, *values.shape[3:]), "linear", antialias=True)
-    rows, columns = (jnp.floor((jnp.arange(new) + 0.5) * old / new).astype(jnp.int32) for old, new in zip(values.shape[1:3], size, strict=True))
-    return values[:, rows[:, None], columns[None, :]]
+    places = [((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(values.shape[1:3], size, strict=True)]
+    return values[:, places[0][:, None], places[1][None, :]]
 
 
 def resample_scores(scores: Float[Array, "b n"], grid: tuple[int, int], new: tuple[int, int]) -> Float[Array, "b k"]:
@@ -173,15 +194,15 @@ class MergedAttention(SelfAttention):
         check_share("share", self.share)
         last = self.block % dict(model.encoder)["depth"]
         if not 0 <= self.after <= last:
-            raise ValueError(f"{WHERE}.after is {self.after}; tokens can be merged after 0 ... {last} blocks, those before the block that is read")
+            raise ValueError(f"{WHERE}.after is {self.after}; for scores of block {last} merge after 0 ... {last} blocks")
 
     def _counts(self, layout: TokenLayout) -> tuple[int, ...]:
         return tuple(max(1, round(self.share * size)) for size in layout.sizes)
 
     def __call__(self, request: Request) -> Guidance:
         model, params = request.model, jax.lax.stop_gradient(request.params)
-        (tokens, layout, present), counts = jax.lax.stop_gradient(request.tokens), self._counts(request.tokens.layout)
-        x, mask = model.append_global(params, tokens, present)
+        (tokens, layout, present), counts = request.tokens, self._counts(request.tokens.layout)
+        x, mask = model.append_global(params, jax.lax.stop_gradient(tokens), present)
         x = model.blocks(params, x, 0, self.after, mask)
         there = jnp.ones(tokens.shape[:2], bool) if present is None else present
         merged, exists, owners = [], [], []
@@ -253,3 +274,189 @@ def from_block(model: MultiMaeModel, params: Params, first: int) -> tuple[MultiM
     sizes["depth"] -= first
     rest = dataclasses.replace(model, encoder=tuple(sorted(sizes.items())), num_global_tokens=0, num_classes=0)
     return rest, {"encoder": encoder, "global_tokens": params["global_tokens"][:0]}
+
+
+# Fewer blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedAttention(SelfAttention):
+    """The scores as a linear function of early tokens and of the scores of earlier visits, fitted as training goes on.
+
+    One sample in `every` gets an exact pass. Its scores (logarithms, standardised per sample and modality) are the targets of a
+    ridge regression per modality on `token_features` and `map_features`, and go into the record's map as in `reused_attention`. The
+    normal equations are moving averages, so the fit follows the model. Before the first update scores are random.
+
+    The other fields say how attention is read in the exact pass.
+
+    Attributes:
+      after: blocks that all tokens run through; 0 reads the embedded tokens.
+      every: how many samples share one exact pass.
+      ridge: penalty, relative to each feature's mean square.
+      momentum: how much of the normal equations stays at each of their updates.
+      solve_every: steps between two solutions.
+      grid: side of the maps kept per record (2 grid^2 bytes per record and modality); 0 keeps none and predicts from tokens alone.
+      map_momentum: how much of the old map stays where a crop is averaged in.
+    """
+
+    after: int = 1
+    every: int = 24
+    ridge: float = 0.01
+    momentum: float = 0.99
+    solve_every: int = 8
+    grid: int = 32
+    map_momentum: float = 0.8
+
+    @property
+    def batch_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("index", "box", "flip") if self.grid else ()
+
+    def check(self, model: MultiMaeModel) -> None:
+        super().check(model)
+        check_momentum(self.momentum)
+        check_momentum(self.map_momentum)
+        if self.grid:
+            check_grid("grid", self.grid)
+        last = self.block % dict(model.encoder)["depth"]
+        if not 0 <= self.after <= last:
+            raise ValueError(f"{WHERE}.after is {self.after}; scores of block {last} can be predicted after 0 ... {last} blocks")
+        for key in ("every", "solve_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{WHERE}.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.ridge <= 0:
+            raise ValueError(f"{WHERE}.ridge is {self.ridge}; it must be positive")
+
+    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> dict[str, Array]:
+        modalities, size = len(model.inputs), self._num_features(model)
+        state = {
+            "gram": jnp.zeros((modalities, size, size)),
+            "moment": jnp.zeros((modalities, size)),
+            "solution": jnp.zeros((modalities, size)),
+        }
+        return state | ({"maps": blank(num_records, model.layout, self.grid)} if self.grid else {})
+
+    def _num_features(self, model: MultiMaeModel) -> int:
+        return 4 * model.width + MAP_FEATURES + 1 if self.grid else 3 * model.width + 1
+
+    def _read(self, request: Request) -> list[tuple[Float[Array, "b h w d"], Float[Array, "b 1 1 d"], Float[Array, "b h w f"] | None]]:
+        """Of every modality: (normed tokens on their grid, normed context, features of the record's map)."""
+        model, params = request.model, jax.lax.stop_gradient(request.params)
+        tokens, layout, present = request.tokens
+        x, mask = model.append_global(params, jax.lax.stop_gradient(tokens), present)
+        x = jax.nn.standardize(model.blocks(params, x, 0, self.after, mask).astype(jnp.float32), axis=-1, epsilon=1e-6)
+        there = jnp.ones(tokens.shape[:2], bool) if present is None else present
+        known = None
+        if self.grid:
+            batch = request.batch
+            known = read(rows_of(request.state["maps"], batch["index"]), batch["box"], batch["flip"], layout)
+        found = []
+        for span, grid in zip(layout.spans(), layout.grids, strict=True):
+            own = jnp.where(there[:, span, None], x[:, span], 0.0)
+            context = x[:, -1:] if model.num_global_tokens else own.sum(axis=1, keepdims=True) / jnp.maximum(own.shape[1], 1)
+            maps = None if known is None else map_features(known[:, span].reshape(-1, *grid))
+            found.append((own.reshape(-1, *grid, model.width), context[:, :, None], maps))
+        return found
+
+    def __call__(self, request: Request) -> Guidance:
+        layout = request.tokens.layout
+        read_off = [linear_read_out(w, *own) for w, own in zip(request.state["solution"], self._read(request), strict=True)]
+        # Without a solution the noise alone decides.
+        noise = 1e-6 * jax.vmap(lambda key: jax.random.normal(key, (layout.num_tokens,)))(stream_keys(request.keys, "unpredicted"))
+        scores = jnp.exp(jnp.clip(jnp.concatenate(read_off, axis=1) + noise, -20.0, 20.0))
+        return per_modality_sum_one(scores, layout, request.tokens.present) if self.renormalise else scores
+
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> dict[str, Array]:
+        def learn() -> dict[str, Array]:
+            part = thinned(request, self.every)
+            return self.learn(part, standard_logs(SelfAttention(self.query, self.block, self.heads), part))
+
+        state = in_turn(learn, request, step, self.every)
+        solve = lambda: jax.lax.map(lambda pair: ridge_solution(*pair, self.ridge), (state["gram"], state["moment"]))  # noqa: E731
+        # The first solution at the first update; scores would be random until then.
+        return state | {"solution": jax.lax.cond(step % self.solve_every == 0, solve, lambda: state["solution"])}
+
+    def learn(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:
+        """The memory after the exact scores of these samples (`standard_logs`) were seen, but for the solution."""
+        state, layout = dict(request.state), request.tokens.layout
+        grams, moments = [], []
+        for own, span in zip(self._read(request), layout.spans(), strict=True):
+            target, counted = targets[:, span], ~jnp.isnan(targets[:, span])
+            features = jnp.where(counted[..., None], all_features(*own), 0.0)
+            total = jnp.maximum(counted.sum(), 1)
+            grams.append(jnp.einsum("bkf,bkg->fg", features, features) / total)
+            moments.append(jnp.einsum("bkf,bk->f", features, jnp.where(counted, target, 0.0)) / total)
+        new = {"gram": jnp.stack(grams), "moment": jnp.stack(moments)}
+        state |= moving_average({key: state[key] for key in new}, new, self.momentum)
+        if self.grid:
+            state["maps"] = average_in(state["maps"], request, targets, self.map_momentum)
+        return state
+
+    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+        sizes, size, tokens = dict(model.encoder), self._num_features(model), model.layout.num_tokens
+        blocks = self.after * block_flops(tokens + model.num_global_tokens, sizes["width"], sizes.get("mlp_ratio", 4.0))
+        # The samples with an exact pass go through the first blocks once more, for their features.
+        exact = embed_flops(model) + super().flops(model) + blocks + 2 * tokens * size**2
+        solve = len(model.inputs) * (size**3 / 3 + 4 * size**2) / (self.solve_every * batch)
+        return blocks + 2 * tokens * size + exact / self.every + solve
+
+
+def all_features(
+    normed: Float[Array, "b h w d"], context: Float[Array, "b 1 1 d"], maps: Float[Array, "b h w f"] | None
+) -> Float[Array, "b k e"]:
+    """Layer-normalised tokens, their product with the context (the global token), their means over 3 x 3 tokens, and a constant;
+    where the record's map is known also the tokens times its relative value, and `map_features`.
+    """
+    parts = [normed, normed * context, box_mean(normed, 3)]
+    if maps is not None:
+        parts += [normed * maps[..., RELATIVE, None], maps]
+    parts.append(jnp.ones((*normed.shape[:3], 1)))
+    joined = jnp.concatenate(parts, axis=-1)
+    return joined.reshape(joined.shape[0], -1, joined.shape[-1])
+
+
+def linear_read_out(
+    weights: Float[Array, " e"], normed: Float[Array, "b h w d"], context: Float[Array, "b 1 1 d"], maps: Float[Array, "b h w f"] | None
+) -> Float[Array, "b k"]:
+    """`all_features` times weights, without making the features: for a whole batch they would not fit into memory."""
+    d = normed.shape[-1]
+    own, product, near, rest = weights[:d], weights[d : 2 * d], weights[2 * d : 3 * d], weights[3 * d :]
+    scores = normed @ own + jnp.einsum("bhwd,bd->bhw", normed, context[:, 0, 0] * product) + weights[-1]
+    scores += box_mean((normed @ near)[..., None], 3)[..., 0]
+    if maps is not None:
+        scores += maps[..., RELATIVE] * (normed @ rest[:d]) + maps @ rest[d:-1]
+    return scores.reshape(scores.shape[0], -1)
+
+
+MAP_FEATURES, RELATIVE = 6, 1
+
+
+def map_features(known: Float[Array, "b h w"]) -> Float[Array, "b h w f"]:
+    """What a record's map says under the crop (NaN where it knows nothing): the value, its place among the crop's other values and
+    that squared, means over 3 x 3 and 5 x 5 tokens, and whether it is known. Unknown values stand at the mean of the known ones.
+    """
+    missing = jnp.isnan(known)
+    count = jnp.maximum((~missing).sum(axis=(1, 2), keepdims=True), 1)
+    mean = jnp.where(missing, 0.0, known).sum(axis=(1, 2), keepdims=True) / count
+    value = jnp.where(missing, mean, known)
+    deviation = jnp.sqrt(((value - mean) ** 2).mean(axis=(1, 2), keepdims=True))
+    relative = (value - mean) / (deviation + 0.05)
+    near = [box_mean(relative[..., None], side)[..., 0] for side in (3, 5)]
+    return jnp.stack([value, relative, relative**2, *near, missing.astype(jnp.float32)], axis=-1)
+
+
+def box_mean(maps: Float[Array, "b h w c"], side: int) -> Float[Array, "b h w c"]:
+    """Mean over the tokens at most side // 2 rows and columns away, those outside the grid not counted."""
+    rows, columns = (np.abs(np.arange(n)[:, None] - np.arange(n)) <= side // 2 for n in maps.shape[1:3])
+    rows, columns = rows / rows.sum(axis=1, keepdims=True), columns / columns.sum(axis=1, keepdims=True)
+    return jnp.einsum("oh,bhwc,pw->bopc", rows.astype(np.float32), maps, columns.astype(np.float32))
+
+
+def ridge_solution(gram: Float[Array, "f f"], moment: Float[Array, " f"], ridge: float) -> Float[Array, " f"]:
+    """Weights of the regression whose normal equations these are, penalised by `ridge` times each feature's mean square.
+
+    Solved for features of mean square 1, which is what float32 needs; features that were never seen get weight 0.
+    """
+    scale = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(gram), 1e-12))
+    scaled = gram * scale[:, None] * scale[None, :] + (ridge + 1e-6) * jnp.eye(gram.shape[0])
+    factor = jax.scipy.linalg.cho_factor(scaled, lower=True)
+    return scale * jax.scipy.linalg.cho_solve(factor, moment * scale)

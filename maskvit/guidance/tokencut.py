@@ -20,6 +20,7 @@ from maskvit.types import Params, TokenBatch
 FEATURES = ("keys", "keys_without_bias", "tokens")
 GRAPHS = ("binary", "cosine")
 VALUES = ("mask", "eigenvector")
+SQUARINGS = 16  # eigenvalues of the walk that differ by a ten-thousandth are told apart, which is about what float32 can
 
 
 class Cut(NamedTuple):
@@ -76,12 +77,7 @@ def cut(features: Float[Array, "b n d"], grid: tuple[int, int], tau: float = 0.2
     unit = features / jnp.maximum(jnp.linalg.norm(features, axis=2, keepdims=True), 1e-12)
     cosine = jnp.einsum("bnd,bmd->bnm", unit, unit, precision="highest")
     w = jnp.where(cosine > tau, 1.0, eps) if graph == "binary" else jnp.where(cosine < tau, eps, cosine)
-    root = jnp.sqrt(w.sum(axis=2))
-    # The smallest eigenvector is known: root. Moved to the other end of the spectrum it leaves the wanted one first, and in
-    # float32 the two do not mix where both eigenvalues are near 0 (a graph that almost falls apart).
-    known = root / jnp.linalg.norm(root, axis=1, keepdims=True)
-    laplacian = jnp.eye(w.shape[1]) - w / (root[:, :, None] * root[:, None, :]) + 2 * known[:, :, None] * known[:, None, :]
-    x = jnp.linalg.eigh(laplacian)[1][:, :, 0] / root
+    x = second_eigenvector(w)
     part = x > x.mean(axis=1, keepdims=True)
     seed = jnp.argmax(jnp.abs(x), axis=1)
     outside = ~jnp.take_along_axis(part, seed[:, None], axis=1)
@@ -95,6 +91,27 @@ def cut(features: Float[Array, "b n d"], grid: tuple[int, int], tau: float = 0.2
 
     mask, _ = jax.lax.while_loop(lambda masks: (masks[0] != masks[1]).any(), grow, (start, jnp.zeros_like(start)))
     return Cut(mask, x.reshape(part.shape))
+
+
+def second_eigenvector(w: Float[Array, "b n n"]) -> Float[Array, "b n"]:
+    """The second smallest eigenvector x of (D - W) x = lambda D x, x^T D x = 1, for symmetric graphs W; its sign is arbitrary.
+
+    By squaring the lazy random walk's matrix, the known first eigenvector taken out, until only the next one is left: `SQUARINGS`
+    products of n x n matrices stand for 2 ** SQUARINGS steps of the power method. `jnp.linalg.eigh` takes longer on accelerators,
+    and on a CPU that plays several devices its LAPACK may wait for itself for ever.
+    """
+    root = jnp.sqrt(w.sum(axis=2))
+    known = root / jnp.linalg.norm(root, axis=1, keepdims=True)
+    walk = 0.5 * (jnp.eye(w.shape[1]) + w / (root[:, :, None] * root[:, None, :])) - known[:, :, None] * known[:, None, :]
+
+    def square(_: Any, matrix: Float[Array, "b n n"]) -> Float[Array, "b n n"]:
+        product = jnp.einsum("bij,bjk->bik", matrix, matrix, precision="highest")
+        return product / jnp.linalg.norm(product, axis=(1, 2), keepdims=True)
+
+    projector = jax.lax.fori_loop(0, SQUARINGS, square, walk)
+    largest = jnp.argmax(jnp.diagonal(projector, axis1=1, axis2=2), axis=1)
+    y = jnp.take_along_axis(projector, largest[:, None, None], axis=1)[:, 0]
+    return y / jnp.linalg.norm(y, axis=1, keepdims=True) / root
 
 
 def _with_neighbours(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh gw"], xp: Any) -> Any:

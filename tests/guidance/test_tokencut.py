@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskvit.guidance.discovery import attention_map, heaviest
-from maskvit.guidance.tokencut import Cut, as_guidance, bounding_box, cut, exact_cut, patch_features, tokencut_map
+from maskvit.guidance.tokencut import Cut, as_guidance, bounding_box, cut, exact_cut, patch_features, second_eigenvector, tokencut_map
 from tests.tiny import tiny_batch, tiny_objective
 
 
@@ -35,6 +35,17 @@ def test_the_batched_cut_agrees_with_the_exact_one(golden):
             exact = exact_cut(one, (14, 14), **arguments)
             np.testing.assert_array_equal(found.mask[i], exact.mask)
             np.testing.assert_allclose(found.eigenvector[i], exact.eigenvector, atol=1e-4 * np.abs(exact.eigenvector).max())
+
+
+def test_the_eigenvector_where_the_graph_almost_falls_apart():
+    """Two groups joined by next to nothing, and a long chain whose eigenvalues lie close together, against LAPACK in float64."""
+    chain = np.eye(60, k=1) + np.eye(60, k=-1) + np.eye(60)
+    groups = np.where(np.arange(60)[:, None] // 35 == np.arange(60) // 35, 1.0, 1e-5)
+    for w in (chain, groups):
+        root = np.sqrt(w.sum(axis=1))
+        expected = np.linalg.eigh(np.eye(60) - w / np.outer(root, root))[1][:, 1] / root
+        found = np.asarray(second_eigenvector(jnp.asarray(w[None], jnp.float32)))[0]
+        np.testing.assert_allclose(found * np.sign(found @ expected), expected, atol=2e-3 * np.abs(expected).max())
 
 
 def grouped(seed: int = 0, width: int = 24, grid=(10, 12)) -> tuple[np.ndarray, np.ndarray]:
@@ -77,9 +88,9 @@ def test_only_the_connected_part_with_the_seed():
     two[7:9, 9:11] = True  # touches the first at a corner
     direction, ground = features[mask.ravel()].mean(0), features[~mask.ravel()].mean(0)
     features = np.where(two.reshape(-1, 1), direction, ground) + 0.01 * np.random.default_rng(1).standard_normal(features.shape)
-    found = exact_cut(features.astype(np.float32), mask.shape).mask
-    assert found.sum() in (mask.sum(), two.sum() - mask.sum()) and (found & ~two).sum() == 0
-    np.testing.assert_array_equal(cut(jnp.asarray(features[None], jnp.float32), mask.shape).mask[0], found)
+    for found in (exact_cut(features.astype(np.float32), mask.shape), cut(jnp.asarray(features[None], jnp.float32), mask.shape)):
+        found = np.asarray(found.mask).reshape(mask.shape)  # patches of both are alike, so either may hold the seed
+        assert (found == mask).all() or (found == (two & ~mask)).all()
 
 
 def test_a_winding_part_is_followed_to_its_end():
