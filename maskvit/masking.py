@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.types import Guidance, MaskPlan, TokenLayout
+from maskvit.types import MaskPlan, TokenLayout
 
 # Budgets
 

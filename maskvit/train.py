@@ -452,9 +452,7 @@ def run(
         inputs=model.inputs, **loading,
     )  # fmt: skip
     batch = place_batch(next(batches), mesh)
-    pure_step = functools.partial(
-        _placed_step, objective=method, optimizer=optim, shardings=shardings, metric_sharding=replicated(mesh)
-    )
+    pure_step = functools.partial(_placed_step, objective=method, optimizer=optim, shardings=shardings, metric_sharding=replicated(mesh))
     # An argument, not a constant: runs that differ in their seed alone share a compilation.
     step_seed = np.int32(seed)
     compiled, micro_batches, memory = compile_step(

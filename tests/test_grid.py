@@ -95,7 +95,9 @@ def test_every_row_of_every_table_occurs():
     assert drawn == {"guidance": set(GUIDANCE), "scores": set(SCORES), "budget": set(BUDGETS)}
 
 
-@pytest.mark.parametrize("number", range(len(CELLS)), ids=[f"{c['guidance']['name']}-{c['scores']['name']}-{c['budget']['name']}" for c in CELLS])
+@pytest.mark.parametrize(
+    "number", range(len(CELLS)), ids=[f"{c['guidance']['name']}-{c['scores']['name']}-{c['budget']['name']}" for c in CELLS]
+)
 def test_two_steps_of_a_random_cell(number):
     cell = CELLS[number]
     objective = tiny_objective(**cell)
@@ -103,7 +105,9 @@ def test_two_steps_of_a_random_cell(number):
     shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), schedule)
     state = init_state(objective, optimizer, 0, RECORDS)
-    step, traces = counting(partial(train_step, objective=objective, optimizer=optimizer, seed=0, micro_batches=2 if number % 3 == 0 else 1))
+    step, traces = counting(
+        partial(train_step, objective=objective, optimizer=optimizer, seed=0, micro_batches=2 if number % 3 == 0 else 1)
+    )
     jitted = jax.jit(step)
     planned = jax.jit(lambda s, b: objective.plan(s.params, b, sample_keys(0, s.step, BATCH), s.objective_state, s.step)[0])
     present = number % 2 == 0

@@ -76,7 +76,7 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file in its public form, its training form, or as a bare state dict; of student and teacher, the teacher."""
     path = Path(path)
-    content = read_onnx(path) if path.suffix == ".onnx" else read_checkpoint(path)
+    content: Any = read_onnx(path) if path.suffix == ".onnx" else read_checkpoint(path)
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path}: holds a {type(content).__name__}, not a state dict")
     parts = (content.get(name) for name in ("teacher", "model", "state_dict"))  # self-distillation keeps two models

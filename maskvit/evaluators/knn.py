@@ -240,9 +240,7 @@ class Knn:
             if baseline:  # all colours lie in one octant: the cosine must see how they differ
                 centre = train_features.mean(axis=0, dtype=np.float32)
                 train_features, test_features = train_features - centre, test_features - centre
-            figures = weighted_knn(
-                train_features, train.labels, test_features, test.labels, self._ks, num_classes, self._temperature
-            )
+            figures = weighted_knn(train_features, train.labels, test_features, test.labels, self._ks, num_classes, self._temperature)
             for name, value in figures.items():
                 if baseline:
                     self._baseline_figures.append((f"{feature}/{name}", value))

@@ -67,7 +67,9 @@ class Bipartition(Source):
     def check(self, model: MultiMaeModel) -> None:
         depth = dict(model.encoder)["depth"]
         if not -depth <= self.block < depth:
-            raise ValueError(f"config.objective.guidance.block is {self.block}; the encoder has blocks 0 ... {depth - 1} (or -1 for the last)")
+            raise ValueError(
+                f"config.objective.guidance.block is {self.block}; the encoder has blocks 0 ... {depth - 1} (or -1 for the last)"
+            )
 
     def __call__(self, request: Request) -> Guidance:
         params, batch = jax.lax.stop_gradient(request.params), request.tokens

@@ -23,7 +23,9 @@ def check_rebuilds_inputs(model: MultiMaeModel, name: str) -> None:
     rebuilt = {model.modality(output).name for output in model.outputs}
     missing = [modality for modality in model.inputs if modality not in rebuilt]
     if missing:
-        raise ValueError(f"config.objective.guidance {name!r} needs an error of every input, but {missing[0]!r} is not in config.objective.outputs")
+        raise ValueError(
+            f"config.objective.guidance {name!r} needs an error of every input, but {missing[0]!r} is not in config.objective.outputs"
+        )
 
 
 def fill_with_mean(errors: Float[Array, "b n"], layout: TokenLayout) -> Float[Array, "b n"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from maskvit.models import MultiMaeModel
 from maskvit.models.resnet import ResNet
-from maskvit.models.vit import Block, layer_norm
+from maskvit.models.vit import Block, apply, layer_norm
 from maskvit.types import Params, TokenBatch
 
 
@@ -62,12 +62,12 @@ def vit_gradcam(
     block = Block(**{key: value for key, value in sizes.items() if key != "depth"})
     tokens, mask = model.append_global(params, batch.tokens, batch.present)
     tokens = model.blocks(params, tokens, 0, sizes["depth"] - 1, mask).astype(jnp.float32)
-    normed = layer_norm(jnp.float32).apply({"params": last["norm1"]}, tokens)
+    normed = apply(layer_norm(jnp.float32), last["norm1"], tokens)
     grid, n = batch.layout.grids[0], batch.layout.num_tokens
 
     def logits(patches: Float[Array, "b gh gw d"]) -> Float[Array, "b k"]:
         h = jnp.concatenate([patches.reshape(patches.shape[0], n, -1), normed[:, n:]], axis=1)
-        encoded = block.apply({"params": last}, tokens, h, mask, method=Block.behind_norm)
+        encoded = apply(block, last, tokens, h, mask, method=Block.behind_norm)
         return model.logits(params, model.normed(params, encoded))
 
     return class_activation(normed[:, :n].reshape(normed.shape[0], *grid, -1), logits, classes)

@@ -120,8 +120,8 @@ def _with_neighbours(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh
     return mask | wide[..., :-2, 1:-1] | wide[..., 2:, 1:-1] | wide[..., 1:-1, :-2] | wide[..., 1:-1, 2:]
 
 
-def as_guidance(found: Cut, value: str = "eigenvector") -> Float[Array, "*b gh gw"] | Float[np.ndarray, "*b gh gw"]:
-    """A cut as importance in 0 ... 1, 0 outside the object's mask.
+def as_guidance(found: Cut, value: str = "eigenvector") -> Any:
+    """A cut as importance in 0 ... 1, 0 outside the object's mask; an array of the cut's own kind and shape.
 
     `value`: "mask" is 1 inside; "eigenvector" the signed eigenvector, its range over the picture mapped to 0 ... 1. Which of the
     two "Attention-Guided Masked Autoencoders" (2024) stores is not published.

@@ -15,7 +15,7 @@ from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
 from maskvit.models.decoders import SpatialDecoder
-from maskvit.models.vit import VARIANTS, Dense, Encoder, layer_norm
+from maskvit.models.vit import VARIANTS, Dense, Encoder, apply, layer_norm
 from maskvit.types import MaskPlan, Params, TokenBatch, TokenLayout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -148,7 +148,7 @@ class MultiMaeModel:
     def embed(self, params: Params, values: Mapping[str, Num[Array, "b h w *c"]], present: Bool[Array, "b n"] | None = None) -> TokenBatch:
         """Model values of the given modalities to tokens with position; the one place where tokens are made."""
         layout = self.layout_of(values)
-        tokens = [self._input(name).apply({"params": params["inputs"][name]}, values[name]) for name in layout.names]
+        tokens = [apply(self._input(name), params["inputs"][name], values[name]) for name in layout.names]
         return TokenBatch(jnp.concatenate(tokens, axis=1), layout, present)
 
     def append_global(
@@ -164,12 +164,12 @@ class MultiMaeModel:
     def encode(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Float[Array, "b e d"]:
         """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to."""
         tokens, mask = self.append_global(params, tokens, mask)
-        return self.normed(params, self._encoder().apply({"params": params["encoder"]}, tokens, mask))
+        return self.normed(params, apply(self._encoder(), params["encoder"], tokens, mask))
 
     def normed(self, params: Params, tokens: Float[Array, "b e d"]) -> Float[Array, "b e d"]:
         """What leaves the last block, through the final norm where the model has one on every token."""
         if self.final_norm and self.pool == "global":
-            return self._norm().apply({"params": params["norm"]}, tokens)
+            return apply(self._norm(), params["norm"], tokens)
         return tokens
 
     def logits(self, params: Params, encoded: Float[Array, "b e d"]) -> Float[Array, "b k"]:
@@ -181,19 +181,19 @@ class MultiMaeModel:
         else:
             pooled = encoded[:, : encoded.shape[1] - self.num_global_tokens].mean(axis=1)
             if self.final_norm:
-                pooled = self._norm().apply({"params": params["norm"]}, pooled)
-        return self._head().apply({"params": params["head"]}, pooled)
+                pooled = apply(self._norm(), params["norm"], pooled)
+        return apply(self._head(), params["head"], pooled)
 
     def attention(self, params: Params, batch: TokenBatch, queries: slice, block: int = -1) -> Float[Array, "b a q e"]:
         """The attention of one block on all tokens (global tokens last), for the queries asked for and no work beyond it."""
         tokens, mask = self.append_global(params, batch.tokens, batch.present)
-        return self._encoder().apply({"params": params["encoder"]}, tokens, queries, block, mask, method=Encoder.attention)
+        return apply(self._encoder(), params["encoder"], tokens, queries, block, mask, method=Encoder.attention)
 
     def attention_from(
         self, params: Params, tokens: Float[Array, "b e d"], start: int, queries: slice, block: int, mask: Bool[Array, "b e"] | None = None
     ) -> Float[Array, "b a q e"]:
         """As `attention`, of tokens (global ones included, as `start` finds them) that went through the blocks before `start`."""
-        return self._encoder().apply({"params": params["encoder"]}, tokens, queries, block, mask, start, method=Encoder.attention)
+        return apply(self._encoder(), params["encoder"], tokens, queries, block, mask, start, method=Encoder.attention)
 
     def key_features(self, params: Params, batch: TokenBatch, block: int = -1, bias: bool = True) -> Float[Array, "b e d"]:
         """The attention keys of one block on all tokens (global tokens last), heads side by side; `bias` False leaves theirs out."""
@@ -204,18 +204,18 @@ class MultiMaeModel:
             attn = encoder[name]["attn"]
             attn = {**attn, "qkv": {**attn["qkv"], "bias": jnp.zeros_like(attn["qkv"]["bias"])}}
             encoder = {**encoder, name: {**encoder[name], "attn": attn}}
-        return self._encoder().apply({"params": encoder}, tokens, block, mask, method=Encoder.key_features)
+        return apply(self._encoder(), encoder, tokens, block, mask, method=Encoder.key_features)
 
     def blocks(
         self, params: Params, tokens: Float[Array, "b v d"], start: int, stop: int, mask: Bool[Array, "b v"] | None = None
     ) -> Float[Array, "b v d"]:
         """Tokens (global ones included, as `start` finds them) through the encoder's blocks start ... stop - 1."""
-        return self._encoder().apply({"params": params["encoder"]}, tokens, start, stop, mask, method=Encoder.blocks)
+        return apply(self._encoder(), params["encoder"], tokens, start, stop, mask, method=Encoder.blocks)
 
     def attentions(self, params: Params, batch: TokenBatch) -> list[Float[Array, "b a e e"]]:
         """The attention maps of every block on all tokens (global tokens last)."""
         tokens, mask = self.append_global(params, batch.tokens, batch.present)
-        return self._encoder().apply({"params": params["encoder"]}, tokens, mask, method=Encoder.attentions)
+        return apply(self._encoder(), params["encoder"], tokens, mask, method=Encoder.attentions)
 
     def decode(
         self, params: Params, output: str, encoded: Float[Array, "b e d"], plan: MaskPlan, layout: TokenLayout, masks_keys: bool
@@ -227,8 +227,7 @@ class MultiMaeModel:
         rows, columns = layout.grids[layout.names.index(name)]
         ratio = self.modality(name).patch / spec.patch
         grid = round(rows * ratio), round(columns * ratio)
-        variables = {"params": params["outputs"][output]}
-        return self._decoder(output).apply(variables, encoded, plan, layout, grid, masks_keys)
+        return apply(self._decoder(output), params["outputs"][output], encoded, plan, layout, grid, masks_keys)
 
 
 def frozen_mask(params: Params) -> Any:

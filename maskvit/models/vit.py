@@ -43,6 +43,11 @@ def uniform_by_fan_in(fan_in: int):
     return init
 
 
+def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> Any:
+    """The module's result on these parameters. Flax's own `apply` may return changed variables beside it; ours change none."""
+    return module.apply({"params": params}, *arguments, **options)
+
+
 class Dense(nn.Module):
     """A linear layer (kernel "in out"). `columns` computes only that slice of the outputs."""
 

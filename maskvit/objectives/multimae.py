@@ -102,7 +102,9 @@ class LossWeight:
     def __post_init__(self) -> None:
         taus = self.tau if isinstance(self.tau, tuple) else (self.tau,)
         if len(taus) > 2 or min(taus) <= 0.05:
-            raise ValueError(f"config.objective.loss_weight.tau is {self.tau}; give one or two numbers above 0.05 (weights reach exp(1 / tau))")
+            raise ValueError(
+                f"config.objective.loss_weight.tau is {self.tau}; give one or two numbers above 0.05 (weights reach exp(1 / tau))"
+            )
         if self.gamma <= 0:
             raise ValueError(f"config.objective.loss_weight.gamma is {self.gamma}; it must be positive")
 
@@ -478,7 +480,13 @@ class MultiMae:
         return {"mean": mean, "global": encoded[:, n]}
 
     def visualize(
-        self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: MaskPlan | None = None, step: Int[Array, ""] | int = 0
+        self,
+        params: Params,
+        state: Any,
+        batch: Batch,
+        keys: Key[Array, " b"],
+        plan: MaskPlan | None = None,
+        step: Int[Array, ""] | int = 0,
     ) -> dict[str, dict[str, Array]]:
         """What a picture of the method needs.
 
@@ -601,7 +609,9 @@ def multimae(
     users = [f"scores {name!r}"] if name in GUIDED_SCORES else []
     users += ["loss_weight"] if weight is not None else []
     if users and not guidance:
-        raise ValueError(f"config.objective.{users[0].replace(' ', '.name ')} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}")
+        raise ValueError(
+            f"config.objective.{users[0].replace(' ', '.name ')} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}"
+        )
     if guidance and not users:
         raise ValueError(f"config.objective.guidance is set, but scores {name!r} do not use it and there is no loss_weight: remove it")
     share = _part("guided_share", GuidedShare, guided_share)
@@ -631,7 +641,9 @@ def _check_arguments_of_functions(objective: MultiMae) -> None:
     if objective._budget_momentum is not None:
         missing = [n for n in model.inputs if n not in model.outputs and f"norm_{n}" not in model.outputs]
         if missing:
-            raise ValueError(f"the budget 'adaptive_dirichlet' follows losses, but the input {missing[0]!r} is not in config.objective.outputs")
+            raise ValueError(
+                f"the budget 'adaptive_dirichlet' follows losses, but the input {missing[0]!r} is not in config.objective.outputs"
+            )
     (score, score_arguments), (budget, budget_arguments), layout = objective.scores, objective.budget, model.layout
 
     def both(keys: Key[Array, " b"]) -> Any:

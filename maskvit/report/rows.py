@@ -68,9 +68,7 @@ def estimate(values: Float[np.ndarray, " b"]) -> Estimate:
     return Estimate(float(values.mean()) if count else math.nan, error, count)
 
 
-def outliers(
-    norms: Float[np.ndarray, "b n"], present: Bool[np.ndarray, "b n"], deviations: float = DEVIATIONS
-) -> Bool[np.ndarray, "b n"]:
+def outliers(norms: Float[np.ndarray, "b n"], present: Bool[np.ndarray, "b n"], deviations: float = DEVIATIONS) -> Bool[np.ndarray, "b n"]:
     """Present tokens whose norm exceeds the mean of all of them by `deviations` standard deviations."""
     counted = norms[present]
     return present & (norms > counted.mean() + deviations * counted.std())

@@ -280,7 +280,9 @@ def test_families(tmp_path):
         (["conv1.weight"], "unknown"),
     ):
         save_file({key: np.zeros((1, 2), np.float32) for key in keys}, tmp_path / "x.safetensors")
-        with pytest.raises(ConversionError, match=f"{name}.*only MultiMAE pretraining checkpoints, plain ViTs and ResNets can be converted"):
+        with pytest.raises(
+            ConversionError, match=f"{name}.*only MultiMAE pretraining checkpoints, plain ViTs and ResNets can be converted"
+        ):
             convert.convert(tmp_path / "x.safetensors", tmp_path / "ours")
         assert name in convert.inspect(tmp_path / "x.safetensors")
     assert not (tmp_path / "ours").exists()

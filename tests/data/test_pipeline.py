@@ -444,7 +444,9 @@ def test_leaving_without_closing_does_not_hang():
 def test_block_masks_come_with_the_batch_and_depend_on_epoch_and_record_alone(source):
     def masks(**settings) -> dict:
         batches = take(source, 12, extras=("index",), blocks=(0.4, 0.1), **settings)  # two epochs of six steps
-        rows = [(step // 6, int(i), m) for step, batch in enumerate(batches) for i, m in zip(batch["index"], batch["guidance"], strict=True)]
+        rows = [
+            (step // 6, int(i), m) for step, batch in enumerate(batches) for i, m in zip(batch["index"], batch["guidance"], strict=True)
+        ]
         return {(epoch, index): mask for epoch, index, mask in rows}
 
     one, again = masks(), masks(workers=2)

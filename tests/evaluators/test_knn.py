@@ -107,8 +107,12 @@ def objective(monkeypatch):
             image_size=SIZE,
             modalities=dict(rgb=dict(RGB, patch=8), ir=dict(kind="continuous", channels=1, patch=8)),
             objective=dict(
-                name="multimae", inputs=("rgb", "ir"), outputs=("rgb",), num_visible=6,
-                encoder=dict(width=48, depth=2, heads=2), decoder=dict(width=16, depth=1, heads=2),
+                name="multimae",
+                inputs=("rgb", "ir"),
+                outputs=("rgb",),
+                num_visible=6,
+                encoder=dict(width=48, depth=2, heads=2),
+                decoder=dict(width=16, depth=1, heads=2),
             ),
         )  # fmt: skip
     )

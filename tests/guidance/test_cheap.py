@@ -80,7 +80,9 @@ def test_with_nothing_left_out_it_is_the_exact_pass(source, reading, present, re
 
 @pytest.mark.parametrize("present", [False, True])
 @pytest.mark.parametrize(
-    "source", [CoarseAttention(resolution=0.5), SampledAttention(share=0.5), MergedAttention(share=0.5), MergedAttention(share=0.2)], ids=str
+    "source",
+    [CoarseAttention(resolution=0.5), SampledAttention(share=0.5), MergedAttention(share=0.5), MergedAttention(share=0.2)],
+    ids=str,
 )
 def test_with_a_part_left_out_every_token_has_a_score(source, present, request_of, objective):
     request = request_of(tiny_batch(8, present=present))

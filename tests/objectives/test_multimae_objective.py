@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import GUIDED, MODALITIES, RANDOM, on_device, tiny_batch, tiny_config, tiny_objective
 
-from maskvit.keys import sample_keys
 from maskvit.guidance.attention import self_attention
+from maskvit.keys import sample_keys
 from maskvit.masking import predicted_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.multimae import MultiMae
@@ -182,7 +182,9 @@ def test_guided_plans_hide_the_most_attended_and_share_the_random_budget(params)
     plan, counts = jax.jit(objective.plan)(params, batch, keys)
     random_plan, _ = jax.jit(plain.plan)(params, batch, keys)
     tokens = objective.model.embed(params, objective.prepare(batch).values_of(objective.model.inputs))
-    guidance = np.asarray(jax.jit(lambda p, t: self_attention(objective.model, p, TokenBatch(t, tokens.layout), "mean"))(params, tokens.tokens))
+    guidance = np.asarray(
+        jax.jit(lambda p, t: self_attention(objective.model, p, TokenBatch(t, tokens.layout), "mean"))(params, tokens.tokens)
+    )
     for span in tokens.layout.spans():
         masked = np.asarray(plan.masked[:, span])
         np.testing.assert_array_equal(masked.sum(axis=1), np.asarray(random_plan.masked[:, span]).sum(axis=1))

@@ -1,27 +1,13 @@
-"""How fast it is: `python -m maskvit.bench [step|loader]`.
-
-`step` times whole train steps of MultiMAE on synthetic batches that lie on the device: random masks, attention-guided
-masks, and (where torch is installed) a torch model of the same sizes, in turns inside one run, so that a ratio holds
-even where other work slows the machine. It needs JAX, flax and optax, no data library and no plotting. `loader` times
-the input pipeline alone.
-
-A line of JSON per measurement goes to standard output; the table for the eye goes to standard error.
-"""
+"""Whole train steps of MultiMAE on synthetic batches that lie on the device: random masks, attention-guided masks, and torch's."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
-import json
-import os
-import platform
-import resource
-import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from maskvit.bench.timing import compiled_gb, cpu_threads, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilisation
 
 SIZES = ("Ti", "S", "B", "L")
 DTYPES = ("float32", "bfloat16")
@@ -66,49 +52,6 @@ def synthetic_batch(model: Any, batch: int) -> dict[str, Any]:
         else:
             arrays[spec.name] = rng.uniform(0, 60_000, (batch, height, width, spec.channels)).astype(np.float32)
     return arrays
-
-
-def in_turns(calls: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` times a, b, ..., a, b, ... after `warmup` untimed rounds. A call ends when its work has."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """Median, minimum and maximum seconds per step, and images/s at the median."""
-    median = statistics.median(seconds)
-    return dict(median_s=median, min_s=min(seconds), max_s=max(seconds), images_per_s=batch / median)
-
-
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """Median over rounds of the ratio inside a round: what slows a whole round cancels out."""
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
-
-
-def resident_peak_gb() -> float:
-    """The largest main memory this process has held so far, in 1e9 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def device_peak_gb(device: Any) -> float | None:
-    """The largest memory the device has held so far, in 1e9 bytes; None where it does not count (the CPU)."""
-    stats = device.memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
-
-
-def compiled_gb(compiled: Any) -> float | None:
-    """What the compiler plans for one program: arguments, results and temporaries, donated buffers counted once."""
-    plan = compiled.memory_analysis()
-    if plan is None:
-        return None
-    return (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes) / 1e9
 
 
 def bench_step(
@@ -199,15 +142,6 @@ def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, f
     record["mfu"] = utilisation(flops * record["images_per_s"], device.device_kind, devices)
     record |= {f"ratio_to_{other}": ratio(seconds[name], seconds[other]) for other in seconds if other != name}
     return record
-
-
-def utilisation(flops_per_s: float, device_kind: str, devices: int) -> float | None:
-    """Share of the devices' dense bfloat16 peak; None where the peak is not known, or `clu`, which metrics need, is absent."""
-    if importlib.util.find_spec("clu") is None:
-        return None
-    from maskvit.metrics import flops_utilisation
-
-    return flops_utilisation(flops_per_s, 1.0, device_kind=device_kind, device_count=devices)
 
 
 def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
@@ -325,64 +259,6 @@ def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
     return run
 
 
-def cpu_threads() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def limit_cpu_threads(count: int) -> None:
-    """Keep this process to `count` cores. Must run before JAX starts, which then makes that many threads."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise SystemExit("--cpu-threads needs Linux; leave it out to use all cores")
-    allowed = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(allowed):
-        raise SystemExit(f"--cpu-threads {count} is not between 1 and the {len(allowed)} cores of this process")
-    os.sched_setaffinity(0, set(allowed[:count]))
-
-
-def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int) -> dict[str, Any]:
-    """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed."""
-    import tensorflow_datasets as tfds
-
-    from maskvit.data import open_source
-    from maskvit.data.pipeline import train_batches
-    from maskvit.data.sources import STATED
-    from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
-
-    # What the data set states of itself (class count, code for missing depth) goes before the published declarations.
-    stated = (tfds.builder(name, data_dir=data_dir).info.metadata or {}).get("modalities", {})
-    declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
-    modalities = parse_modalities(
-        {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
-    )
-    source = open_source("tfds", modalities, name=name, data_dir=data_dir, split=split)
-    augment = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize="pil")
-    stream = train_batches(source, modalities, (image, image), seed=0, global_batch=batch, augment=augment, workers=workers)
-    try:
-        next(stream)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(stream)
-        seconds = time.perf_counter() - start
-    finally:
-        stream.close()
-    return dict(
-        measurement="loader", source=source.describe(), image=image, batch=batch, batches=batches, workers=workers,
-        seconds=seconds, records_per_s=batch * batches / seconds,
-    )  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures were taken: they mean little without it."""
-    import jax
-
-    device = jax.devices()[0]
-    return dict(
-        measurement="machine", platform=device.platform, device=device.device_kind, devices=jax.device_count(), cpu_threads=cpu_threads(),
-        jax=jax.__version__, python=platform.python_version(), matmul_precision=jax.config.jax_default_matmul_precision or "default",
-    )  # fmt: skip
-
-
 def table_row(record: Mapping[str, Any]) -> str:
     """One measurement for the eye."""
     memory = record.get("device_peak_gb") or record.get("planned_gb")
@@ -396,66 +272,3 @@ def table_row(record: Mapping[str, Any]) -> str:
         *(f"{key.removeprefix('ratio_to_')} x {value:.2f}" for key, value in record.items() if key.startswith("ratio_to_")),
     ]
     return "  ".join(part for part in parts if part)
-
-
-def comma_list(kind: Callable[[str], Any], known: Sequence[Any] | None = None) -> Callable[[str], list[Any]]:
-    """An argparse type: "a,b" to a list, each item converted and among `known`."""
-
-    def parse(text: str) -> list[Any]:
-        items = [kind(item) for item in text.split(",")]
-        for item in items:
-            if known is not None and item not in known:
-                raise argparse.ArgumentTypeError(f"{item!r} is not one of {', '.join(map(str, known))}")
-        return items
-
-    return parse
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.bench", description="Times train steps or the input pipeline.")
-    parser.add_argument("what", nargs="?", choices=("step", "loader"), default="step")
-    parser.add_argument("--batch", type=comma_list(int), default=[8], help="images per step over all devices; 64,256 times both")
-    parser.add_argument("--image", type=int, default=224, help="side of the square image")
-    parser.add_argument("--steps", type=int, default=5, help="timed rounds (loader: batches)")
-    parser.add_argument("--cpu-threads", type=int, default=0, help="keep to this many cores (0: all)")
-    step = parser.add_argument_group("step")
-    step.add_argument("--size", choices=SIZES, default="B")
-    step.add_argument("--dtype", type=comma_list(str, DTYPES), default=["float32"], help="compute types; float32,bfloat16 times both")
-    step.add_argument("--warmup", type=int, default=2, help="untimed rounds")
-    step.add_argument("--no-torch", action="store_true", help="leave torch out even where it is installed")
-    loader = parser.add_argument_group("loader")
-    loader.add_argument("--data-dir", help="the folder of the prepared data set")
-    loader.add_argument("--name", default="scenes", help="its TFDS name")
-    loader.add_argument("--split", default="train")
-    loader.add_argument("--workers", type=int, default=0, help="worker processes")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    if options.cpu_threads:
-        limit_cpu_threads(options.cpu_threads)
-    # Torch shares the GPU: memory is taken as needed, not three quarters of it at the start.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-    def show(record: Mapping[str, Any]) -> None:
-        print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}), flush=True)
-
-    if options.what == "loader":
-        if not options.data_dir:
-            parser.error("loader needs --data-dir, where the data set was prepared")
-        for batch in options.batch:
-            show(bench_loader(options.name, options.data_dir, options.split, options.image, batch, options.steps, options.workers))
-        return
-    show(machine())
-    with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
-    for dtype in options.dtype:
-        for batch in options.batch:
-            times = dict(steps=options.steps, warmup=options.warmup)
-            records = bench_step(options.size, batch=batch, image=options.image, dtype=dtype, with_torch=with_torch, **times)
-            for record in records:
-                show(record)
-                print(table_row(record), file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()
