@@ -414,7 +414,7 @@ class MultiMae:
     def token_errors(
         self, predictions: Mapping[str, Float[Array, "b g p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
     ) -> Float[Array, "b n"]:
-        """Unweighted error per token of the layout, summed over the outputs of its modality, mean over its counted pixels; NaN where none counts."""
+        """Unweighted error per token, summed over the outputs of its modality, mean over its counted pixels; NaN where none counts."""
         errors: dict[str, Any] = {}
         for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout).items():
             modality = self.model.modality(name).name
