@@ -225,10 +225,10 @@ class ReusedAttention(SelfAttention):
       grid: side of the maps, 2 grid^2 bytes per record and modality.
     """
 
-    every: int = 16
+    every: int = 24
     view: str = "crop"
-    momentum: float = 0.75
-    grid: int = 24
+    momentum: float = 0.8
+    grid: int = 32
     batch_keys = ("index", "box", "flip")
 
     @property
@@ -258,7 +258,7 @@ class ReusedAttention(SelfAttention):
         def learn() -> Maps:
             if self.view == "crop":
                 part = thinned(request, self.every)
-                return average_in(request.state, part, standard_logs(exact, part), self.momentum)
+                return self.learn(part, standard_logs(exact, part))
             step = stride(request.keys.shape[0], self.every)
             rows = request.batch["index"][::step]
             everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
@@ -267,6 +267,10 @@ class ReusedAttention(SelfAttention):
             return average_in(request.state, part, standard_logs(exact, part), 0.0)
 
         return in_turn(learn, request, step, self.every)
+
+    def learn(self, request: Request, targets: Float[Array, "b n"]) -> Maps:
+        """The memory after the exact scores of these crops (`standard_logs`) were seen."""
+        return average_in(request.state, request, targets, self.momentum)
 
     def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
         return (embed_flops(model) + super().flops(model)) / self.every

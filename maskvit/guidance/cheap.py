@@ -371,9 +371,13 @@ class PredictedAttention(SelfAttention):
             return self.learn(part, standard_logs(SelfAttention(self.query, self.block, self.heads), part))
 
         state = in_turn(learn, request, step, self.every)
-        solve = lambda: jax.lax.map(lambda pair: ridge_solution(*pair, self.ridge), (state["gram"], state["moment"]))  # noqa: E731
-        # The first solution at the first update; scores would be random until then.
-        return state | {"solution": jax.lax.cond(step % self.solve_every == 0, solve, lambda: state["solution"])}
+        # The first solution comes with the first update: until then scores are random.
+        return jax.lax.cond(step % self.solve_every == 0, self.solved, lambda same: same, state)
+
+    def solved(self, state: dict[str, Array]) -> dict[str, Array]:
+        """The memory with the solution of its normal equations."""
+        one_modality = lambda pair: ridge_solution(*pair, self.ridge)  # noqa: E731
+        return state | {"solution": jax.lax.map(one_modality, (state["gram"], state["moment"]))}
 
     def learn(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:
         """The memory after the exact scores of these samples (`standard_logs`) were seen, but for the solution."""
