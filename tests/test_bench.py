@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
 
+import jax
 import pytest
+from tiny import MODALITIES, tiny_objective
 
-from maskvit import bench, flops
+from maskvit import flops
+from maskvit.bench import guidance, step, timing
+from maskvit.bench.__main__ import main
 from maskvit.objectives import build_objective
 
 TINY = dict(width=16, depth=1, heads=2)
@@ -18,7 +23,7 @@ TINY = dict(width=16, depth=1, heads=2)
 @pytest.fixture(scope="module")
 def base():
     """MultiMAE-B at 224 as benchmarked: (random, guided)."""
-    return tuple(build_objective(bench.step_config("B", 224, "float32", guided)) for guided in (False, True))
+    return tuple(build_objective(step.step_config("B", 224, "float32", guided)) for guided in (False, True))
 
 
 def test_flops_of_multimae_b(base):
@@ -38,18 +43,18 @@ def test_flops_of_multimae_b(base):
 
 
 def test_flops_of_the_guidance_pass(base):
-    """A whole pass over all 589 tokens costs 112.8 GFLOP; stopping at the last block's attention saves 7.5."""
+    """A whole pass over all 589 tokens costs 112.8 GFLOP; stopping at the last block's product of the needed rows saves 8.7."""
     random, guided = base
     assert flops.encoder_flops(random.model, 588) / 1e9 == pytest.approx(112.84, abs=0.01)
-    assert flops.guidance_flops(guided.model) / 1e9 == pytest.approx(105.36, abs=0.01)
-    assert flops.step_flops(guided) - flops.step_flops(random) == flops.guidance_flops(guided.model)
+    assert guided.guidance.flops(guided.model) / 1e9 == pytest.approx(104.14, abs=0.01)
+    assert flops.step_flops(guided) - flops.step_flops(random) == guided.guidance.flops(guided.model)
 
 
 @pytest.fixture(scope="module")
 def records():
     """One tiny run, torch beside it where it is installed."""
     with_torch = importlib.util.find_spec("torch") is not None
-    return bench.bench_step(
+    return step.bench_step(
         TINY, batch=4, image=32, dtype="float32", steps=3, warmup=1, with_torch=with_torch,
         num_visible=3, decoder=dict(width=16, depth=1, heads=2),
     )  # fmt: skip
@@ -68,7 +73,7 @@ def test_measures_every_step_in_turns(records):
     assert by_name["random"]["planned_gb"] > 0 and by_name["random"]["resident_peak_gb"] > 0
     ratios = by_name["guided"]["ratio_to_random"], by_name["random"]["ratio_to_guided"]
     assert ratios[0] * ratios[1] == pytest.approx(1.0, rel=1e-3)
-    assert all(bench.table_row(record).startswith(record["measurement"]) for record in records)
+    assert all(step.table_row(record).startswith(record["measurement"]) for record in records)
 
 
 def test_torch_yardstick_has_the_same_sizes(records):
@@ -79,14 +84,14 @@ def test_torch_yardstick_has_the_same_sizes(records):
 
 def test_in_turns_alternates():
     order = []
-    seconds = bench.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
+    seconds = timing.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
     assert order == list("ababab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
 def test_ratio_is_taken_inside_a_round():
     """A machine that is ten times slower in one round must not bend the ratio."""
-    assert bench.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+    assert timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
 
 
 def test_needs_no_data_library():
@@ -95,10 +100,10 @@ def test_needs_no_data_library():
     code = (
         "import importlib.util, sys\n"
         f"sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None: importing it fails
-        "from maskvit import bench\n"
+        "from maskvit.bench import step, timing\n"
         "import maskvit.step, maskvit.objectives, maskvit.flops\n"
         "importlib.util.find_spec = lambda name: None\n"
-        "assert bench.utilisation(1e12, 'NVIDIA H200', 1) is None\n"
+        "assert timing.utilisation(1e12, 'NVIDIA H200', 1) is None\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-2000:]
@@ -110,9 +115,73 @@ def test_needs_no_data_library():
         (["--dtype", "float16"], "'float16' is not one of float32, bfloat16"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["loader"], "loader needs --data-dir"),
+        (["guidance", "--checkpoint", "c", "--images", "i"], "--checkpoint needs --images and --learn-from"),
     ],
 )
 def test_bad_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit):
-        bench.main(arguments)
+        main(arguments)
     assert words in capsys.readouterr().err
+
+
+# Cheap guidance
+
+SMALL = dict(num_visible=3, decoder=dict(width=16, depth=1, heads=2))
+
+
+def test_every_kind_of_guidance_is_timed():
+    shallow = dict(width=16, depth=2, heads=2)
+    model = build_objective(step.step_config(shallow, 32, "float32", False, **SMALL)).model
+    every = guidance.options(model)
+    assert "predicted after 1" in every and "predicted after 2" not in every  # the model has two blocks
+    one_of_each = ("random", "exact", "coarse 0.5", "sampled 0.5", "merged 0.5", "predicted after 1, 4 crops")
+    rows = {name: option for name, option in every.items() if name in one_of_each or (name.startswith("re-used") and "16" not in name)}
+    records = guidance.bench_cost(rows, size=shallow, batch=4, image=32, dtype="float32", steps=2, warmup=1, **SMALL)
+    by_name = {record["option"]: record for record in records}
+    assert list(by_name) == list(rows)
+    assert by_name["random"]["gflop_per_image"] == 0 and by_name["random"]["time_ratio"] == 1.0
+    exact = by_name["exact"]
+    assert exact["step_gflop_per_image"] - by_name["random"]["step_gflop_per_image"] == pytest.approx(exact["gflop_per_image"])
+    assert by_name["coarse 0.5"]["gflop_per_image"] < exact["gflop_per_image"]
+    # Rows with the same source share their time.
+    assert by_name["re-used, 1 crops"]["median_s"] == by_name["re-used, 4 crops"]["median_s"]
+
+
+@pytest.fixture(scope="module")
+def agreed():
+    """Agreement of a few options on rendered scenes with random weights."""
+    from maskvit.bench.agreement import agreements, scenes
+
+    modalities = copy.deepcopy(MODALITIES)
+    modalities["depth"]["missing"] = 0.0
+    modalities["semseg"]["num_classes"] = 14
+    objective = tiny_objective(modalities)
+    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    names = ("random", "exact", "exact of the mirror image", "coarse 0.75", "re-used, whole picture", "re-used, 4 crops")
+    rows = {
+        name: option
+        for name, option in guidance.options(objective.model).items()
+        if name in names or name.startswith("predicted after 1, 4")
+    }
+    return agreements("random weights", objective, params, rows, scenes(0, 12, (32, 32)), scenes(12, 8, (32, 32)))
+
+
+def test_agreement_is_measured_between_chance_and_the_mirror_image(agreed):
+    by_name = {record["option"]: record for record in agreed}
+    assert by_name["exact"]["low"] == by_name["exact"]["high"] == 1.0
+    assert by_name["exact of the mirror image"]["low_corrected"] == pytest.approx(1.0)
+    assert abs(by_name["random"]["spearman"]) < 0.15
+    assert by_name["exact"]["samples"] == 24
+    for name in ("coarse 0.75", "re-used, 4 crops", "predicted after 1, 4 crops"):
+        assert by_name[name]["spearman"] > 0.2, name
+        assert {"rgb/low", "depth/high", "semseg/spearman_corrected"} <= set(by_name[name])
+    assert by_name["coarse 0.75"]["cost_share"] < by_name["exact"]["cost_share"] == 1.0
+
+
+def test_records_become_a_table_and_a_plot(agreed, tmp_path):
+    text = guidance.table(agreed)
+    assert len(text.splitlines()) == len(agreed) + 2 and "re-used, whole picture" in text
+    guidance.write(tmp_path, agreed)
+    lines = (tmp_path / "guidance_cost.jsonl").read_text().splitlines()
+    assert [json.loads(line)["option"] for line in lines] == [record["option"] for record in agreed]
+    assert (tmp_path / "guidance_cost.png").read_bytes().startswith(b"\x89PNG")

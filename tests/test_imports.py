@@ -26,7 +26,7 @@ BESIDE = {
     "modalities": {"configuration"},
     "patches": {"modalities"},
     "objectives": {"guidance"},
-    "bench": {"train"},
+    "bench": {"features"},
     "report": {"features", "sweep", "train"},
     "maps": {"features"},
     "sweep": {"train"},

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def in_turns(calls: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+def in_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[Any, list[float]]:
     """Seconds of every call, `rounds` times a, b, ..., a, b, ... after `warmup` untimed rounds. A call ends when its work has."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):

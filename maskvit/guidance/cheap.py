@@ -301,7 +301,7 @@ class PredictedAttention(SelfAttention):
 
     after: int = 1
     every: int = 24
-    ridge: float = 0.01
+    ridge: float = 0.003
     momentum: float = 0.99
     solve_every: int = 8
     grid: int = 32
@@ -336,10 +336,11 @@ class PredictedAttention(SelfAttention):
         return state | ({"maps": blank(num_records, model.layout, self.grid)} if self.grid else {})
 
     def _num_features(self, model: MultiMaeModel) -> int:
-        return 4 * model.width + MAP_FEATURES + 1 if self.grid else 3 * model.width + 1
+        products = 1 + bool(model.num_global_tokens) + bool(self.grid)
+        return (2 + products) * model.width + (MAP_FEATURES if self.grid else 0) + 1
 
-    def _read(self, request: Request) -> list[tuple[Float[Array, "b h w d"], Float[Array, "b 1 1 d"], Float[Array, "b h w f"] | None]]:
-        """Of every modality: (normed tokens on their grid, normed context, features of the record's map)."""
+    def _read(self, request: Request) -> list[tuple[Float[Array, "b h w d"], Float[Array, "b c d"], Float[Array, "b h w f"] | None]]:
+        """Of every modality: (normed tokens on their grid, their mean and the normed global token, features of the record's map)."""
         model, params = request.model, jax.lax.stop_gradient(request.params)
         tokens, layout, present = request.tokens
         x, mask = model.append_global(params, jax.lax.stop_gradient(tokens), present)
@@ -352,9 +353,11 @@ class PredictedAttention(SelfAttention):
         found = []
         for span, grid in zip(layout.spans(), layout.grids, strict=True):
             own = jnp.where(there[:, span, None], x[:, span], 0.0)
-            context = x[:, -1:] if model.num_global_tokens else own.sum(axis=1, keepdims=True) / jnp.maximum(own.shape[1], 1)
+            context = own.sum(axis=1, keepdims=True) / jnp.maximum(there[:, span].sum(axis=1), 1)[:, None, None]
+            if model.num_global_tokens:
+                context = jnp.concatenate([context, x[:, -1:]], axis=1)
             maps = None if known is None else map_features(known[:, span].reshape(-1, *grid))
-            found.append((own.reshape(-1, *grid, model.width), context[:, :, None], maps))
+            found.append((own.reshape(-1, *grid, model.width), context, maps))
         return found
 
     def __call__(self, request: Request) -> Guidance:
@@ -405,12 +408,12 @@ class PredictedAttention(SelfAttention):
 
 
 def all_features(
-    normed: Float[Array, "b h w d"], context: Float[Array, "b 1 1 d"], maps: Float[Array, "b h w f"] | None
+    normed: Float[Array, "b h w d"], context: Float[Array, "b c d"], maps: Float[Array, "b h w f"] | None
 ) -> Float[Array, "b k e"]:
-    """Layer-normalised tokens, their product with the context (the global token), their means over 3 x 3 tokens, and a constant;
-    where the record's map is known also the tokens times its relative value, and `map_features`.
+    """Layer-normalised tokens, their means over 3 x 3 tokens, their products with the contexts (the modality's mean, the global token),
+    and a constant; where the record's map is known also the tokens times its relative value, and `map_features`.
     """
-    parts = [normed, normed * context, box_mean(normed, 3)]
+    parts = [normed, box_mean(normed, 3), *(normed * context[:, i, None, None] for i in range(context.shape[1]))]
     if maps is not None:
         parts += [normed * maps[..., RELATIVE, None], maps]
     parts.append(jnp.ones((*normed.shape[:3], 1)))
@@ -419,15 +422,16 @@ def all_features(
 
 
 def linear_read_out(
-    weights: Float[Array, " e"], normed: Float[Array, "b h w d"], context: Float[Array, "b 1 1 d"], maps: Float[Array, "b h w f"] | None
+    weights: Float[Array, " e"], normed: Float[Array, "b h w d"], context: Float[Array, "b c d"], maps: Float[Array, "b h w f"] | None
 ) -> Float[Array, "b k"]:
     """`all_features` times weights, without making the features: for a whole batch they would not fit into memory."""
-    d = normed.shape[-1]
-    own, product, near, rest = weights[:d], weights[d : 2 * d], weights[2 * d : 3 * d], weights[3 * d :]
-    scores = normed @ own + jnp.einsum("bhwd,bd->bhw", normed, context[:, 0, 0] * product) + weights[-1]
+    d, c = normed.shape[-1], context.shape[1]
+    own, near, products = weights[:d], weights[d : 2 * d], weights[2 * d : (2 + c) * d].reshape(c, d)
+    scores = jnp.einsum("bhwd,bd->bhw", normed, own + (context * products).sum(axis=1)) + weights[-1]
     scores += box_mean((normed @ near)[..., None], 3)[..., 0]
     if maps is not None:
-        scores += maps[..., RELATIVE] * (normed @ rest[:d]) + maps @ rest[d:-1]
+        rest = weights[(2 + c) * d : -1]
+        scores += maps[..., RELATIVE] * (normed @ rest[:d]) + maps @ rest[d:]
     return scores.reshape(scores.shape[0], -1)
 
 

@@ -197,7 +197,7 @@ def test_features_of_a_map():
 @pytest.mark.parametrize("with_map", [False, True])
 def test_the_short_way_to_the_read_out_is_the_long_way(with_map):
     rng = np.random.default_rng(0)
-    normed, context = rng.standard_normal((2, 4, 5, 7)).astype(np.float32), rng.standard_normal((2, 1, 1, 7)).astype(np.float32)
+    normed, context = rng.standard_normal((2, 4, 5, 7)).astype(np.float32), rng.standard_normal((2, 2, 7)).astype(np.float32)
     maps = map_features(jnp.asarray(rng.standard_normal((2, 4, 5)), jnp.float32)) if with_map else None
     features = all_features(jnp.asarray(normed), jnp.asarray(context), maps)
     weights = jnp.asarray(rng.standard_normal(features.shape[-1]), jnp.float32)
