@@ -56,4 +56,7 @@ def get_sweep():
         "attg_weighted": {"objective.guidance": ATTENTION, "objective.loss_weight": dict(tau=0.75)},
         "adaptive_budget": {"objective.budget": dict(name="adaptive_dirichlet")},
         "color": {"objective.scores": dict(name="color")},
+        # Cheap guidance, refreshed more often than by default: a record is seen five times in such a run.
+        "predicted": guided(dict(name="attention_high"), dict(name="predicted_attention", every=8)),
+        "reused": guided(dict(name="attention_high"), dict(name="reused_attention", every=4)),
     }
