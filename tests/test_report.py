@@ -251,7 +251,7 @@ def test_compare_page(runs, capsys):
     assert "5 run(s) of 3 cell(s)" in capsys.readouterr().out
     page = out.read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page and "https:" not in page
-    assert "<td>35 ± 7.1</td>" in page and "<td>1.5 ± 0.71</td>" in page  # random's final accuracy and loss
+    assert "<td>35\u00a0±\u00a07.1</td>" in page and "<td>1.5\u00a0±\u00a00.71</td>" in page  # random's final accuracy and loss
     assert "<th>knn/top1 35</th>" in page and "<td>0.5, never in 1</td>" in page and "<td>0</td>" in page
     assert main(["compare", str(runs / "sweep"), "--baseline", "no", "--out", str(out)]) == 2
     assert "--baseline is 'no', which is none of the runs: high, random" in capsys.readouterr().err

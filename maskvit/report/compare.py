@@ -98,7 +98,7 @@ def _with_spread(values: Sequence[float], runs: int) -> str:
     mean, deviation, count = spread(values)
     if not count:
         return "-"
-    return f"{mean:.4g}" + (f" ± {deviation:.2g}" if count > 1 else "") + (f" (n={count})" if count != runs else "")
+    return f"{mean:.4g}" + (f"\u00a0±\u00a0{deviation:.2g}" if count > 1 else "") + (f" (n={count})" if count != runs else "")
 
 
 def _epochs(values: Sequence[float]) -> str:
