@@ -36,7 +36,9 @@ class Source(NamedTuple):
             raise ConversionError(f"{self.where}: looks like {self.family}, but lacks {name!r}")
         shape = tuple(self.tensors[name].shape)
         if len(shape) != axes or 0 in shape:
-            raise ConversionError(f"{self.where}: looks like {self.family}, but {name!r} has the shape {shape}; {axes} axes expected, none of them empty")
+            raise ConversionError(
+                f"{self.where}: looks like {self.family}, but {name!r} has the shape {shape}; {axes} axes expected, none of them empty"
+            )
         return shape
 
 
