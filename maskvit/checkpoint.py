@@ -464,16 +464,25 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- weights alone
 
 
-def save_imported(directory: str | os.PathLike, params: Params, metadata: Mapping[str, Any], adam: Mapping[str, Any] | None = None) -> None:
+def save_imported(
+    directory: str | os.PathLike,
+    params: Params,
+    metadata: Mapping[str, Any],
+    adam: Mapping[str, Any] | None = None,
+    objective_state: Mapping[str, Any] | None = None,
+) -> None:
     """Write converted weights as the checkpoint of step 0 in `directory`, in the form of a training checkpoint.
 
     `params` is a nested dict of arrays; `metadata` holds "config", "source", "licence" ("versions" is added where
     absent); `adam` is {"count": int32 scalar, "mu": tree, "nu": tree}, trees of `params`' names without the frozen
-    ones. Raises CheckpointError if `directory` already holds step 0 or cannot be written.
+    ones; `objective_state` what the objective keeps beside the parameters (a teacher). Raises CheckpointError if
+    `directory` already holds step 0 or cannot be written.
     """
     state: dict[str, Any] = {"step": np.int32(0), "params": params, "skipped": np.int32(0)}
     if adam is not None:
         state["opt_state"] = {"adam": {name: adam[name] for name in ("count", "mu", "nu")}}
+    if objective_state:
+        state["objective_state"] = dict(objective_state)
     state = jax.tree.map(np.asarray, state)
     store = CheckpointStore(directory, keep=1)
     try:
@@ -504,6 +513,14 @@ def load_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
     """The parameters (nested dict of numpy arrays) and metadata of a verified checkpoint; `path` as in `find_checkpoint`."""
     step_dir = find_checkpoint(path)
     return _read_state_part(step_dir, ("params",)), _read_metadata(step_dir)
+
+
+def load_objective_state(path: str | os.PathLike) -> dict[str, Any]:
+    """What the objective of a verified checkpoint keeps beside its parameters, as numpy arrays; empty where it keeps nothing."""
+    step_dir = find_checkpoint(path)
+    if not _stored_shapes(step_dir).get("objective_state"):
+        return {}
+    return _read_state_part(step_dir, ("objective_state",))
 
 
 def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -634,7 +651,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _covering(named: Iterable[str], everything: Iterable[str]) -> list[str]:
+def covering(named: Iterable[str], everything: Iterable[str]) -> list[str]:
     """Few regular expressions that match exactly `named` among `everything`: whole sub-trees where all of one is named."""
     named, patterns = set(named), []
     others = set(everything) - named
@@ -653,9 +670,9 @@ def _differences_message(path: Any, needs_fresh: dict, needs_drop: dict, model: 
     lines += [f"  {line}" for line in (*needs_fresh.values(), *needs_drop.values())]
     lines.append("If that is meant, name it:")
     if needs_fresh:
-        lines.append(f"  config.init_from.fresh += {_covering(needs_fresh, model)}")
+        lines.append(f"  config.init_from.fresh += {covering(needs_fresh, model)}")
     if needs_drop:
-        lines.append(f"  config.init_from.drop += {_covering(needs_drop, stored)}")
+        lines.append(f"  config.init_from.drop += {covering(needs_drop, stored)}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,12 @@
-"""Reconstruction losses over patch vectors, and the normalisations of their targets.
+"""Reconstruction losses over patch vectors, the normalisations of their targets, and the losses of self-distillation.
 
 Every masked loss is a mean over samples of per-sample means, over the pixels of hidden tokens that have a value. It
 comes as (sum of the per-sample means, number of samples that have one), so that micro-batches and devices add exactly.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +147,29 @@ def ranking_loss(
     # A pair (i, j) with i harder stands for (j, i) too: both have the same loss.
     pairs = (harder & counted[:, :, None] & counted[:, None, :]).astype(jnp.float32)
     return masked_mean(jax.nn.softplus(-difference), pairs)
+
+
+# Self-distillation
+
+
+def distillation_targets(logits: Float[Array, "*b k"], center: Float[Array, " k"], temperature: Any) -> Float[Array, "*b k"]:
+    """What the student is to predict: the teacher's logits less their running mean, sharpened; no gradient (DINO, 2021)."""
+    return jax.lax.stop_gradient(jax.nn.softmax((logits - center) / temperature, axis=-1))
+
+
+def across_views(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], temperature: float) -> Float[Array, " b"]:
+    """Per image, mean cross-entropy over all pairs of a teacher's and another student's view, the first t of which are the same views."""
+    log_probabilities = jax.nn.log_softmax(logits / temperature, axis=-1)
+    pairs = -jnp.einsum("btk,bsk->bts", targets, log_probabilities)
+    different = ~jnp.eye(*pairs.shape[1:], dtype=bool)
+    return jnp.where(different, pairs, 0.0).sum(axis=(1, 2)) / different.sum()
+
+
+def at_masked_tokens(
+    targets: Float[Array, "r n k"], logits: Float[Array, "r n k"], masked: Bool[Array, "r n"], temperature: float
+) -> Float[Array, " r"]:
+    """Per view, mean cross-entropy over its masked tokens; 0 where none is masked (iBOT, 2022)."""
+    # The softmax of the student is over logits / temperature: its normaliser apart from the product saves an array of all logits.
+    scaled = logits / temperature
+    losses = jax.nn.logsumexp(scaled, axis=-1) - jnp.einsum("rnk,rnk->rn", targets, scaled)
+    return jnp.where(masked, losses, 0.0).sum(axis=1) / jnp.maximum(masked.sum(axis=1), 1)

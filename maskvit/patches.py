@@ -44,11 +44,14 @@ def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def resampling_matrix(size_in: int, size_out: int, method: str) -> Float[np.ndarray, "o i"]:
+def resampling_matrix(size_in: int, size_out: int, method: str, offset: float = 0.0) -> Float[np.ndarray, "o i"]:
     """Rows of weights that resample `size_in` points to `size_out`, as `torch.nn.functional.interpolate` does with
     `align_corners=False` and no antialiasing: half-pixel centres, border index clamped. `method`: "bicubic" or "bilinear".
+
+    `offset` moves the sample points as the scale factor (size_out + offset) / size_in does: DINO and what descends from it
+    add 0.1 so that rounding cannot lose a row, and thereby read their tables at slightly other places.
     """
-    centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    centre = (np.arange(size_out) + 0.5) * size_in / (size_out + offset) - 0.5
     if method == "bilinear":
         centre = np.maximum(centre, 0.0)
         taps, kernel = (0, 1), lambda x: np.maximum(1 - np.abs(x), 0.0)
@@ -64,14 +67,16 @@ def resampling_matrix(size_in: int, size_out: int, method: str) -> Float[np.ndar
     return matrix.astype(np.float32)
 
 
-def resample_pos_embed(table: Shaped[Array, "h w d"] | Shaped[np.ndarray, "h w d"], grid: tuple[int, int], method: str = "bicubic"):
+def resample_pos_embed(
+    table: Shaped[Array, "h w d"] | Shaped[np.ndarray, "h w d"], grid: tuple[int, int], method: str = "bicubic", offset: float = 0.0
+):
     """Resample a position table (rows, columns, width) to another grid; at equal size the table itself.
 
-    Torch-exact (see `resampling_matrix`). The positions stay in units of the table's own grid, as in the reference.
+    Torch-exact (see `resampling_matrix`, also for `offset`). The positions stay in units of the table's own grid, as in the reference.
     """
     if table.shape[:2] == tuple(grid):
         return table
-    rows = resampling_matrix(table.shape[0], grid[0], method)
-    columns = resampling_matrix(table.shape[1], grid[1], method)
+    rows = resampling_matrix(table.shape[0], grid[0], method, offset)
+    columns = resampling_matrix(table.shape[1], grid[1], method, offset)
     # Contract in float32 whatever the table's type: tables are small, and bf16 positions would blur.
     return jnp.einsum("oh,hwd,pw->opd", rows, jnp.asarray(table, jnp.float32), columns, precision="highest")

@@ -197,30 +197,35 @@ def hint_reveals(
     show_max: float = 0.1,
     ratio: float = 0.3,
     ratio_var: float = 0.2,
+    amounts: Float[Array, " b"] | None = None,
 ) -> Bool[Array, "b n"]:
     """The tokens that `attention_hint` shows first.
 
     Of a modality with N tokens, k = floor(N * `show_max` * r) drawn uniformly from its floor(N * `show_max`) highest ones,
     with r uniform in `ratio` -+ `ratio_var`, drawn apart from the amount of masking. (The published code draws one r for all
-    images of a step; here every image and modality has its own.)
+    images of a step; here every image and modality has its own, unless `amounts` gives each image's r.)
     """
     _require(0 < show_max <= 1, "show_max", show_max, "a share in (0, 1]")
     _require(
         0 <= ratio - ratio_var <= ratio + ratio_var <= 1, "ratio_var", ratio_var, f"such that ratio ({ratio}) -+ ratio_var is in 0 ... 1"
     )
 
-    def one(key: Key[Array, ""], grid: tuple[int, int], guidance: Float[Array, " n"], present: Bool[Array, " n"]) -> Bool[Array, " n"]:
+    def one(
+        key: Key[Array, ""], grid: tuple[int, int], guidance: Float[Array, " n"], present: Bool[Array, " n"], amount: Float[Array, " n"]
+    ) -> Bool[Array, " n"]:
         ratio_key, choice_key = jax.random.split(key)
         count = present.sum()
         # A table, as float32 may round the product to another integer than the published double precision.
         top = jnp.array([int(size * show_max) for size in range(grid[0] * grid[1] + 1)])[count]
-        drawn = show_max * jax.random.uniform(ratio_key, minval=ratio - ratio_var, maxval=ratio + ratio_var)
+        own = jax.random.uniform(ratio_key, minval=ratio - ratio_var, maxval=ratio + ratio_var)
+        drawn = show_max * (own if amounts is None else amount[0])
         shown = jnp.minimum(jnp.floor(count * drawn + 1e-5).astype(jnp.int32), top)  # 1e-5: a rounding error is not a token
         candidate = _rank(jnp.where(present, guidance, -jnp.inf)) < top
         return _rank(jnp.where(candidate, jax.random.uniform(choice_key, candidate.shape), -1.0)) < shown
 
     exists = jnp.ones(guidance.shape, bool) if present is None else present
-    return _each_modality(one, keys, layout, guidance, exists)
+    amount = jnp.broadcast_to(jnp.zeros(()) if amounts is None else amounts[:, None], guidance.shape)
+    return _each_modality(one, keys, layout, guidance, exists, amount)
 
 
 def attention_stochastic(

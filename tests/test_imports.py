@@ -26,6 +26,7 @@ BESIDE = {
     "modalities": {"configuration"},
     "patches": {"modalities"},
     "objectives": {"guidance"},
+    "convert": {"objectives"},
     "bench": {"features"},
     "report": {"features", "sweep", "train"},
     "maps": {"features"},

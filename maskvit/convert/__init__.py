@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import collections
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.checkpoint import load_params, save_imported
-from maskvit.convert import multimae, resnet, vit
+from maskvit.checkpoint import save_imported
+from maskvit.convert import distillation, multimae, report
+from maskvit.convert.export import LAYOUTS, export
+from maskvit.convert.families import DISTILLED, KNOWN_FAMILIES, Understood, family_of, names_of, understand_state
 from maskvit.convert.onnx import read_onnx
-from maskvit.convert.reader import ConversionError, Namespace, read_checkpoint, sha256
-from maskvit.convert.rules import Rule, check_keys, to_ours, to_torch
+from maskvit.convert.reader import ConversionError, Namespace, find_files, read_files, sha256
+from maskvit.convert.report import Allowed, Row, converted
+from maskvit.convert.rules import nested, to_ours
+from maskvit.convert.source import TARGETS, Hints
+
+__all__ = [
+    "LAYOUTS", "MODELS", "TARGETS", "ConversionError", "convert", "export", "family_of", "inspect", "open_checkpoint", "understand",
+]  # fmt: skip
 
 LOG = logging.getLogger("maskvit")
 
 NON_COMMERCIAL = "CC-BY-NC 4.0"
+# Of self-distillation's two models: one encoder alone, or both with their heads.
+MODELS = ("teacher", "student", "both")
+LOSSES = ("ibot_loss", "dino_loss")
 
 
 class PublicFile(NamedTuple):
@@ -47,22 +59,19 @@ PUBLIC_FILES = {
     ),
 }
 
-# (family, how its keys look, why it is not converted)
-OTHER_FAMILIES = (
-    (
-        "MultiViT (MultiMAE's encoder without decoders)",
-        lambda k: "global_tokens" in k and "input_adapters.rgb.proj.weight" in k,
-        "it has no decoders",
-    ),
-    ("CrossMAE", lambda k: any("cross_attn" in key for key in k) and "mask_token" in k, "this family is not supported yet"),
-    ("MAE with decoder", lambda k: "mask_token" in k and "decoder_pos_embed" in k, "this family is not supported yet"),
-    ("DINO or iBOT", lambda k: any("last_layer" in key for key in k), "it holds no whole encoder of theirs"),
-)
-KNOWN_FAMILIES = "MultiMAE pretraining checkpoints, plain ViTs and ResNets"
-
 
 class Checkpoint(NamedTuple):
-    """A PyTorch file, understood. `content`: its own keys; `adam` by tensor name, `epochs_done` and `adam` None where it has none."""
+    """A PyTorch file, read.
+
+    Attributes:
+      path, digest: the file; of a model in shards the SHA-256 of their SHA-256s.
+      content: the file's own keys.
+      state: the tensors of its model, or of the one of two that was asked for.
+      args: its training arguments, or Hugging Face's config.json beside it.
+      adam: moments by tensor name, None where it has none.
+      epochs_done: None where it does not say.
+      parts: of self-distillation "student", "teacher" and "loss", as far as the file has them.
+    """
 
     path: Path
     digest: str
@@ -71,166 +80,246 @@ class Checkpoint(NamedTuple):
     args: dict[str, Any]
     adam: dict[str, Any] | None
     epochs_done: int | None
+    parts: dict[str, dict[str, np.ndarray]]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a file in its public form, its training form, or as a bare state dict; of student and teacher, the teacher."""
+def open_checkpoint(path: str | Path, model: str = "teacher") -> Checkpoint:
+    """Read a file in its public form, its training form, or as a bare state dict; a folder or shards at Hugging Face.
+
+    `model`: which one of student and teacher becomes `state` ("both": the student).
+    """
     path = Path(path)
-    content: Any = read_onnx(path) if path.suffix == ".onnx" else read_checkpoint(path)
+    if model not in MODELS:
+        raise ConversionError(f"--model is {model!r}; known: {', '.join(MODELS)}")
+    files = find_files(path)
+    content: Any = read_onnx(path) if path.suffix == ".onnx" else read_files(files)
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    parts = (content.get(name) for name in ("teacher", "model", "state_dict"))  # self-distillation keeps two models
-    state = next((part for part in parts if isinstance(part, Mapping)), content)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) and _is_tensor(value) for key, value in state.items()):
-        names = [key for key in content if isinstance(key, str)]
+    names = tuple(key for key in content if isinstance(key, str))
+    content = _with_parts(content)
+    wanted = "teacher" if model == "teacher" else "student"
+    state = content
+    for name in (wanted, "teacher", "student", "model", "state_dict"):  # self-distillation keeps two models
+        if isinstance(content.get(name), Mapping):
+            if model != "teacher" and name == "teacher":
+                raise ConversionError(f"{path}: holds a teacher but no student: give --model teacher")
+            state = content[name]
+            break
+    if not _is_state(state):
         raise ConversionError(f"{path}: holds no state dict; its keys are {', '.join(names[:8])}")
+    parts = {name: dict(content[name]) for name in ("student", "teacher") if _is_state(content.get(name))}
+    loss = next((content[name] for name in LOSSES if _is_state(content.get(name))), None)
+    if loss is not None:
+        parts["loss"] = dict(loss)
     state = dict(state)
-    keys = ("the state dict itself",) if state.keys() == content.keys() else tuple(key for key in content if isinstance(key, str))
-    args = content.get("args") if state is not content else None
-    plain_args = dict(vars(args)) if isinstance(args, Namespace) else {}
-    adam = epochs = None
+    args = content.get("args") if state.keys() != content.keys() else None
+    plain_args = dict(vars(args)) if isinstance(args, Namespace) else _config_beside(files[0])
+    adam = None
     if "optimizer" in content and multimae.is_multimae(state):
         balancer = content.get("loss_balancer")
         adam = multimae.adam_by_key(content["optimizer"], state, str(path), len(balancer) if isinstance(balancer, Mapping) else 0)
-    if multimae.is_multimae(state) and type(content.get("epoch")) is int and content["epoch"] >= 0:
-        epochs = content["epoch"] + 1  # MultiMAE's counter names the last epoch, from 0; other families count otherwise
-    return Checkpoint(path, sha256(path), keys, state, plain_args, adam, epochs)
+    digest = sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    keys = ("the state dict itself",) if state.keys() == content.keys() else names
+    return Checkpoint(path, digest, keys, state, plain_args, adam, _epochs_done(content, state), parts)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
+def _is_state(part: Any) -> bool:
+    return isinstance(part, Mapping) and bool(part) and all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in part.items())
+
+
+def _with_parts(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Where every key of a flat file begins with the name of a model or a loss, as our own export writes: the parts by name."""
+    starts = {key.partition(".")[0] for key in content if isinstance(key, str)}
+    if not starts <= {"student", "teacher", *LOSSES} or not all(isinstance(value, np.ndarray) for value in content.values()):
+        return content
+    parts: dict[str, dict[str, Any]] = {start: {} for start in starts}
+    for key, value in content.items():
+        start, _, name = key.partition(".")
+        parts[start][name] = value
+    return parts
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """What a config.json of Hugging Face says beside the weights; empty where there is none of these models."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict) or config.get("model_type") not in ("vit", "vit_mae", "dinov2"):
+        return {}
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ConversionError(f"{path.parent / 'config.json'}: hidden_act is {config['hidden_act']!r}; models here have 'gelu'")
+    return config
+
+
+def _epochs_done(content: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
+    """MultiMAE's, MAE's and CrossMAE's counter names the last epoch, from 0; DINO's and iBOT's the next one."""
+    epoch = content.get("epoch")
+    if type(epoch) is not int or epoch < 0:
+        return None
+    if family_of(state)[1] in ("MultiMAE", "MAE", "CrossMAE"):
+        return epoch + 1
+    return epoch if distillation.is_distilled([key.removeprefix("module.").removeprefix("backbone.") for key in state]) else None
 
 
 def _public_file(digest: str) -> PublicFile | None:
     return PUBLIC_FILES.get(digest) or PUBLIC_FILES.get(digest[:8])
 
 
-def family(state: Mapping[str, Any]) -> tuple[str, str]:
-    """(name of the family, why it cannot be converted; empty if it can)."""
-    if multimae.is_multimae(state):
-        return "MultiMAE", ""
-    if vit.is_vit(state):
-        return "ViT", ""
-    if resnet.is_resnet(state):
-        return "ResNet", ""
-    return next(((name, reason) for name, looks, reason in OTHER_FAMILIES if looks(state)), ("unknown", "its keys are of no known family"))
-
-
 def understand(
-    checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None
-) -> tuple[dict[str, Any], list[Rule]]:
+    checkpoint: Checkpoint,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    *,
+    target: str | None = None,
+    allow: Sequence[str] = (),
+    model: str = "teacher",
+) -> Understood:
     """The config and the rules of a checkpoint; ConversionError where it is of another family or not whole.
 
-    The rules are those of `tensors_of` the checkpoint.
+    `num_heads`, `decoder_num_heads`: where neither the file nor its sizes tell. `target` "raw" or "normalized": what a masked
+    autoencoder predicts. `allow`: regular expressions of our paths that may stay at their initialisation and of keys that
+    may be left out. `model` as in `open_checkpoint`.
     """
-    where, (name, reason) = str(checkpoint.path), family(checkpoint.state)
-    if reason:
+    where, allowed = str(checkpoint.path), Allowed(allow)
+    family, name, reason = family_of(checkpoint.state, allowed)
+    if model == "both":
+        family = DISTILLED
+        if not checkpoint.parts.keys() >= {"student", "teacher"}:
+            raise ConversionError(f"{where}: --model both needs a file with a student and a teacher; this one is {name}")
+    if family is None:
         raise ConversionError(f"{where}: is {name}, and {reason}; only {KNOWN_FAMILIES} can be converted")
-    state, _ = tensors_of(checkpoint)
-    wrong = [key for key, value in state.items() if value.dtype.kind not in "fV"]
-    if wrong:
-        raise ConversionError(f"{where}: {wrong[0]!r} holds {state[wrong[0]].dtype} values, not floating point")
-    if name == "ResNet":
-        config = resnet.infer_config(state, where)
-    elif name == "ViT":
-        config = vit.infer_config(state, where, num_heads)
-    else:
-        config = multimae.infer_config(state, checkpoint.args, where, num_heads, decoder_num_heads)
-    try:
-        rules = {"MultiMAE": multimae, "ViT": vit, "ResNet": resnet}[name].rules(config)
-    except ConversionError:
-        raise
-    except ValueError as error:  # shapes that no modality can have
-        raise ConversionError(f"{where}: {error}") from error
-    check_keys(where, state, {rule.key: rule.shape for rule in rules})
-    return config, rules
+    if target is not None and target not in TARGETS:
+        raise ConversionError(f"--target is {target!r}; known: {', '.join(TARGETS)}")
+    hints = Hints(num_heads, decoder_num_heads, target, checkpoint.args)
+    plan = understand_state(checkpoint.state, family, where, hints, allowed)
+    if model == "both":
+        plan = plan._replace(family="iBOT" if plan.config["objective"]["name"] == "ibot" else "DINO")
+    epsilon = checkpoint.args.get("layer_norm_eps")
+    if isinstance(epsilon, float) and epsilon != 1e-6:
+        plan.said.append(f"config.json says layer_norm_eps {epsilon}; models here have 1e-06, which moves features a little")
+    return plan
 
 
-def tensors_of(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors that the rules name, and what was done to the file's own to get them."""
-    if vit.is_vit(checkpoint.state):
-        return vit.tensors(checkpoint.state, str(checkpoint.path))
-    if resnet.is_resnet(checkpoint.state):
-        return resnet.tensors(checkpoint.state, str(checkpoint.path))
-    return checkpoint.state, []
-
-
-def convert(src: str | Path, dst: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None) -> dict[str, Any]:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    *,
+    target: str | None = None,
+    allow: Sequence[str] = (),
+    model: str = "teacher",
+) -> dict[str, Any]:
     """Write a PyTorch or ONNX checkpoint as one of ours, which `config.init_from.path` and `maskvit.load` open. Returns its metadata.
 
-    Optimiser moments and the number of finished epochs come along when the file has them.
+    Optimiser moments and the number of finished epochs come along when the file has them. What became of every tensor is
+    written to `dst`/conversion.txt. Arguments as in `understand`.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(src)
-    LOG.info("%s: read %.0f MB in %.1f s", src, checkpoint.path.stat().st_size / 1e6, time.monotonic() - started)
-    config, rules = understand(checkpoint, num_heads, decoder_num_heads)
-    state, said = tensors_of(checkpoint)
-    for line in said:
+    checkpoint = open_checkpoint(src, model)
+    LOG.info("%s: read %d tensors in %.1f s", src, len(checkpoint.state), time.monotonic() - started)
+    plan = understand(checkpoint, num_heads, decoder_num_heads, target=target, allow=allow, model=model)
+    where = str(src)
+    params = to_ours(plan.rules, _float32(plan.source.tensors), where)
+    rows = _rows(plan, "student." if model == "both" else "")
+    objective_state, checked = None, names_of(plan)
+    if model == "both":
+        objective_state, more_rows, more_names = _teacher_and_centres(checkpoint, plan.config, where)
+        rows, checked = rows + more_rows, checked + more_names
+    Allowed(allow).check_use(checked, where)
+    if plan.fresh:
+        params = nested({**_flat(params), **_initial(plan)})
+    for line in plan.said:
         LOG.info("%s: %s", src, line)
-    in_float32 = lambda tree: {key: value.astype(np.float32, copy=False) for key, value in tree.items()}  # noqa: E731
-    params = to_ours(rules, in_float32(state), str(src))
-    broken = [key for key, value in state.items() if not np.isfinite(value).all()]
+    broken = [key for key, value in plan.source.tensors.items() if not np.isfinite(value).all()]
     if broken:
         LOG.warning("%s: %d tensors hold infinite or undefined values, %s among them", src, len(broken), broken[0])
     adam = None
-    if checkpoint.adam is not None:
-        trained = [rule for rule in rules if not rule.key.endswith(".pos_emb")]
-        adam = {kind: to_ours(trained, in_float32(checkpoint.adam[kind]), f"{src} ({kind})") for kind in ("mu", "nu")}
+    if checkpoint.adam is not None and not plan.fresh:
+        trained = [rule for rule in plan.rules if not rule.keys[0].endswith(".pos_emb")]
+        adam = {kind: to_ours(trained, _float32(checkpoint.adam[kind]), f"{src} ({kind})") for kind in ("mu", "nu")}
         adam["count"] = checkpoint.adam["count"]
     public = _public_file(checkpoint.digest)
-    name, _ = family(checkpoint.state)
-    source = dict(file=checkpoint.path.name, sha256=checkpoint.digest, family=name, epochs_done=checkpoint.epochs_done)
+    source = dict(file=checkpoint.path.name, sha256=checkpoint.digest, family=plan.family, epochs_done=checkpoint.epochs_done)
     if public:
         source |= dict(public_name=public.name, what=public.what)
-    metadata = dict(config=config, source=source, licence=public.licence if public else None)
-    save_imported(dst, params, metadata, adam)
-    values = sum(x.size for x in state.values())
-    LOG.info("%s: %s with %d tensors, %d values, written to %s in %.0f s", src, name, len(rules), values, dst, time.monotonic() - started)
+    metadata = dict(config=plan.config, source=source, licence=public.licence if public else None)
+    save_imported(dst, params, metadata, adam, objective_state)
+    title = f"{checkpoint.path} (SHA-256 {checkpoint.digest}), {plan.family}, to {dst}"
+    report.write(Path(dst) / report.FILE, title, rows, plan.said)
+    LOG.info("%s: %s written to %s in %.0f s", src, plan.family, dst, time.monotonic() - started)
+    LOG.info("%s; every one is listed in %s", report.summary(rows), Path(dst) / report.FILE)
     LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none in the file", checkpoint.epochs_done or "not said")
     if public:
         LOG.info("licence of these weights: %s%s", public.licence, " (not for commercial use)" * (public.licence == NON_COMMERCIAL))
     return metadata
 
 
-def export(src: str | Path, dst: str | Path) -> None:
-    """Write one of our checkpoints in MultiMAE's key layout: `.safetensors`, or `.pth` ({"model": ...}) where torch is installed."""
-    params, metadata = load_params(src)
-    dst = Path(dst)
-    if dst.suffix not in (".safetensors", ".pth"):
-        raise ConversionError(f"{dst}: name it .safetensors or .pth")
-    config = metadata["config"]
-    if "objective" not in config:
-        raise ConversionError(f"{src}: is a classifier, which has no MultiMAE layout")
-    if config["objective"].get("name") != "multimae":
-        raise ConversionError(f"{src}: objective {config['objective'].get('name')!r} has no MultiMAE layout")
-    if not config["objective"]["outputs"]:
-        raise ConversionError(f"{src}: is an encoder without decoders, which has no MultiMAE layout")
-    tensors = to_torch(multimae.rules(config), params, str(src))
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    if dst.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, str(dst))
-    else:
-        try:
-            import torch
-        except ImportError as error:
-            raise ConversionError(f"{dst}: writing .pth needs torch; write .safetensors instead, or install torch") from error
-        torch.save({"model": collections.OrderedDict((k, torch.from_numpy(np.array(v))) for k, v in tensors.items())}, dst)
-    LOG.info("%s: %d tensors in MultiMAE's layout written to %s", src, len(tensors), dst)
+def _float32(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: value.astype(np.float32, copy=False) for key, value in tensors.items()}
 
 
-def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None) -> str:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _rows(plan: Understood, prefix: str = "", path_prefix: str = "") -> list[Row]:
+    """The report of one state; `prefix` stands before its keys, `path_prefix` before our paths."""
+    names = {name: prefix + key for name, key in plan.source.keys.items()}
+    rows = [converted(rule, names, path_prefix) for rule in plan.rules]
+    rows += [Row("fresh", (), ((path_prefix + path, shape),)) for path, shape in plan.fresh.items()]
+    return rows + [Row("left out", ((prefix + key, ()),), (), why) for key, why in plan.left_out.items()]
+
+
+def _teacher_and_centres(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Row], list[str]]:
+    """(what the objective keeps beside the student, its rows, the names in it)."""
+    teacher = understand_state(
+        checkpoint.parts["teacher"], DISTILLED, f"{where} (teacher)", Hints(), rules=distillation.rules(config, teacher=True)
+    )
+    state: dict[str, Any] = {"teacher": to_ours(teacher.rules, _float32(teacher.source.tensors), teacher.source.where)}
+    centre_rules = distillation.centre_rules(config)
+    centres = checkpoint.parts.get("loss", {})
+    state |= to_ours(centre_rules, _float32(centres), f"{where} (its loss)")
+    rows = _rows(teacher, "teacher.", "objective_state/teacher/")
+    rows += [converted(rule, {}, "objective_state/") for rule in centre_rules]
+    return state, rows, names_of(teacher)
+
+
+def _initial(plan: Understood) -> dict[str, np.ndarray]:
+    """The initial values of what the file lacks and may lack."""
+    import jax
+
+    from maskvit.objectives import build_objective
+
+    objective = build_objective(plan.config)
+    fresh = jax.jit(lambda key: {path: value for path, value in _flat(objective.init(key)[0]).items() if path in plan.fresh})
+    return {path: np.asarray(value) for path, value in fresh(jax.random.key(0)).items()}
+
+
+def inspect(
+    path: str | Path,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    *,
+    target: str | None = None,
+    allow: Sequence[str] = (),
+    model: str = "teacher",
+) -> str:
     """What a file is, as text: family, sizes, modalities, parts with their parameter counts, types, digest."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, model)
     state = checkpoint.state
-    name, reason = family(state)
+    _, name, reason = family_of(state, Allowed(allow))
     frozen = sum(value.size for key, value in state.items() if key.endswith("pos_emb"))
     total = sum(value.size for value in state.values())
     public = _public_file(checkpoint.digest)
     types = ", ".join(sorted({str(value.dtype) for value in state.values()}))
+    size = sum(file.stat().st_size for file in find_files(path))
     lines = [
-        f"file        {checkpoint.path} ({checkpoint.path.stat().st_size:,} bytes)",
+        f"file        {checkpoint.path} ({size:,} bytes)",
         f"sha256      {checkpoint.digest}"
         + (f"  = {public.name}: {public.what}; {public.licence}" if public else "  (not one of the known public files)"),
         f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
@@ -238,10 +327,12 @@ def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: i
         f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {types}",
         f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimiser moments: {'yes' if checkpoint.adam else 'no'}",
     ]
+    if checkpoint.parts.keys() >= {"student", "teacher"}:
+        lines.append(f"models      student and teacher; this is the {'student' if model != 'teacher' else 'teacher'} (--model)")
     config, problem = None, ""
     if not reason:
         try:
-            config, _ = understand(checkpoint, num_heads, decoder_num_heads)
+            config = understand(checkpoint, num_heads, decoder_num_heads, target=target, allow=allow, model=model).config
         except ConversionError as error:
             problem = str(error).removeprefix(f"{checkpoint.path}: ")
     if problem:
@@ -251,10 +342,11 @@ def inspect(path: str | Path, num_heads: int | None = None, decoder_num_heads: i
     elif config is not None:
         objective = config["objective"]
         lines += [
-            f"image       {config['image_size']}, {objective['num_global_tokens']} global token(s)",
+            f"image       {config['image_size']}, {objective.get('num_global_tokens', 1)} global token(s)",
+            f"objective   {objective['name']}",
             f"encoder     {objective['encoder']}",
             f"decoders    {objective.get('decoder', 'none')}",
-            f"outputs     {', '.join(objective['outputs']) or 'none'}",
+            f"outputs     {', '.join(objective.get('outputs', ())) or 'none'}",
         ]
         lines += [f"modality    {n}: {config['modalities'][n]}" for n in objective["inputs"]]
     parts: dict[str, list[int]] = {}

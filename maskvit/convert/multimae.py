@@ -1,4 +1,7 @@
-"""MultiMAE's key layout: recognise a file, read the sizes off its shapes, and the rules to and from our parameters."""
+"""MultiMAE's key layout: recognise a file, read the sizes off its shapes, and the rules to and from our parameters.
+
+MultiViT is its encoder with the input adapters, without decoders.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,26 @@ import numpy as np
 
 from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
-from maskvit.convert.rules import Rule, block, layer_norm, linear, patch_head, patch_projection, position_table, reshaped, same
+from maskvit.convert.rules import Rule, block, layer_norm, linear, patch_head, patch_projection, position_map, reshaped, same
+from maskvit.convert.source import Hints, Source
 from maskvit.modalities import parse_modalities
-from maskvit.models import VARIANTS
+from maskvit.models import VARIANTS, encoder_sizes
 
 FIRST_INPUTS = ("rgb", "depth", "semseg")
 DECLARED = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}
 ENCODER_NAMES = {"pretrain_multimae_base": "B", "pretrain_multimae_large": "L"}
+# MultiMAE's own decoders, for encoders that come without.
+DECODER = dict(width=256, depth=2, heads=8, mlp_ratio=4.0)
 
 
 def is_multimae(keys: Any) -> bool:
     """Whether these are the keys of a MultiMAE pretraining model."""
-    return (
-        "global_tokens" in keys
-        and any(k.startswith("input_adapters.") for k in keys)
-        and any(k.startswith("output_adapters.") for k in keys)
-    )
+    return is_multivit(keys) and any(k.startswith("output_adapters.") for k in keys)
+
+
+def is_multivit(keys: Any) -> bool:
+    """Whether these are the keys of MultiMAE's encoder with its input adapters, decoders or not."""
+    return "global_tokens" in keys and any(k.startswith("input_adapters.") for k in keys)
 
 
 def _parts(keys: Any, prefix: str) -> list[str]:
@@ -37,41 +44,22 @@ def _count(keys: Any, pattern: str) -> int:
     return len(numbers)  # of what is numbered with gaps the rules find the strangers
 
 
-def _shape(state: Mapping[str, np.ndarray], key: str, axes: int, where: str) -> tuple[int, ...]:
-    if key not in state:
-        raise ConversionError(f"{where}: looks like MultiMAE, but lacks {key!r}")
-    shape = tuple(state[key].shape)
-    if len(shape) != axes or 0 in shape:
-        raise ConversionError(f"{where}: {key!r} has the shape {shape}; {axes} axes expected, none of them empty")
-    return shape
+def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
+    """The config of the model in a file: `image_size`, `modalities` and `objective`, as `objectives.build_objective` takes them.
 
-
-def _heads(width: int, given: int | None, from_file: Any, head_width: int, which: str, flag: str, where: str) -> int:
-    """Heads leave no trace in the shapes: the flag, else the file's args, else the usual width per head."""
-    if type(from_file) is not int or from_file < 1:
-        from_file = None
-    if given is None and from_file is None and width % head_width:
-        raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {head_width}: give {flag}")
-    heads = next(number for number in (given, from_file, width // head_width) if number is not None)
-    if heads < 1 or width % heads:
-        raise ConversionError(f"{where}: the {which}'s width {width} does not divide into {heads} heads; {flag} says how many there are")
-    return heads
-
-
-def infer_config(
-    state: Mapping[str, np.ndarray], args: Mapping[str, Any], where: str, num_heads: int | None = None, decoder_num_heads: int | None = None
-) -> dict[str, Any]:
-    """The config of the model in a file: `image_size`, `modalities` and `objective`, as `objectives.build_objective` takes them."""
-    _, num_global, width = _shape(state, "global_tokens", 3, where)
+    A MultiViT becomes a MultiMAE with the usual decoders for all its inputs, whose tensors the file then lacks.
+    """
+    state, where, args = source.tensors, source.where, hints.args
+    _, num_global, width = source.shape("global_tokens", 3)
     inputs = _parts(state, "input_adapters")
     inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
     outputs = _parts(state, "output_adapters")
-    outputs = [n for n in inputs if n in outputs] + sorted(n for n in outputs if n not in inputs)
+    outputs = [n for n in inputs if n in outputs or not outputs] + sorted(n for n in outputs if n not in inputs)
     odd = [name for name in inputs + outputs if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
     if odd:
         raise ConversionError(f"{where}: a modality is named {odd[0]!r}; letters, digits, - and _ only")
-    projections = {name: _shape(state, f"input_adapters.{name}.proj.weight", 4, where) for name in inputs}
-    grids = {name: _shape(state, f"input_adapters.{name}.pos_emb", 4, where)[2:] for name in inputs}
+    projections = {name: source.shape(f"input_adapters.{name}.proj.weight", 4) for name in inputs}
+    grids = {name: source.shape(f"input_adapters.{name}.pos_emb", 4)[2:] for name in inputs}
     # The modality with the finest pixels per token has the image's own resolution.
     finest = max(inputs, key=lambda name: projections[name][2] * grids[name][0])
     image_size = tuple(side * projections[finest][2] for side in grids[finest])
@@ -86,7 +74,7 @@ def infer_config(
         patch = image_size[0] // rows[0]
         fields: dict[str, Any] = dict(patch=patch, stride=patch // patch_pixels)
         if f"input_adapters.{name}.class_emb.weight" in state:
-            classes, embed = _shape(state, f"input_adapters.{name}.class_emb.weight", 2, where)
+            classes, embed = source.shape(f"input_adapters.{name}.class_emb.weight", 2)
             fields |= dict(kind="categorical", num_classes=classes, embed_dim=embed, loss="cross_entropy")
         else:
             fields |= dict(kind="continuous", channels=channels)
@@ -96,22 +84,14 @@ def infer_config(
     for name in outputs:
         if name not in modalities and name.removeprefix("norm_") not in modalities:
             raise ConversionError(f"{where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")
-    first = f"output_adapters.{outputs[0]}"
-    decoder_width = _shape(state, f"{first}.mask_token", 3, where)[2]
     variant = ENCODER_NAMES.get(str(args.get("model")))
-    from_name = VARIANTS[variant]["heads"] if variant else None
     encoder = dict(
         width=width,
         depth=_count(state, r"encoder\.(\d+)\."),
-        heads=_heads(width, num_heads, args.get("num_heads") or from_name, 64, "encoder", "--num-heads", where),
-        mlp_ratio=_shape(state, "encoder.0.mlp.fc1.weight", 2, where)[0] / width,
+        heads=hints.heads(width, where, VARIANTS[variant]["heads"] if variant else None),
+        mlp_ratio=source.shape("encoder.0.mlp.fc1.weight", 2)[0] / width,
     )
-    decoder = dict(
-        width=decoder_width,
-        depth=_count(state, rf"output_adapters\.{re.escape(outputs[0])}\.decoder_transformer\.(\d+)\."),
-        heads=_heads(decoder_width, decoder_num_heads, args.get("decoder_num_heads"), 32, "decoder", "--decoder-num-heads", where),
-        mlp_ratio=_shape(state, f"{first}.mlp.fc1.weight", 2, where)[0] / decoder_width,
-    )
+    decoder = _decoder(source, hints, outputs[0]) if is_multimae(state) else dict(DECODER)
     objective = dict(
         name="multimae", inputs=tuple(inputs), outputs=tuple(outputs), encoder=encoder, decoder=decoder, num_global_tokens=num_global
     )
@@ -121,17 +101,29 @@ def infer_config(
     return dict(image_size=image_size, modalities=modalities, objective=objective)
 
 
+def _decoder(source: Source, hints: Hints, output: str) -> dict[str, Any]:
+    """Sizes of the decoders, as the first of them has them."""
+    first = f"output_adapters.{output}"
+    width = source.shape(f"{first}.mask_token", 3)[2]
+    return dict(
+        width=width,
+        depth=_count(source.tensors, rf"{re.escape(first)}\.decoder_transformer\.(\d+)\."),
+        heads=hints.decoder_heads(width, source.where),
+        mlp_ratio=source.shape(f"{first}.mlp.fc1.weight", 2)[0] / width,
+    )
+
+
 def rules(config: Mapping[str, Any]) -> list[Rule]:
-    """Every tensor of the model that `config` describes, in the reference's order."""
+    """Every tensor of the model that `config` describes, in the reference's order; a MultiViT's where it has no outputs."""
     specs = parse_modalities(config["modalities"])
     objective, size = config["objective"], tuple(config["image_size"])
-    encoder, decoder = objective["encoder"], objective["decoder"]
+    encoder, decoder = encoder_sizes(objective["encoder"]), {**DECODER, **objective.get("decoder", {})}
     width, inputs, outputs = encoder["width"], tuple(objective["inputs"]), tuple(objective["outputs"])
     num_global = objective.get("num_global_tokens", 1)
     found: list[Rule] = [reshaped("global_tokens", "global_tokens", (1, num_global, width), (num_global, width))]
     for name in inputs:
         spec, key, path = specs[name], f"input_adapters.{name}", f"inputs/{name}"
-        found.append(position_table(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), width))
+        found.append(position_map(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), width))
         channels = spec.channels
         if spec.kind == "categorical":
             channels = spec.embed_dim
@@ -141,7 +133,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     for name in outputs:
         spec, key, path = specs[name if name in specs else name.removeprefix("norm_")], f"output_adapters.{name}", f"outputs/{name}"
         found.append(reshaped(f"{key}.mask_token", f"{path}/mask_token", (1, 1, narrow), (narrow,)))
-        found.append(position_table(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), narrow))
+        found.append(position_map(f"{key}.pos_emb", f"{path}/pos_embed", spec.grid(size), narrow))
         found += [
             reshaped(f"{key}.task_embeddings.{other}", f"{path}/modality_embed/{other}", (1, 1, narrow), (narrow,))
             for other in sorted(inputs)

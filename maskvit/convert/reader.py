@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +38,11 @@ STORAGE_TYPES = {
     "BoolStorage": np.bool_,
 }
 TYPE_NAMES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+# What a folder at Hugging Face calls its weights, the safe form first.
+INDEX = ".index.json"
+FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".onnx")
+MAX_SHARDS = 1000
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
@@ -67,6 +75,74 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def find_files(path: str | Path) -> list[Path]:
+    """The file or files that `path` means: itself, the one checkpoint of a folder, or all shards of a model in several files.
+
+    ConversionError where there is none, more than one, or a shard is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not found:
+            below = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            hint = f"give one of {', '.join(map(str, below[:6]))}" if below else f"it holds no {', '.join(SUFFIXES)} file"
+            raise ConversionError(f"{path}: is a folder without {' or '.join(FOLDER_FILES)}; {hint}")
+        path = found[0]
+    shard = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.\w+)", path.name)
+    if path.name.endswith(INDEX):
+        return _shards(path)
+    if shard is None:
+        if not path.is_file():
+            raise ConversionError(f"{path}: no such file")
+        return [path]
+    index = path.with_name(f"{shard[1]}{shard[3]}{INDEX}")
+    if index.is_file():
+        return _shards(index)
+    count = int(shard[2])
+    if not 1 <= count <= MAX_SHARDS:
+        raise ConversionError(f"{path}: is named as one of {count} shards")
+    return _all_there(path, [path.with_name(f"{shard[1]}-{i:05d}-of-{shard[2]}{shard[3]}") for i in range(1, count + 1)])
+
+
+def _shards(index: Path) -> list[Path]:
+    """The shards that an index names, in their order."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConversionError(f"{index}: not an index of shards ({type(error).__name__}: {str(error)[:200]})") from error
+    if outside:
+        raise ConversionError(f"{index}: names {outside[0]!r}, which does not lie beside it")
+    return _all_there(index, [index.with_name(name) for name in names])
+
+
+def _all_there(path: Path, shards: list[Path]) -> list[Path]:
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ConversionError(
+            f"{path}: belongs to a model in {len(shards)} shards, of which {len(missing)} are missing: {', '.join(missing[:8])}{more}; "
+            "fetch them all into one folder"
+        )
+    return shards
+
+
+def read_files(paths: Sequence[Path]) -> Any:
+    """As `read_checkpoint`, of one file or of all shards of one model together."""
+    if len(paths) == 1:
+        return read_checkpoint(paths[0])
+    together: dict[str, Any] = {}
+    for path in paths:
+        content = read_checkpoint(path)
+        if not isinstance(content, dict):
+            raise ConversionError(f"{path}: a shard that holds a {type(content).__name__}, not a state dict")
+        twice = together.keys() & content.keys()
+        if twice:
+            raise ConversionError(f"{path}: holds {min(map(str, twice))!r}, which another shard holds too")
+        together.update(content)
+    return together
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """What a `.pth` or `.safetensors` file holds, with numpy arrays for tensors. ConversionError says what is wrong."""
     path = Path(path)
@@ -77,10 +153,11 @@ def read_checkpoint(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     with open(path, "rb") as file:
-        start = file.read(len(LEGACY_MAGIC))
-    if start == LEGACY_MAGIC or (start[:1] == b"\x80" and start[:2] != b"PK"):
+        start = file.read(512)
+    if start.startswith(LEGACY_MAGIC) or start[:1] == b"\x80" or start[257:262] == b"ustar":
         raise ConversionError(
-            f"{path}: written in PyTorch's format from before 1.6, or a bare pickle; where it comes from a trusted source, rewrite it with "
+            f"{path}: written in PyTorch's format from before 1.6 (a tar or several pickles), or a bare pickle; where it comes from a "
+            "trusted source, rewrite it with "
             "python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu'), 'NEW')\""
         )
     try:

@@ -10,7 +10,8 @@ import numpy as np
 
 from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
-from maskvit.convert.rules import Rule, linear, same
+from maskvit.convert.rules import Rule, linear, same, single
+from maskvit.convert.source import Hints, Source
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -48,8 +49,9 @@ def _stage_depth(found: Mapping[str, Any], stage: int) -> int:
     return len({match[1] for key in found if (match := re.match(rf"layer{stage}\.(\d+)\.", key))})
 
 
-def infer_config(found: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
-    """`image_size`, `modalities` and `classifier` of the network whose `tensors` these are."""
+def infer_config(source: Source, _: Hints) -> dict[str, Any]:
+    """`image_size`, `modalities` and `classifier` of the network whose `tensors` are the source's."""
+    found, where = source.tensors, source.where
     if found["fc.weight"].ndim != 2 or found["conv1.weight"].ndim != 4 or found["conv1.weight"].shape[1] != 3:
         shapes = found["conv1.weight"].shape, found["fc.weight"].shape
         raise ConversionError(f"{where}: 'conv1.weight' and 'fc.weight' have the shapes {shapes[0]} and {shapes[1]}: no classifier of rgb")
@@ -63,7 +65,7 @@ def infer_config(found: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
 
 def _convolution(key: str, path: str, channels_in: int, channels_out: int, side: int) -> list[Rule]:
     """Weight (out, in, row, column) to kernel (row, column, in, out)."""
-    weight = Rule(
+    weight = single(
         f"{key}.weight",
         f"{path}/kernel",
         (channels_out, channels_in, side, side),

@@ -1,4 +1,4 @@
-"""Strict renaming: a list of rules says every key, its shape, and how its values are laid out on the other side."""
+"""Strict renaming: a list of rules says every tensor of a file, its shape, and what it is in our tree, both ways."""
 
 from __future__ import annotations
 
@@ -10,32 +10,97 @@ import numpy as np
 from maskvit.convert.reader import ConversionError
 from maskvit.types import tree_paths
 
+Arrays = tuple[np.ndarray, ...]
+
 
 class Rule(NamedTuple):
-    """One tensor: its PyTorch key and shape, our path, and the layouts' two maps (the same for values and Adam moments)."""
+    """What some tensors of a file are in our tree, mostly one for one (the same for values and Adam moments).
 
-    key: str
-    path: str
-    shape: tuple[int, ...]
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray], np.ndarray]
+    `keys` with their `shapes` stand on the file's side, `paths` on ours; `to_ours` takes the arrays of the keys in their
+    order and gives those of the paths, `to_torch` the other way round.
+    """
+
+    keys: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    paths: tuple[str, ...]
+    to_ours: Callable[..., Arrays]
+    to_torch: Callable[..., Arrays]
+
+    def our_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of `paths`."""
+        return tuple(x.shape for x in self.to_ours(*(np.broadcast_to(np.False_, shape) for shape in self.shapes)))
+
+
+def single(
+    key: str, path: str, shape: Sequence[int], to_ours: Callable[[np.ndarray], np.ndarray], to_torch: Callable[[np.ndarray], np.ndarray]
+) -> Rule:
+    """One tensor to one."""
+    return Rule((key,), (tuple(shape),), (path,), lambda x: (to_ours(x),), lambda x: (to_torch(x),))
 
 
 def same(key: str, path: str, shape: Sequence[int]) -> Rule:
     """Carried as it is."""
-    return Rule(key, path, tuple(shape), lambda x: x, lambda x: x)
+    return single(key, path, shape, lambda x: x, lambda x: x)
 
 
 def reshaped(key: str, path: str, shape: Sequence[int], ours: Sequence[int]) -> Rule:
     """The same values in the same order under another shape."""
-    return Rule(key, path, tuple(shape), lambda x: x.reshape(ours), lambda x: x.reshape(shape))
+    return single(key, path, shape, lambda x: x.reshape(ours), lambda x: x.reshape(shape))
+
+
+def transposed(key: str, path: str, shape: Sequence[int]) -> Rule:
+    """A matrix (out, in) to a kernel (in, out)."""
+    transpose = lambda x: np.ascontiguousarray(x.T)  # noqa: E731
+    return single(key, path, shape, transpose, transpose)
 
 
 def linear(key: str, path: str, features_in: int, features_out: int) -> list[Rule]:
     """A linear layer: weight (out, in) to kernel (in, out)."""
-    transpose = lambda x: np.ascontiguousarray(x.T)  # noqa: E731
-    weight = Rule(f"{key}.weight", f"{path}/kernel", (features_out, features_in), transpose, transpose)
-    return [weight, same(f"{key}.bias", f"{path}/bias", (features_out,))]
+    return [
+        transposed(f"{key}.weight", f"{path}/kernel", (features_out, features_in)),
+        same(f"{key}.bias", f"{path}/bias", (features_out,)),
+    ]
+
+
+def joined_linear(keys: Sequence[str], path: str, features_in: int, features_out: int) -> list[Rule]:
+    """Linear layers that we keep as one, their outputs side by side (query, key and value)."""
+    if len(keys) == 1:
+        return linear(keys[0], path, features_in, features_out)
+    part = features_out // len(keys)
+    kernel = Rule(
+        tuple(f"{key}.weight" for key in keys), ((part, features_in),) * len(keys), (f"{path}/kernel",),
+        lambda *x: (np.ascontiguousarray(np.concatenate(x).T),),
+        lambda x: tuple(np.ascontiguousarray(piece.T) for piece in np.split(x, len(keys), axis=1)),
+    )  # fmt: skip
+    bias = Rule(
+        tuple(f"{key}.bias" for key in keys), ((part,),) * len(keys), (f"{path}/bias",),
+        lambda *x: (np.concatenate(x),), lambda x: tuple(np.split(x, len(keys))),
+    )  # fmt: skip
+    return [kernel, bias]
+
+
+def scaled_linear(key: str, scale: str, path: str, features_in: int, features_out: int) -> list[Rule]:
+    """A linear layer and the LayerScale behind it: gamma * (W x + b) = (gamma W) x + gamma b. Written back with a scale of one."""
+    rule = Rule(
+        (f"{key}.weight", f"{key}.bias", scale),
+        ((features_out, features_in), (features_out,), (features_out,)),
+        (f"{path}/kernel", f"{path}/bias"),
+        lambda weight, bias, gamma: (np.ascontiguousarray((gamma[:, None] * weight).T), gamma * bias),
+        lambda kernel, bias: (np.ascontiguousarray(kernel.T), bias, np.ones_like(bias)),
+    )
+    return [rule]
+
+
+def tied(keys: Sequence[str], rule: Rule) -> Rule:
+    """`rule`, whose one tensor the file holds under several `keys`, which must be equal; all are written."""
+
+    def to_ours(*copies: np.ndarray) -> Arrays:
+        for key, copy in zip(keys[1:], copies[1:], strict=True):
+            if not np.array_equal(copies[0], copy, equal_nan=copy.dtype.kind == "f"):
+                raise ConversionError(f"{keys[0]!r} and {key!r} differ, but this model has one tensor for both")
+        return rule.to_ours(copies[0])
+
+    return Rule(tuple(keys), rule.shapes * len(keys), rule.paths, to_ours, lambda x: rule.to_torch(x) * len(keys))
 
 
 def layer_norm(key: str, path: str, width: int) -> list[Rule]:
@@ -53,7 +118,7 @@ def patch_projection(key: str, path: str, channels: int, patch: int, width: int)
     def to_torch(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.reshape(patch, patch, channels, width).transpose(3, 2, 0, 1))
 
-    return [Rule(f"{key}.weight", f"{path}/kernel", shape, to_ours, to_torch), same(f"{key}.bias", f"{path}/bias", (width,))]
+    return [single(f"{key}.weight", f"{path}/kernel", shape, to_ours, to_torch), same(f"{key}.bias", f"{path}/bias", (width,))]
 
 
 def patch_head(key: str, path: str, channels: int, patch: int, width: int) -> list[Rule]:
@@ -67,38 +132,71 @@ def patch_head(key: str, path: str, channels: int, patch: int, width: int) -> li
         return x.reshape(patch, patch, channels, *x.shape[1:]).transpose(2, 0, 1, *range(3, x.ndim + 2)).reshape(x.shape)
 
     features = channels * patch * patch
-    weight = Rule(
+    weight = single(
         f"{key}.weight", f"{path}/kernel", (features, width),
         lambda x: np.ascontiguousarray(outputs_last(x).T), lambda x: np.ascontiguousarray(outputs_first(np.ascontiguousarray(x.T))),
     )  # fmt: skip
-    return [weight, Rule(f"{key}.bias", f"{path}/bias", (features,), outputs_last, outputs_first)]
+    return [weight, single(f"{key}.bias", f"{path}/bias", (features,), outputs_last, outputs_first)]
 
 
-def position_table(key: str, path: str, grid: tuple[int, int], width: int) -> Rule:
+def position_map(key: str, path: str, grid: tuple[int, int], width: int) -> Rule:
     """(1, width, rows, columns) to (rows, columns, width)."""
-    shape = (1, width, *grid)
-    return Rule(
+    return single(
         key,
         path,
-        shape,
+        (1, width, *grid),
         lambda x: np.ascontiguousarray(x[0].transpose(1, 2, 0)),
         lambda x: np.ascontiguousarray(x.transpose(2, 0, 1))[None],
     )
 
 
-def block(key: str, path: str, width: int, hidden: int) -> list[Rule]:
-    """A pre-norm transformer block with timm's names."""
+def position_rows(key: str, path: str, grid: tuple[int, int], width: int, class_row: bool) -> Rule:
+    """(1, rows, width) to (rows, columns, width). `class_row`: a row of zeros for the class token stands before the others."""
+
+    def to_ours(x: np.ndarray) -> np.ndarray:
+        if class_row and x[0, 0].any():
+            raise ConversionError(f"{key!r} gives the class token a position of its own, which this model has no place for")
+        return x[0, int(class_row) :].reshape(*grid, width)
+
+    def to_torch(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros((int(class_row), width), x.dtype), x.reshape(-1, width)])[None]
+
+    return single(key, path, (1, int(class_row) + grid[0] * grid[1], width), to_ours, to_torch)
+
+
+class BlockNames(NamedTuple):
+    """What a layout calls the parts of a transformer block; `qkv` is one name, or those of query, key and value."""
+
+    norm1: str = "norm1"
+    qkv: tuple[str, ...] = ("attn.qkv",)
+    proj: str = "attn.proj"
+    norm2: str = "norm2"
+    fc1: str = "mlp.fc1"
+    fc2: str = "mlp.fc2"
+    scale1: str = "ls1.gamma"
+    scale2: str = "ls2.gamma"
+
+
+def block(key: str, path: str, width: int, hidden: int, names: BlockNames = BlockNames(), scaled: bool = False) -> list[Rule]:  # noqa: B008
+    """A pre-norm transformer block; `scaled` with LayerScale, which is folded into the layer before it."""
+
+    def last(name: str, scale: str, ours: str, features_in: int) -> list[Rule]:
+        if scaled:
+            return scaled_linear(f"{key}.{name}", f"{key}.{scale}", f"{path}/{ours}", features_in, width)
+        return linear(f"{key}.{name}", f"{path}/{ours}", features_in, width)
+
     return [
-        *layer_norm(f"{key}.norm1", f"{path}/norm1", width),
-        *linear(f"{key}.attn.qkv", f"{path}/attn/qkv", width, 3 * width),
-        *linear(f"{key}.attn.proj", f"{path}/attn/proj", width, width),
-        *layer_norm(f"{key}.norm2", f"{path}/norm2", width),
-        *linear(f"{key}.mlp.fc1", f"{path}/mlp/fc1", width, hidden),
-        *linear(f"{key}.mlp.fc2", f"{path}/mlp/fc2", hidden, width),
+        *layer_norm(f"{key}.{names.norm1}", f"{path}/norm1", width),
+        *joined_linear([f"{key}.{name}" for name in names.qkv], f"{path}/attn/qkv", width, 3 * width),
+        *last(names.proj, names.scale1, "attn/proj", width),
+        *layer_norm(f"{key}.{names.norm2}", f"{path}/norm2", width),
+        *linear(f"{key}.{names.fc1}", f"{path}/mlp/fc1", width, hidden),
+        *last(names.fc2, names.scale2, "mlp/fc2", hidden),
     ]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first eight names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
@@ -107,33 +205,57 @@ def check_keys(where: str, found: Mapping[str, Any], expected: Mapping[str, tupl
     """Raise unless `found` has exactly the expected names and shapes."""
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:
-        raise ConversionError(f"{where}: {len(missing)} tensors are missing: {_listed(missing)}")
+        raise ConversionError(f"{where}: {len(missing)} tensors are missing: {listed(missing)}")
     if unexpected:
-        raise ConversionError(f"{where}: {len(unexpected)} tensors are not part of this model: {_listed(unexpected)}")
+        raise ConversionError(f"{where}: {len(unexpected)} tensors are not part of this model: {listed(unexpected)}")
     wrong = [
         f"{name} {tuple(found[name].shape)} instead of {shape}"
         for name, shape in expected.items()
         if tuple(found[name].shape) != tuple(shape)
     ]
     if wrong:
-        raise ConversionError(f"{where}: {len(wrong)} tensors have another shape: {_listed(wrong)}")
+        raise ConversionError(f"{where}: {len(wrong)} tensors have another shape: {listed(wrong)}")
+
+
+def key_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+    """Every key of the file's side with its shape."""
+    return {key: shape for rule in rules for key, shape in zip(rule.keys, rule.shapes, strict=True)}
+
+
+def path_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+    """Every path of our side with its shape."""
+    return {path: shape for rule in rules for path, shape in zip(rule.paths, rule.our_shapes(), strict=True)}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": leaf} to {"a": {"b": leaf}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def to_ours(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
     """PyTorch tensors to a nested parameter tree, nothing missing, nothing left over."""
-    check_keys(where, tensors, {rule.key: rule.shape for rule in rules})
-    tree: dict[str, Any] = {}
+    check_keys(where, tensors, key_shapes(rules))
+    flat: dict[str, np.ndarray] = {}
     for rule in rules:
-        *parents, last = rule.path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = rule.to_ours(np.asarray(tensors[rule.key]))
-    return tree
+        try:
+            flat.update(zip(rule.paths, rule.to_ours(*(np.asarray(tensors[key]) for key in rule.keys)), strict=True))
+        except ConversionError as error:
+            raise ConversionError(f"{where}: {error}") from error
+    return nested(flat)
 
 
 def to_torch(rules: Sequence[Rule], params: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """The inverse of `to_ours`, in the rules' order."""
     flat = tree_paths(params)
-    check_keys(where, flat, {rule.path: rule.to_ours(np.empty(rule.shape, np.bool_)).shape for rule in rules})
-    return {rule.key: rule.to_torch(np.asarray(flat[rule.path])) for rule in rules}
+    check_keys(where, flat, path_shapes(rules))
+    found: dict[str, np.ndarray] = {}
+    for rule in rules:
+        found.update(zip(rule.keys, rule.to_torch(*(np.asarray(flat[path]) for path in rule.paths)), strict=True))
+    return found

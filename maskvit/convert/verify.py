@@ -117,7 +117,8 @@ def verify(
     from maskvit.scores import random_scores
 
     checkpoint = open_checkpoint(src)
-    config, rules = understand(checkpoint, num_heads, decoder_num_heads)
+    plan = understand(checkpoint, num_heads, decoder_num_heads)
+    config, rules = plan.config, plan.rules
     reference = import_reference(directory)
     import torch
 

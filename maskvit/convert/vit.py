@@ -1,4 +1,4 @@
-"""Plain Vision Transformers (timm, DINO, iBOT, DINOv2, fine-tuned MAE, Hugging Face's Dinov2Model) as one-input models of ours.
+"""Plain Vision Transformers (timm, DINO, iBOT, DINOv2, fine-tuned MAE, Hugging Face's ViT and Dinov2) as one-input models of ours.
 
 Attention does not care for order, so the class token is our global token, which comes last. Its own position row is added to
 it, and the remaining rows are the input's position table. DINOv2's LayerScale multiplies what a block adds, which is the
@@ -9,182 +9,241 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
-from maskvit.convert.rules import Rule, block, layer_norm, linear, patch_projection, reshaped, same
+from maskvit.convert.rules import (
+    BlockNames,
+    Rule,
+    block,
+    layer_norm,
+    linear,
+    patch_projection,
+    position_rows,
+    reshaped,
+)
+from maskvit.convert.source import Hints, Source
 
-# What stands before the encoder's own keys: data-parallel and self-distillation wrappers.
-PREFIXES = ("module.backbone.", "backbone.", "module.", "")
-# Tensors that are not part of the encoder, and why they are left out. Keys as in the file, after "module.".
-DROPPED = (
+
+class Names(NamedTuple):
+    """What a layout calls the parts of a ViT, and of MAE's decoder behind it."""
+
+    cls_token: str = "cls_token"
+    positions: str = "pos_embed"
+    patches: str = "patch_embed.proj"
+    blocks: str = "blocks"
+    block: BlockNames = BlockNames()
+    norm: str = "norm"
+    pooled_norm: str = "fc_norm"
+    head: str = "head"
+    mask_token: str = "mask_token"
+    decoder_positions: str = "decoder_pos_embed"
+    decoder_embed: str = "decoder_embed"
+    decoder_blocks: str = "decoder_blocks"
+    decoder_norm: str = "decoder_norm"
+    decoder_head: str = "decoder_pred"
+
+
+TIMM = Names()
+_HUGGING_FACE = Names(
+    cls_token="embeddings.cls_token",
+    positions="embeddings.position_embeddings",
+    patches="embeddings.patch_embeddings.projection",
+    blocks="encoder.layer",
+    norm="layernorm",
+    head="classifier",
+    mask_token="decoder.mask_token",
+    decoder_positions="decoder.decoder_pos_embed",
+    decoder_embed="decoder.decoder_embed",
+    decoder_blocks="decoder.decoder_layers",
+    decoder_norm="decoder.decoder_norm",
+    decoder_head="decoder.decoder_pred",
+)
+_THREE = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+# Files at Hugging Face, and ViTModel and ViTMAEModel of transformers before 5.
+HUGGING_FACE = _HUGGING_FACE._replace(
+    block=BlockNames("layernorm_before", _THREE, "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense")
+)
+# What transformers 5 calls the same tensors in memory.
+HUGGING_FACE_5 = _HUGGING_FACE._replace(
+    blocks="layers",
+    block=BlockNames(
+        "layernorm_before", tuple(f"attention.{x}_proj" for x in "qkv"), "attention.o_proj", "layernorm_after", "mlp.fc1", "mlp.fc2"
+    ),
+)
+DINOV2 = _HUGGING_FACE._replace(
+    block=BlockNames(qkv=_THREE, proj="attention.output.dense", scale1="layer_scale1.lambda1", scale2="layer_scale2.lambda1")
+)
+LAYOUTS = (TIMM, HUGGING_FACE, HUGGING_FACE_5, DINOV2)
+
+# Tensors that are not part of the encoder, and why they are left out.
+LEFT_OUT = (
     (r"head\.(mlp\.\d+\.\w+|last_layer2?\.\w+)", "the projection head of self-distillation"),
-    (r"(backbone\.)?(mask_token|masked_embed|embeddings\.mask_token)", "the token of hidden patches in pretraining"),
+    (r"mask_token|masked_embed|embeddings\.mask_token", "the token of hidden patches in pretraining"),
+    (r"pooler\.dense\.\w+", "a pooler behind the class token"),
     (r"decoder\.(upconv|bn)\d\.\w+|decoder\.final_conv\.\w+", "a saliency decoder"),
 )
-# Hugging Face's names of a Dinov2Model, in timm's. Query, key and value are joined afterwards.
-HUGGING_FACE = (
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-    (r"encoder\.layer\.(\d+)\.(norm[12]|mlp\.fc[12])\.(\w+)", r"blocks.\1.\2.\3"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(\w+)", r"blocks.\1.attn.\2.\3"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
-    (r"layernorm\.(\w+)", r"norm.\1"),
-)
-# What a LayerScale multiplies.
-SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}
 
 
-def _prefix(keys: Any) -> str | None:
-    """What stands before the encoder's keys; None where they are not those of a ViT."""
-    for prefix in PREFIXES:
-        if f"{prefix}cls_token" in keys and f"{prefix}patch_embed.proj.weight" in keys:
-            return prefix
-        if f"{prefix}embeddings.cls_token" in keys and f"{prefix}embeddings.patch_embeddings.projection.weight" in keys:
-            return prefix
-    return None
+def layout_of(keys: Any) -> Names | None:
+    """The layout that these keys are of; None where they are not those of a ViT."""
+    for names in LAYOUTS:
+        if f"{names.patches}.weight" in keys and f"{names.blocks}.0.{names.block.norm1}.weight" in keys:
+            return names
+    return next((names for names in LAYOUTS if f"{names.patches}.weight" in keys and names.cls_token in keys), None)
 
 
 def is_vit(keys: Any) -> bool:
-    """Whether these are the keys of an encoder alone: a class token, a patch projection, and no decoder of masked modelling."""
-    return _prefix(keys) is not None and not any("decoder_pos_embed" in key or "cross_attn" in key for key in keys)
+    """Whether these are the keys of an encoder alone: a patch projection and blocks, and no decoder of masked modelling."""
+    return layout_of(keys) is not None and not any("decoder_pos_embed" in key or "cross_attn" in key for key in keys)
 
 
-def tensors(state: Mapping[str, np.ndarray], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The encoder's tensors under timm's names, class token and first position row joined as "global_token", LayerScale folded.
+class Form(NamedTuple):
+    """How a file holds a ViT.
 
-    Also says, line by line, what was done. ConversionError where a tensor is of no known use.
+    Attributes:
+      names: what it calls the parts.
+      class_token: whether it has one.
+      class_row: whether its position table has a row for the class token.
+      scaled: whether its blocks have LayerScale.
     """
-    prefix = _prefix(state)
-    assert prefix is not None, "only for what is_vit"
-    said: list[str] = []
-    found: dict[str, np.ndarray] = {}
-    left: dict[str, list[str]] = {}
-    for key, value in state.items():
-        reason = next((why for pattern, why in DROPPED if re.fullmatch(pattern, key.removeprefix("module."))), None)
-        if reason:
-            left.setdefault(reason, []).append(key)
-        elif key.startswith(prefix):
-            found[key.removeprefix(prefix)] = value
-        else:
-            raise ConversionError(f"{where}: {key!r} stands outside the encoder ({prefix}...) and is of no known use")
-    said += [f"left out {why}: {len(keys)} tensors, {keys[0]} among them" for why, keys in left.items()]
-    if prefix:
-        said.append(f"keys of the encoder without their prefix {prefix!r}")
-    if "register_tokens" in found or "embeddings.register_tokens" in found:
-        raise ConversionError(f"{where}: has register tokens; give the file of the model without registers")
-    if "embeddings.cls_token" in found:
-        found = _from_hugging_face(found, where)
-        said.append("Hugging Face's names; queries, keys and values joined")
-    _fold_layer_scale(found, where, said)
-    _join_class_token(found, where)
-    return found, said
+
+    names: Names = TIMM
+    class_token: bool = True
+    class_row: bool = True
+    scaled: bool = False
 
 
-def _from_hugging_face(found: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    renamed: dict[str, np.ndarray] = {}
-    for key, value in found.items():
-        name = next((re.sub(f"^{old}$", new, key) for old, new in HUGGING_FACE if re.fullmatch(old, key)), None)
-        if name is None:
-            raise ConversionError(f"{where}: {key!r} is not part of this model")
-        renamed[name] = value
-    for key in [key for key in renamed if ".attn.query." in key]:
-        three = [key.replace("query", part) for part in ("query", "key", "value")]
-        missing = [name for name in three if name not in renamed]
-        if missing:
-            raise ConversionError(f"{where}: tensors are missing: {missing[0]}")
-        renamed[key.replace("query", "qkv")] = np.concatenate([renamed.pop(name) for name in three])
-    return renamed
-
-
-def _fold_layer_scale(found: dict[str, np.ndarray], where: str, said: list[str]) -> None:
-    """gamma * (W x + b) = (gamma W) x + gamma b. In place."""
-    gammas = [key for key in found if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]
-    blocks = {key.split(".")[1] for key in found if key.startswith("blocks.")}
+def form_of(source: Source) -> Form:
+    """The form of a file whose keys `layout_of` knows."""
+    names = layout_of(source.tensors)
+    assert names is not None, "only for what layout_of knows"
+    found, where = source.tensors, source.where
+    if any("register_tokens" in key or key in ("reg_token", "dist_token") for key in found):
+        raise ConversionError(f"{where}: has register or distillation tokens; give the file of the model without them")
+    _, rows, width = source.shape(names.positions, 3)
+    class_token = names.cls_token in found
+    if class_token and found[names.cls_token].shape != (1, 1, width):
+        shapes = f"{names.cls_token!r} {found[names.cls_token].shape} and {names.positions!r} {found[names.positions].shape}"
+        raise ConversionError(f"{where}: {shapes} do not fit each other")
+    scales = (names.block.scale1, names.block.scale2)
+    gammas = [key for key in found if key.startswith(names.blocks + ".") and key.endswith(scales)]
+    blocks = {key.split(".")[names.blocks.count(".") + 1] for key in found if key.startswith(names.blocks + ".")}
     if gammas and len(gammas) != 2 * len(blocks):
         raise ConversionError(f"{where}: {len(gammas)} LayerScale vectors for {len(blocks)} blocks; two in each expected")
-    for key in gammas:
-        start, scale = key.removesuffix(".gamma").rsplit(".", 1)
-        gamma = found.pop(key).astype(np.float32)
-        for part in ("weight", "bias"):
-            name = f"{start}.{SCALED[scale]}.{part}"
-            if name not in found or found[name].shape[0] != gamma.size:
-                raise ConversionError(f"{where}: {key!r} of shape {gamma.shape} does not fit {name!r}")
-            value = found[name].astype(np.float32)
-            found[name] = gamma.reshape(-1, *(1,) * (value.ndim - 1)) * value
-    if gammas:
-        said.append(f"LayerScale of {len(blocks)} blocks folded into proj and fc2")
+    # A square number of rows leaves none for the class token: timm's `no_embed_class`.
+    return Form(names, class_token, class_token and math.isqrt(rows) ** 2 != rows, bool(gammas))
 
 
-def _join_class_token(found: dict[str, np.ndarray], where: str) -> None:
-    """`cls_token` and the first row of `pos_embed` to "global_token"; the other rows stay. In place."""
-    if "pos_embed" not in found:
-        raise ConversionError(f"{where}: looks like a ViT, but lacks 'pos_embed'")
-    token, positions = found.pop("cls_token"), found["pos_embed"]
-    if positions.ndim != 3 or positions.shape[1] < 2 or token.shape != (1, 1, positions.shape[2]):
-        raise ConversionError(f"{where}: 'cls_token' {token.shape} and 'pos_embed' {positions.shape} do not fit each other")
-    found["global_token"] = token.astype(np.float32)[0] + positions.astype(np.float32)[0, :1]
-    found["pos_embed"] = positions[:, 1:]
-
-
-def infer_config(found: Mapping[str, np.ndarray], where: str, num_heads: int | None = None) -> dict[str, Any]:
-    """The config of the model whose `tensors` these are."""
-
-    def shape(key: str, axes: int) -> tuple[int, ...]:
-        if key not in found:
-            raise ConversionError(f"{where}: looks like a ViT, but lacks {key!r}")
-        if found[key].ndim != axes or 0 in found[key].shape:
-            raise ConversionError(f"{where}: {key!r} has the shape {found[key].shape}; {axes} axes expected, none of them empty")
-        return found[key].shape
-
-    _, positions, width = shape("pos_embed", 3)
-    _, channels, patch, columns = shape("patch_embed.proj.weight", 4)
-    side = math.isqrt(positions)
-    if side**2 != positions or patch != columns:
-        raise ConversionError(f"{where}: {positions} positions and patches of {patch} x {columns}: only square grids and patches are known")
-    if num_heads is None and width % 64:
-        raise ConversionError(f"{where}: the width {width} is no multiple of 64: give --num-heads")
-    heads = width // 64 if num_heads is None else num_heads
-    if heads < 1 or width % heads:
-        raise ConversionError(f"{where}: the width {width} does not divide into {heads} heads; --num-heads says how many there are")
-    depth = len({key.split(".")[1] for key in found if key.startswith("blocks.")})
-    encoder = dict(width=width, depth=depth, heads=heads, mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / width)
+def infer_sizes(source: Source, form: Form, hints: Hints) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
+    """(image size, the modality rgb, the block `encoder`) of the ViT in a file."""
+    names, where = form.names, source.where
+    _, rows, width = source.shape(names.positions, 3)
+    _, channels, patch, columns = source.shape(f"{names.patches}.weight", 4)
+    side = math.isqrt(rows - form.class_row)
+    if side < 1 or side**2 != rows - form.class_row or patch != columns:
+        raise ConversionError(
+            f"{where}: {rows - form.class_row} positions and patches of {patch} x {columns}: only square grids and patches are known"
+        )
+    depth = len({key.split(".")[names.blocks.count(".") + 1] for key in source.tensors if key.startswith(names.blocks + ".")})
+    hidden = source.shape(f"{names.blocks}.0.{names.block.fc1}.weight", 2)[0]
+    encoder = dict(width=width, depth=depth, heads=hints.heads(width, where), mlp_ratio=hidden / width)
     rgb = {**known.RGB, "patch": patch} if channels == 3 else dict(kind="continuous", channels=channels, patch=patch)
+    return (side * patch, side * patch), rgb, encoder
+
+
+def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
+    """The config of the encoder in a file: the objective "multimae" without outputs."""
+    form = form_of(source)
+    names, found = form.names, source.tensors
+    image_size, rgb, encoder = infer_sizes(source, form, hints)
+    pooled = f"{names.pooled_norm}.weight" in found
+    classes = source.shape(f"{names.head}.weight", 2)[0] if f"{names.head}.weight" in found else 0
+    if classes and not form.class_token and not pooled:
+        raise ConversionError(
+            f"{source.where}: its classifier reads the mean of normed tokens ({names.norm}.*, no {names.pooled_norm}.*), which no model "
+            f"here does; leave it out with --allow '{names.head}\\..*'"
+        )
     objective = dict(
         name="multimae",
         inputs=("rgb",),
         outputs=(),
         encoder=encoder,
-        num_global_tokens=1,
-        num_visible=max(round(positions / 6), 1),
-        final_norm="norm.weight" in found or "fc_norm.weight" in found,
-        num_classes=shape("head.weight", 2)[0] if "head.weight" in found else 0,
-        pool="mean" if "fc_norm.weight" in found else "global",
+        num_global_tokens=int(form.class_token),
+        num_visible=max(round((image_size[0] // rgb["patch"]) ** 2 / 6), 1),
+        final_norm=f"{names.norm}.weight" in found or pooled,
+        num_classes=classes,
+        pool="mean" if pooled else "global",
     )
-    return dict(image_size=(side * patch, side * patch), modalities=dict(rgb=rgb), objective=objective)
+    return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)
 
 
-def rules(config: Mapping[str, Any]) -> list[Rule]:
-    """Every one of the `tensors` of the model that `config` describes."""
-    objective, rgb = config["objective"], config["modalities"]["rgb"]
-    encoder = objective["encoder"]
+def joined_class_token(names: Names, width: int, grid: tuple[int, int]) -> Rule:
+    """Class token and position table with its row: our global token is their sum, and is written back with a row of zeros."""
+    rows = 1 + grid[0] * grid[1]
+    return Rule(
+        (names.cls_token, names.positions),
+        ((1, 1, width), (1, rows, width)),
+        ("global_tokens", "inputs/rgb/pos_embed"),
+        lambda token, table: (token[0] + table[0, :1], table[0, 1:].reshape(*grid, width)),
+        lambda token, table: (token[None], np.concatenate([np.zeros((1, width), table.dtype), table.reshape(-1, width)])[None]),
+    )
+
+
+def learned_positions(names: Names, width: int, grid: tuple[int, int]) -> list[Rule]:
+    """Class token and position table where both are trained on: the class token's row stays apart."""
+    table = Rule(
+        (names.positions,),
+        ((1, 1 + grid[0] * grid[1], width),),
+        ("global_pos_embed", "inputs/rgb/learned_pos_embed"),
+        lambda x: (x[0, :1], x[0, 1:].reshape(*grid, width)),
+        lambda row, rows: (np.concatenate([row, rows.reshape(-1, width)])[None],),
+    )
+    return [reshaped(names.cls_token, "global_tokens", (1, 1, width), (1, width)), table]
+
+
+def encoder_rules(config: Mapping[str, Any], form: Form = Form(), learned: bool = False) -> list[Rule]:  # noqa: B008
+    """Class token, positions, patch projection and blocks. `learned`: for models that train their positions (DINO, iBOT)."""
+    encoder, rgb, names = config["objective"]["encoder"], config["modalities"]["rgb"], form.names
     width, patch = encoder["width"], rgb["patch"]
     rows, columns = (side // patch for side in config["image_size"])
-    found = [
-        same("global_token", "global_tokens", (1, width)),
-        reshaped("pos_embed", "inputs/rgb/pos_embed", (1, rows * columns, width), (rows, columns, width)),
-        *patch_projection("patch_embed.proj", "inputs/rgb/proj", rgb["channels"], patch, width),
-    ]
+    grid = rows, columns
+    if learned:
+        found = learned_positions(names, width, grid)
+    elif form.class_row:
+        found = [joined_class_token(names, width, grid)]
+    else:
+        found = [position_rows(names.positions, "inputs/rgb/pos_embed", grid, width, class_row=False)]
+        if form.class_token:
+            found.append(reshaped(names.cls_token, "global_tokens", (1, 1, width), (1, width)))
+    found += patch_projection(names.patches, "inputs/rgb/proj", rgb["channels"], patch, width)
+    hidden = round(width * encoder.get("mlp_ratio", 4.0))
     for i in range(encoder["depth"]):
-        found += block(f"blocks.{i}", f"encoder/block_{i:02d}", width, round(width * encoder["mlp_ratio"]))
-    if objective["final_norm"]:
-        found += layer_norm("fc_norm" if objective["pool"] == "mean" else "norm", "norm", width)
-    if objective["num_classes"]:
-        found += linear("head", "head", width, objective["num_classes"])
+        found += block(f"{names.blocks}.{i}", f"encoder/block_{i:02d}", width, hidden, names.block, form.scaled)
     return found
+
+
+def rules(config: Mapping[str, Any], form: Form = Form(), learned: bool = False) -> list[Rule]:  # noqa: B008
+    """Every tensor of the model that `config` describes, in timm's order."""
+    objective, names = config["objective"], form.names
+    width = objective["encoder"]["width"]
+    found = encoder_rules(config, form, learned)
+    if objective.get("final_norm", False):
+        found += layer_norm(names.pooled_norm if objective.get("pool") == "mean" else names.norm, "norm", width)
+    if objective.get("num_classes", 0):
+        found += linear(names.head, "head", width, objective["num_classes"])
+    return found
+
+
+def without_prefixes(keys: Sequence[str]) -> dict[str, str]:
+    """{key: name behind the wrappers' prefixes}: data parallelism, compilation, self-distillation, a classifier's own encoder."""
+    names = {key: key for key in keys}
+    for prefix in ("module.", "_orig_mod.", "backbone.", "vit.", "dinov2."):
+        if any(name.startswith(prefix) for name in names.values()):
+            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    # transformers 5 writes a decoder's blocks under this name, which none of its versions reads in other files.
+    return {key: re.sub(r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers.", name) for key, name in names.items()}

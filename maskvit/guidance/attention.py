@@ -170,7 +170,7 @@ def check_momentum(momentum: float) -> None:
 
 def encoder_params(params: Params) -> Params:
     """What a teacher needs to embed and encode."""
-    return {name: params[name] for name in ("inputs", "global_tokens", "encoder")}
+    return {name: params[name] for name in ("inputs", "global_tokens", "global_pos_embed", "encoder") if name in params}
 
 
 def moving_average(average: Any, new: Any, momentum: float) -> Any:

@@ -15,11 +15,13 @@ from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
 from maskvit.models.decoders import SpatialDecoder
+from maskvit.models.projection import Projection, redraw
 from maskvit.models.vit import VARIANTS, Dense, Encoder, apply, layer_norm
 from maskvit.types import MaskPlan, Params, TokenBatch, TokenLayout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 POOLS = ("global", "mean")
+POSITIONS = ("rows_first", "learned")
 
 
 def encoder_sizes(encoder: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +51,9 @@ class MultiMaeModel:
       num_classes: classes of the head, 0 for none.
       pool: what head and norm read: "global" is the last global token out of the normed tokens (DINO, timm), "mean" the norm
         of the mean of all other tokens (fine-tuned MAE).
+      positions: "rows_first" is MultiMAE's fixed table; "learned" a trained one, also for the global tokens (DINO, iBOT).
+      mask_embed: whether hidden tokens may stay in the sequence, as a learned vector in place of their content (iBOT).
+      projection: sizes of the head of self-distillation (`Projection`), as pairs; () where there is none.
     """
 
     modalities: tuple[Modality, ...]
@@ -64,8 +69,13 @@ class MultiMaeModel:
     final_norm: bool = False
     num_classes: int = 0
     pool: str = "global"
+    positions: str = "rows_first"
+    mask_embed: bool = False
+    projection: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            raise ValueError(f"config.objective.positions is {self.positions!r}; known: {', '.join(POSITIONS)}")
         if self.pool not in POOLS:
             raise ValueError(f"config.objective.pool is {self.pool!r}; known: {', '.join(POOLS)}")
         if self.num_classes and self.pool == "global" and not self.num_global_tokens:
@@ -102,7 +112,7 @@ class MultiMaeModel:
 
     def _input(self, name: str) -> InputAdapter:
         spec = self.modality(name)
-        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype())
+        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), learned=self.positions == "learned")
 
     def _encoder(self) -> Encoder:
         return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat)
@@ -110,6 +120,9 @@ class MultiMaeModel:
     def _decoder(self, name: str) -> SpatialDecoder:
         spec = self.modality(name)
         return SpatialDecoder(spec, self.inputs, grid=spec.grid(self.image_size), dtype=self._dtype(), **dict(self.decoder))
+
+    def _projection(self) -> Projection:
+        return Projection(**dict(self.projection), dtype=self._dtype())
 
     def _norm(self) -> nn.LayerNorm:
         return layer_norm(self._dtype())
@@ -130,9 +143,17 @@ class MultiMaeModel:
             height, width = spec.size(self.image_size)
             categorical = spec.kind == "categorical"
             values = jnp.zeros((1, height, width), jnp.int32) if categorical else jnp.zeros((1, height, width, spec.channels))
-            params["inputs"][name] = self._input(name).init(jax.random.fold_in(input_key, i), values)["params"]
+            masked = jnp.zeros((1, layout.sizes[i]), bool) if self.mask_embed else None
+            params["inputs"][name] = self._input(name).init(jax.random.fold_in(input_key, i), values, masked)["params"]
         params["global_tokens"] = 0.02 * jax.random.normal(global_key, (self.num_global_tokens, self.width))
+        if self.positions == "learned":
+            shape = (self.num_global_tokens, self.width)
+            params["global_pos_embed"] = 0.02 * jax.random.normal(jax.random.fold_in(global_key, 1), shape)
         params["encoder"] = self._encoder().init(encoder_key, jnp.zeros((1, 1, self.width)))["params"]
+        if self.projection:
+            params["projection"] = self._projection().init(jax.random.fold_in(key, 2), jnp.zeros((1, self.width)), method=Projection.all)[
+                "params"
+            ]
         if self.final_norm:
             params["norm"] = self._norm().init(key, jnp.zeros((1, self.width)))["params"]
         if self.num_classes:
@@ -143,12 +164,24 @@ class MultiMaeModel:
             grid = self.modality(name).grid(self.image_size)
             decoder = self._decoder(name)
             params["outputs"][name] = decoder.init(jax.random.fold_in(output_key, i), encoded, plan, layout, grid, False)["params"]
-        return params
+        return redraw(params, jax.random.fold_in(key, 3)) if self.projection else params
 
-    def embed(self, params: Params, values: Mapping[str, Num[Array, "b h w *c"]], present: Bool[Array, "b n"] | None = None) -> TokenBatch:
-        """Model values of the given modalities to tokens with position; the one place where tokens are made."""
+    def embed(
+        self,
+        params: Params,
+        values: Mapping[str, Num[Array, "b h w *c"]],
+        present: Bool[Array, "b n"] | None = None,
+        masked: Bool[Array, "b n"] | None = None,
+    ) -> TokenBatch:
+        """Model values of the given modalities to tokens with position; the one place where tokens are made.
+
+        Tokens that are `masked` keep their place and lose their content (`mask_embed`).
+        """
         layout = self.layout_of(values)
-        tokens = [apply(self._input(name), params["inputs"][name], values[name]) for name in layout.names]
+        tokens = [
+            apply(self._input(name), params["inputs"][name], values[name], None if masked is None else masked[:, layout.span(name)])
+            for name in layout.names
+        ]
         return TokenBatch(jnp.concatenate(tokens, axis=1), layout, present)
 
     def append_global(
@@ -156,15 +189,40 @@ class MultiMaeModel:
     ) -> tuple[Float[Array, "b e d"], Bool[Array, "b e"] | None]:
         """The tokens, and their mask where there is one, with the global tokens behind them."""
         shape = (tokens.shape[0], *params["global_tokens"].shape)
-        tokens = jnp.concatenate([tokens, jnp.broadcast_to(params["global_tokens"].astype(tokens.dtype), shape)], axis=1)
+        global_tokens = params["global_tokens"]
+        if self.positions == "learned":
+            global_tokens = global_tokens + params["global_pos_embed"]
+        tokens = jnp.concatenate([tokens, jnp.broadcast_to(global_tokens.astype(tokens.dtype), shape)], axis=1)
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0), (0, shape[1])), constant_values=True)
         return tokens, mask
 
-    def encode(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Float[Array, "b e d"]:
-        """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to."""
+    def encode(
+        self,
+        params: Params,
+        tokens: Float[Array, "b v d"],
+        mask: Bool[Array, "b v"] | None = None,
+        branches: Float[Array, "depth two b"] | None = None,
+    ) -> Float[Array, "b e d"]:
+        """Encode tokens; the global tokens come last in the result. `mask` True where a token may be attended to.
+
+        `branches`: stochastic depth (`maskvit.models.vit.drop_path`).
+        """
         tokens, mask = self.append_global(params, tokens, mask)
-        return self.normed(params, apply(self._encoder(), params["encoder"], tokens, mask))
+        return self.normed(params, apply(self._encoder(), params["encoder"], tokens, mask, branches))
+
+    def encode_with_attention(
+        self, params: Params, tokens: Float[Array, "b v d"], queries: slice, mask: Bool[Array, "b v"] | None = None
+    ) -> tuple[Float[Array, "b e d"], Float[Array, "b a q e"]]:
+        """What `encode` gives, and the last block's attention of the tokens in `queries`, in one pass."""
+        tokens, mask = self.append_global(params, tokens, mask)
+        encoded, weights = apply(self._encoder(), params["encoder"], tokens, queries, mask, method=Encoder.with_attention)
+        return self.normed(params, encoded), weights
+
+    def project(self, params: Params, encoded: Float[Array, "*b d"], patches: bool = False) -> Float[Array, "*b k"]:
+        """Prototype logits (float32) of encoded class tokens, or of `patches`."""
+        method = Projection.patches if patches else Projection.__call__
+        return apply(self._projection(), params["projection"], encoded, method=method)
 
     def normed(self, params: Params, tokens: Float[Array, "b e d"]) -> Float[Array, "b e d"]:
         """What leaves the last block, through the final norm where the model has one on every token."""
@@ -230,12 +288,17 @@ class MultiMaeModel:
         return apply(self._decoder(output), params["outputs"][output], encoded, plan, layout, grid, masks_keys)
 
 
-def frozen_mask(params: Params) -> Any:
-    """A tree of bools, True for parameters that are never trained: the position tables of this family."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "pos_embed", params)
+def frozen_mask(params: Params, model: MultiMaeModel | None = None) -> Any:
+    """A tree of bools, True for parameters that are never trained: fixed position tables, and fixed lengths of prototypes."""
+    fixed_scale = model is not None and dict(model.projection).get("fixed_scale", False)
+
+    def frozen(path: Any, _: Any) -> bool:
+        return path[-1].key == "pos_embed" or (fixed_scale and path[0].key == "projection" and path[-1].key == "scale")
+
+    return jax.tree_util.tree_map_with_path(frozen, params)
 
 
-def count_parameters(params: Params) -> tuple[int, int]:
+def count_parameters(params: Params, model: MultiMaeModel | None = None) -> tuple[int, int]:
     """(all values, trainable values)."""
-    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(frozen_mask(params)), strict=True))
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(frozen_mask(params, model)), strict=True))
     return sum(x.size for x, _ in leaves), sum(x.size for x, frozen in leaves if not frozen)

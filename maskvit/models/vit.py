@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 # "B": the sizes of ViT-B and so on; heads of width 64.
 VARIANTS = {
@@ -125,6 +125,14 @@ class SelfAttention(nn.Module):
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
         return self.proj(attend(q, k, v, self.heads, mask))
 
+    def with_weights(
+        self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a q n"]]:
+        """What calling it gives, and the softmax attention of the tokens in `queries`, off one projection."""
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        weights = attention_weights(split_heads(q[:, queries], self.heads), split_heads(k, self.heads), mask)
+        return self.proj(attend(q, k, v, self.heads, mask)), weights
+
     def weights(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
         """The softmax attention of the tokens in `queries` over all tokens; values and projection are not computed."""
         q = self.qkv(x[:, queries], columns=slice(0, self.width))
@@ -150,15 +158,35 @@ class Block(nn.Module):
         self.norm2 = layer_norm(self.dtype)
         self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
-        return self.behind_norm(x, self.norm1(x), mask)
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "two b"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """`branches`: what the attention and the MLP of each sample are multiplied with (`drop_path`)."""
+        return self.behind_norm(x, self.norm1(x), mask, branches)
 
     def behind_norm(
-        self, x: Float[Array, "b n d"], normed: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        normed: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None = None,
+        branches: Float[Array, "two b"] | None = None,
     ) -> Float[Array, "b n d"]:
         """The rest of the block, for tokens and what its first norm made of them."""
-        x = x + self.attn(normed, mask)
-        return x + self.mlp(self.norm2(x))
+        attended = self.attn(normed, mask)
+        if branches is None:
+            x = x + attended
+            return x + self.mlp(self.norm2(x))
+        scales = branches[:, :, None, None].astype(x.dtype)
+        x = x + scales[0] * attended
+        return x + scales[1] * self.mlp(self.norm2(x))
+
+    def with_attention(
+        self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a q n"]]:
+        """What the block makes of the tokens, and its attention of those in `queries`."""
+        attended, weights = self.attn.with_weights(self.norm1(x), queries, mask)
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), weights
 
     def attention(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
         """This block's attention of the tokens in `queries`, and nothing beyond it."""
@@ -167,6 +195,17 @@ class Block(nn.Module):
     def key_features(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """This block's keys, and nothing beyond them."""
         return self.attn.key_features(self.norm1(x))
+
+
+def drop_path(keys: Key[Array, " b"], depth: int, rate: float) -> Float[Array, "depth two b"]:
+    """Stochastic depth: each sample's factor on both branches of every block, 0 or 1 / (share kept).
+
+    The share dropped grows linearly from 0 in the first block to `rate` in the last. Source: Huang et al., "Deep Networks
+    with Stochastic Depth", 2016.
+    """
+    kept = 1 - jnp.linspace(0.0, rate, depth)[:, None]
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+    return jnp.moveaxis((draws < kept) / kept, 0, -1)
 
 
 class Encoder(nn.Module):
@@ -187,15 +226,31 @@ class Encoder(nn.Module):
         for i in range(self.depth):
             setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype))
 
-    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
-        return self.blocks(x, 0, self.depth, mask)
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "depth two b"] | None = None
+    ) -> Float[Array, "b n d"]:
+        return self.blocks(x, 0, self.depth, mask, branches)
 
-    def blocks(self, x: Float[Array, "b n d"], start: int, stop: int, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
+    def blocks(
+        self,
+        x: Float[Array, "b n d"],
+        start: int,
+        stop: int,
+        mask: Bool[Array, "b n"] | None = None,
+        branches: Float[Array, "depth two b"] | None = None,
+    ) -> Float[Array, "b n d"]:
         """Blocks start ... stop - 1 only."""
         x = x.astype(self.dtype)
         for i in range(start, stop):
-            x = getattr(self, f"block_{i:02d}")(x, mask)
+            x = getattr(self, f"block_{i:02d}")(x, mask, None if branches is None else branches[i])
         return x
+
+    def with_attention(
+        self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a q n"]]:
+        """All blocks, and the last one's attention of the tokens in `queries`, in one pass."""
+        x = self.blocks(x, 0, self.depth - 1, mask)
+        return getattr(self, f"block_{self.depth - 1:02d}").with_attention(x, queries, mask)
 
     def attention(
         self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None, start: int = 0

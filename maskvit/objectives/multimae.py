@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 from maskvit.configuration import check_arguments, hashable, named_function
 from maskvit.guidance import GUIDANCE, Request, Source, build_source
@@ -25,35 +25,17 @@ from maskvit.losses import (
     masked_mean,
     normalize_patches,
     ranking_loss,
-    standardize_trimmed,
 )
 from maskvit.masking import BUDGETS, drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.objectives.values import Prepared, prepare
 from maskvit.patches import patchify, unpatchify
 from maskvit.scores import GUIDED_SCORES, SCORES, random_scores
 from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, TokenBatch, TokenLayout
 
 Duration = str | int | float
 ToSteps = Callable[[Duration], int]
-
-
-class Prepared(NamedTuple):
-    """A batch in model values.
-
-    `values`: model input per modality (continuous float32 with 0 where invalid, categorical int with -1 where unknown);
-    `valid`: pixels that have a value, per modality that can lack some; `restore`: (mean, deviation) that undo a
-    modality's standardisation; `present`: tokens that exist, None where all do.
-    """
-
-    values: dict[str, Num[Array, "b h w *c"]]
-    valid: dict[str, Bool[Array, "b h w 1"]]
-    restore: dict[str, tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]]
-    present: Bool[Array, "b n"] | None
-
-    def values_of(self, names: tuple[str, ...]) -> dict[str, Num[Array, "b h w *c"]]:
-        """The values of those modalities that the batch has."""
-        return {name: self.values[name] for name in names if name in self.values}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,54 +197,8 @@ class MultiMae:
     # From stored values to model values
 
     def prepare(self, batch: Batch) -> Prepared:
-        """Normalise what the loader delivers; depth is standardised per sample over its valid pixels."""
-        values: dict[str, Any] = {}
-        valid: dict[str, Any] = {}
-        restore: dict[str, Any] = {}
-        for spec in self.model.modalities:
-            if spec.name not in batch:
-                continue
-            stored = batch[spec.name]
-            if "present" in batch and spec.name in self.model.inputs:
-                # Whatever stands in for an absent modality (NaN) must not reach a product, not even one with weight 0.
-                has = batch["present"][:, self.model.inputs.index(spec.name)]
-                stored = jnp.where(has.reshape(-1, *(1,) * (stored.ndim - 1)), stored, jnp.zeros_like(stored))
-            if spec.kind == "categorical":
-                values[spec.name] = stored
-                if spec.missing is not None:
-                    valid[spec.name] = (stored >= 0)[..., None]
-                continue
-            if spec.missing is not None:
-                valid[spec.name] = jnp.isfinite(stored).all(axis=-1, keepdims=True)
-                stored = jnp.where(valid[spec.name], stored, 0)
-            if "present" in batch and spec.name in self.model.inputs:
-                # Loaders fill what a sample lacks with NaN: no attention weight of zero would take that out again.
-                there = batch["present"][:, self.model.inputs.index(spec.name)]
-                stored = jnp.where(there[:, None, None, None], stored, 0)
-            scaled = stored.astype(jnp.float32) * spec.scale
-            scaled = (scaled - jnp.array(spec.mean)) / jnp.array(spec.std)
-            if spec.standardize:
-                scaled, mean, deviation = standardize_trimmed(scaled, valid.get(spec.name))
-                restore[spec.name] = mean, deviation
-            values[spec.name] = jnp.where(valid[spec.name], scaled, 0) if spec.name in valid else scaled
-        return Prepared(values, valid, restore, self._present_tokens(batch, values, valid))
-
-    def _present_tokens(self, batch: Batch, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:
-        """Tokens of modalities that a sample has, with at least one valid pixel."""
-        names = [name for name in self.model.inputs if name in values]
-        if "present" not in batch and not any(name in valid for name in names):
-            return None
-        parts = []
-        for name in names:
-            patch = self.model.modality(name).patch_pixels
-            b, height, width = values[name].shape[:3]
-            tokens = jnp.ones((b, height * width // patch**2), bool)
-            if name in valid:
-                tokens = patchify(valid[name], patch).any(axis=-1)
-            if "present" in batch:
-                tokens &= batch["present"][:, self.model.inputs.index(name), None]
-            parts.append(tokens)
-        return jnp.concatenate(parts, axis=1)
+        """What the loader delivers, in model values."""
+        return prepare(self.model, batch)
 
     # From tokens to a plan
 

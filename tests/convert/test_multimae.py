@@ -16,6 +16,7 @@ from maskvit.checkpoint import load_adam, load_params
 from maskvit.convert import multimae
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import to_ours, to_torch
+from maskvit.convert.source import Hints, Source
 from maskvit.models import count_parameters
 from maskvit.objectives import build_objective
 from maskvit.types import tree_paths
@@ -76,11 +77,11 @@ def test_full_size(fixtures):
     shapes = json.loads((fixtures / "multimae_b_state_dict_shapes.json").read_text())
     rng = np.random.default_rng(0)
     state = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
-    config = multimae.infer_config(state, {}, "file")
+    config = multimae.infer_config(Source("file", state, {}, {}), Hints())
     assert config["objective"]["encoder"]["heads"] == 12 and config["objective"]["decoder"]["heads"] == 8
     assert tuple(config["image_size"]) == (224, 224) and config["objective"]["num_visible"] == 98
     rules = multimae.rules(config)
-    assert [rule.key for rule in rules] == list(shapes)  # the reference's own order
+    assert [rule.keys[0] for rule in rules] == list(shapes)  # the reference's own order
     params = to_ours(rules, state, "file")
     assert count_parameters(params) == (98_569_360, 97_917_072)
     back = to_torch(rules, params, "ours")
@@ -115,7 +116,7 @@ def test_what_does_not_fit_is_refused(change, message, tmp_path):
 
 def test_other_families_are_named(tmp_path):
     for keys, name in (
-        (["cls_token", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight"], "MAE with decoder"),
+        (["cls_token", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight"], "MAE"),
         (["global_tokens", "input_adapters.rgb.proj.weight"], "MultiViT"),
     ):
         save_file({key: np.zeros((1, 2), np.float32) for key in keys}, tmp_path / "x.safetensors")
@@ -154,7 +155,7 @@ def test_non_square_grid():
     config = dict(image_size=size, modalities=declared, objective=dict(name="multimae", **block))
     params = build_objective(config).init(jax.random.key(0))[0]
     state = to_torch(multimae.rules(config), params, "ours")
-    inferred = multimae.infer_config(state, {"num_encoded_tokens": 5}, "file", 2, 1)
+    inferred = multimae.infer_config(Source("file", state, {}, {}), Hints(2, 1, args={"num_encoded_tokens": 5}))
     assert tuple(inferred["image_size"]) == size and inferred["objective"]["encoder"] == block["encoder"]
     assert inferred["objective"]["inputs"] == block["inputs"] and inferred["modalities"]["semseg"]["stride"] == 2
     again = to_ours(multimae.rules(inferred), state, "file")

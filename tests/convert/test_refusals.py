@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from maskvit import convert
 from maskvit.convert import multimae, reader
 from maskvit.convert.reader import ConversionError, read_checkpoint
-from maskvit.convert.rules import check_keys
+from maskvit.convert.rules import check_keys, key_shapes
+from maskvit.convert.source import Hints, Source
 from tests.convert.test_reader import global_, tensor_pickle, write
 
 
@@ -31,6 +32,13 @@ def tiny(fixtures):
 @pytest.fixture(scope="module")
 def state(tiny):
     return dict(read_checkpoint(tiny)["model"])
+
+
+HINTS = Hints(3, 4)
+
+
+def source(state):
+    return Source("file", state, {key: key for key in state}, {})
 
 
 def examine(path):
@@ -139,11 +147,10 @@ def test_overlapping_members(tmp_path):
 
 def test_a_large_block_number_is_not_counted_to(state):
     state = {**state, "encoder.999999999.norm1.weight": np.zeros(48, np.float32)}
-    config = multimae.infer_config(state, {}, "file", 3, 4)
-    rules = multimae.rules(config)
+    rules = multimae.rules(multimae.infer_config(source(state), HINTS))
     assert len(rules) < 400
     with pytest.raises(ConversionError, match="missing: encoder.3"):
-        check_keys("file", state, {rule.key: rule.shape for rule in rules})
+        check_keys("file", state, key_shapes(rules))
 
 
 # ------------------------------------------------------------------------------------------ damaged files
@@ -223,17 +230,17 @@ def test_shapes_that_no_model_has(key, shape, message, state, tmp_path):
 def test_a_known_name_with_other_contents(state):
     """A modality named rgb, but with four channels: rgb's own mean and deviation do not belong to it."""
     four = {**state, "input_adapters.rgb.proj.weight": np.zeros((48, 4, 8, 8), np.float32)}
-    config = multimae.infer_config(four, {}, "file", 3, 4)
+    config = multimae.infer_config(source(four), HINTS)
     assert config["modalities"]["rgb"]["channels"] == 4 and "mean" not in config["modalities"]["rgb"]
-    assert multimae.infer_config(state, {}, "file", 3, 4)["modalities"]["rgb"]["mean"] == (0.485, 0.456, 0.406)
+    assert multimae.infer_config(source(state), HINTS)["modalities"]["rgb"]["mean"] == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.parametrize("heads", ["3", 0, -3, True, 2.0, None, [3]])
 def test_heads_that_the_args_cannot_mean(heads, state):
     with pytest.raises(ConversionError, match="give --num-heads"):
-        multimae.infer_config(state, {"num_heads": heads, "model": ["?"], "num_encoded_tokens": "98"}, "file", None, 4)
+        multimae.infer_config(source(state), Hints(None, 4, args={"num_heads": heads, "model": ["?"], "num_encoded_tokens": "98"}))
     with pytest.raises(ConversionError, match="does not divide into"):
-        multimae.infer_config(state, {}, "file", 0 if heads is None else -3, 4)
+        multimae.infer_config(source(state), Hints(0 if heads is None else -3, 4))
 
 
 def optimizer(state, **change):
@@ -273,16 +280,17 @@ def test_learned_loss_weights_are_left_out(state):
 
 
 def test_families(tmp_path):
-    vit = ["cls_token", "pos_embed", "patch_embed.proj.weight"]
     for keys, name in (
-        ([*vit, "mask_token", "decoder_pos_embed", "decoder_blocks.0.cross_attn.q.weight"], "CrossMAE"),
         (["module.head.last_layer.weight"], "DINO or iBOT"),
+        (["layers.0.blocks.0.attn.relative_position_bias_table"], "Swin"),
+        (["visual.transformer.resblocks.0.ln_1.weight"], "CLIP"),
+        (["vision_model.encoder.layers.0.layer_norm1.weight", "text_model.final_layer_norm.weight"], "CLIP"),
+        (["blocks.0.gamma_1", "blocks.0.attn.q_bias"], "BEiT"),
+        (["stages.0.0.dwconv.weight"], "ConvNeXt"),
         (["conv1.weight"], "unknown"),
     ):
         save_file({key: np.zeros((1, 2), np.float32) for key in keys}, tmp_path / "x.safetensors")
-        with pytest.raises(
-            ConversionError, match=f"{name}.*only MultiMAE pretraining checkpoints, plain ViTs and ResNets can be converted"
-        ):
+        with pytest.raises(ConversionError, match=f"is {name}, and .*; only MultiMAE, .* and ResNets can be converted"):
             convert.convert(tmp_path / "x.safetensors", tmp_path / "ours")
         assert name in convert.inspect(tmp_path / "x.safetensors")
     assert not (tmp_path / "ours").exists()

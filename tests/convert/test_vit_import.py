@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 import maskvit
 from maskvit import convert
-from maskvit.convert import vit
 from maskvit.convert.reader import ConversionError
 from maskvit.models import MultiMaeModel
 from maskvit.types import TokenBatch, tree_paths
@@ -87,7 +86,7 @@ def imported(tmp_path, monkeypatch):
 
     def run(content: dict):
         path = tmp_path / "vit.safetensors"
-        monkeypatch.setattr(convert, "read_checkpoint", lambda _: content)
+        monkeypatch.setattr(convert, "read_files", lambda _: content)
         path.write_bytes(b"x")
         convert.convert(path, tmp_path / "ours", num_heads=HEADS)
         loaded = maskvit.load(tmp_path / "ours")
@@ -116,9 +115,6 @@ def test_every_layout_lands_value_for_value(layout, imported):
     assert ("norm" in params) == model.final_norm == ("without norm" not in layout)
     assert model.num_classes == (5 if "head.weight" in state else 0) and model.pool == ("mean" if "MAE f" in layout else "global")
     assert metadata["source"]["family"] == "ViT" and metadata["licence"] is None
-    found, _ = vit.tensors(content.get("teacher", content.get("model", content.get("state_dict", content))), layout)
-    for rule in vit.rules(metadata["config"]):  # and back
-        np.testing.assert_array_equal(rule.to_torch(np.asarray(tree_paths(params)[rule.path])), found[rule.key])
 
 
 def torch_vit(state: dict[str, np.ndarray], images: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,10 +209,11 @@ def test_the_mean_is_over_patches_alone(imported):
         ({"blocks.0.norm1.bias": None}, "1 tensors are missing: blocks.0.norm1.bias"),
         ({"surprise": np.zeros(3, np.float32)}, "1 tensors are not part of this model: surprise"),
         ({"blocks.1.mlp.fc2.weight": np.zeros((12, 40), np.float32)}, "another shape: blocks.1.mlp.fc2.weight"),
-        ({"register_tokens": np.zeros((1, 4, WIDTH), np.float32)}, "has register tokens"),
+        ({"register_tokens": np.zeros((1, 4, WIDTH), np.float32)}, "has register or distillation tokens"),
         ({"blocks.0.ls1.gamma": np.ones(WIDTH, np.float32)}, "1 LayerScale vectors for 2 blocks"),
         ({"pos_embed": np.zeros((1, 15, WIDTH), np.float32)}, "only square grids"),
-        ({"pos_embed": np.zeros((15, WIDTH), np.float32)}, "do not fit"),
+        ({"pos_embed": np.zeros((15, WIDTH), np.float32)}, "3 axes expected"),
+        ({"cls_token": np.zeros((1, 1, 8), np.float32)}, "do not fit"),
         ({"pos_embed": None}, "lacks 'pos_embed'"),
         ({"patch_embed.proj.weight": np.zeros((WIDTH, 3, 4, 2), np.float32)}, "only square grids and patches"),
         ({"norm.weight": np.zeros(WIDTH, np.int32)}, "holds int32 values"),
@@ -232,12 +229,12 @@ def test_what_does_not_fit_is_refused(change, message, tmp_path):
 
 def test_heads_and_strangers_outside_the_encoder(tmp_path):
     save_file(timm_state(), tmp_path / "x.safetensors")
-    with pytest.raises(ConversionError, match="the width 12 is no multiple of 64: give --num-heads"):
+    with pytest.raises(ConversionError, match="the encoder's width 12 is no multiple of 64: give --num-heads"):
         convert.convert(tmp_path / "x.safetensors", tmp_path / "ours")
     with pytest.raises(ConversionError, match="12 does not divide into 5 heads"):
         convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", num_heads=5)
     save_file({f"backbone.{k}": v for k, v in timm_state().items()} | {"other.weight": np.zeros(2, np.float32)}, tmp_path / "y.safetensors")
-    with pytest.raises(ConversionError, match="'other.weight' stands outside the encoder"):
+    with pytest.raises(ConversionError, match="1 tensors are not part of this model: other.weight; --allow REGEX leaves out"):
         convert.convert(tmp_path / "y.safetensors", tmp_path / "ours", num_heads=HEADS)
 
 
@@ -249,8 +246,6 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert "left out the projection head of self-distillation: 2 tensors" in caplog.text
     said = convert.inspect(tmp_path / "x.safetensors", HEADS)
     assert "family      ViT\n" in said and "decoders    none" in said
-    with pytest.raises(ConversionError, match="encoder without decoders"):
-        convert.export(tmp_path / "ours", tmp_path / "y.safetensors")
 
 
 # ------------------------------------------------------------------------------------------ the real one

@@ -18,7 +18,7 @@ from PIL import Image
 
 from maskvit.checkpoint import load_params, save_imported
 from maskvit.convert import resnet
-from maskvit.convert.rules import to_ours
+from maskvit.convert.rules import key_shapes, to_ours
 from maskvit.data import codec
 from maskvit.data.builders import prepare
 from maskvit.data.builders.records import RecordBuilder
@@ -270,7 +270,7 @@ def resnet_checkpoint(tmp_path_factory) -> str:
     rng = np.random.default_rng(0)
     rules = resnet.rules(described)
     scale = lambda shape: np.sqrt(2 / max(1, np.prod(shape[1:])))  # noqa: E731
-    state = {rule.key: (scale(rule.shape) * rng.standard_normal(rule.shape)).astype(np.float32) for rule in rules}
+    state = {key: (scale(shape) * rng.standard_normal(shape)).astype(np.float32) for key, shape in key_shapes(rules).items()}
     save_imported(directory, to_ours(rules, state, "x"), {"config": described, "source": {"file": "resnet.pth"}, "licence": None})
     return str(directory)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from maskvit.convert import open_checkpoint, understand
-from maskvit.convert.rules import to_ours
+from maskvit.convert.rules import key_shapes, to_ours
 from maskvit.guidance.attention import self_attention
 from maskvit.keys import sample_keys
 from maskvit.models import frozen_mask
@@ -58,7 +58,7 @@ def checkpoint(fixtures):
 
 @pytest.fixture(scope="module")
 def rules(checkpoint):
-    return understand(checkpoint, num_heads=3, decoder_num_heads=4)[1]
+    return understand(checkpoint, num_heads=3, decoder_num_heads=4).rules
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def gradients(params, batch, plan):
 
 def of_names(golden, prefix: str, rules, params):
     """Recorded tensors "<prefix><torch name>" as a tree like `params`; zeros for the frozen tables, which have none."""
-    keep = {rule.key: np.zeros(rule.shape, np.float32) for rule in rules if rule.key.endswith("pos_emb")}
+    keep = {key: np.zeros(shape, np.float32) for key, shape in key_shapes(rules).items() if key.endswith("pos_emb")}
     return to_ours(rules, {**keep, **{key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}}, prefix)
 
 
@@ -191,7 +191,7 @@ def test_one_adamw_step_from_the_recorded_gradients(after_step, golden, rules, p
 
 def test_converted_moments_are_those_after_that_step(after_step, fixtures, params):
     training = open_checkpoint(fixtures / "multimae_tiny_training.pth")
-    trained = [rule for rule in understand(training, 3, 4)[1] if not rule.key.endswith("pos_emb")]
+    trained = [rule for rule in understand(training, 3, 4).rules if not rule.keys[0].endswith("pos_emb")]
     moments = {kind: to_ours(trained, training.adam[kind], kind) for kind in ("mu", "nu")}
     optimizer = adamw(params, frozen_mask(params), Cosine(peak=1e-3, total=10))
     imported = with_adam_moments(optimizer.tx.init(params), dict(moments, count=training.adam["count"]))

@@ -1,0 +1,524 @@
+"""DINO and iBOT: a student learns what its own moving average, the teacher, says of other views; AttMask hides by its attention.
+
+Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021; Zhou et al., "iBOT: Image BERT
+Pre-Training with Online Tokenizer", 2022; Kakogeorgiou et al., "What to Hide from Your Students: Attention-Guided Masked Image
+Modeling" (AttMask), 2022.
+
+A batch holds two large views "global/<modality>" (b, 2, H, W, c) and, where the loader cuts them, small ones "local/<modality>"
+(b, l, h, w, c). Views of one sample lie side by side, so that a device keeps its own samples' views together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from maskvit.configuration import check_arguments, hashable, look_up, named_function
+from maskvit.guidance import build_source
+from maskvit.guidance.stored import BlockMask, maps_to_tokens
+from maskvit.keys import stream_keys
+from maskvit.losses import across_views, at_masked_tokens, cosine_between, distillation_targets
+from maskvit.modalities import Modality
+from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.models.vit import drop_path
+from maskvit.objectives.multimae import Duration, ToSteps
+from maskvit.objectives.values import Prepared, prepare
+from maskvit.scores import SCORES, hint_reveals
+from maskvit.types import Batch, Guidance, Metrics, Params, TokenLayout
+
+GLOBAL_VIEWS = 2
+STUDENT_TEMPERATURE = 0.1
+CENTER_MOMENTUM = 0.9
+
+# A collapsed teacher says the same of every image: all prototypes alike, one prototype always, or features without spread.
+# The untrained network looks like that too, so the alarm waits for a tenth of the run.
+UNIFORM, ONE_HOT, NO_SPREAD = 0.999, 0.01, 0.01
+QUIET_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """How much of the student's large views is hidden (`config.objective.masking`).
+
+    Attributes:
+      ratio, ratio_var: the share of tokens hidden is uniform in ratio -+ ratio_var. Sequences hold alternatives, one of which
+        is taken at random (iBOT: ratios 0 and 0.3, variations 0 and 0.2).
+      probability: of a view to be masked at all.
+      per: "step" draws one share for every view of a step (AttMask), "view" one for each (iBOT).
+    """
+
+    ratio: float | int | tuple[float, ...] = 0.3
+    ratio_var: float | int | tuple[float, ...] = 0.2
+    probability: float | int = 0.5
+    per: str = "step"
+
+    def __post_init__(self) -> None:
+        where = "config.objective.masking"
+        if self.per not in ("step", "view"):
+            raise ValueError(f"{where}.per is {self.per!r}; known: step, view")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"{where}.probability is {self.probability}; it must be between 0 and 1")
+        ratios, variations = self.ranges
+        if not ratios or len(ratios) != len(variations):
+            raise ValueError(f"{where}.ratio has {len(ratios)} values and ratio_var {len(variations)}: give as many of each, at least one")
+        for ratio, variation in zip(ratios, variations, strict=True):
+            if not 0 <= ratio - variation <= ratio + variation <= 1:
+                raise ValueError(f"{where}: ratio {ratio} -+ ratio_var {variation} must be in 0 ... 1")
+
+    @property
+    def ranges(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Ratios and variations, alternative by alternative."""
+        as_tuple = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+        return as_tuple(self.ratio), as_tuple(self.ratio_var)
+
+    def draw(self, keys: Key[Array, " r"], step: Int[Array, ""], name: str) -> Float[Array, " r"]:
+        """The share of every view; `name` tells independent draws apart."""
+        ratios, variations = (jnp.array(values, jnp.float32) for values in self.ranges)
+
+        def one(key: Key[Array, ""]) -> Float[Array, ""]:
+            which, where = jax.random.split(key)
+            i = jax.random.randint(which, (), 0, len(ratios))
+            return ratios[i] + variations[i] * jax.random.uniform(where, minval=-1.0, maxval=1.0)
+
+        if self.per == "view":
+            return jax.vmap(one)(stream_keys(keys, name))
+        # A function of the step alone: parts of a batch that are worked off one after the other must draw the same.
+        shared = one(stream_keys(jax.random.fold_in(jax.random.key(0), step), name))
+        return jnp.broadcast_to(shared, keys.shape)
+
+
+class Views(NamedTuple):
+    """What the teacher makes of views: encoded tokens "r e d" (global token last) and the attention its class token pays, "r n"."""
+
+    encoded: Float[Array, "r e d"]
+    attention: Guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The objective. Hashable and without arrays.
+
+    Attributes:
+      model: the network; student and teacher are two trees of its parameters.
+      masking: how much is hidden; None: nothing is, and there is no loss on patches (DINO).
+      scores: (function, its keyword arguments): what is hidden first. Guided ones read the teacher's attention.
+      guidance: the exact block masks of the loader, which then take the place of masking and scores.
+      teacher_momentum: share of the teacher that stays at the first step; it rises to 1 on half a cosine.
+      teacher_temperature, patch_temperature: of the targets, from the first to the second value.
+      temperature_warmup: duration of that way, which is gone in whole epochs.
+      drop_path: share of the last block's branches that the student leaves out (stochastic depth).
+      steps_per_epoch, total_steps: set by `resolve`.
+
+    State: "teacher" (parameters without `mask_embed`), "center" (k,) and "patch_center" (k,), running means of its logits.
+    """
+
+    model: MultiMaeModel
+    masking: Masking | None = None
+    scores: tuple[Any, tuple[tuple[str, Any], ...]] | None = None
+    guidance: BlockMask | None = None
+    teacher_momentum: float = 0.996
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)
+    patch_temperature: tuple[float, float] = (0.04, 0.07)
+    temperature_warmup: Duration = 0
+    drop_path: float = 0.1
+    steps_per_epoch: int = 1
+    total_steps: int = 1
+
+    @property
+    def num_visible(self) -> int:
+        """Tokens of a view that the encoder sees: all, hidden ones as the mask embedding."""
+        return self.model.layout.num_tokens
+
+    @property
+    def masks(self) -> bool:
+        """Whether the student's views are masked and their hidden patches predicted."""
+        return self.masking is not None or self.guidance is not None
+
+    # The protocol
+
+    def init(self, key: Key[Array, ""], num_records: int = 1) -> tuple[Params, Any]:
+        """Fresh parameters and the state that goes with them."""
+        params = self.model.init(key)
+        return params, self.init_state(params, num_records)
+
+    def init_state(self, params: Params, num_records: int = 1) -> dict[str, Any]:
+        """The teacher starts as the student, in arrays of its own: the student's are given away at the first step."""
+        state: dict[str, Any] = {"teacher": jax.tree.map(jnp.array, teacher_params(params))}
+        sizes = dict(self.model.projection)
+        state["center"] = jnp.zeros(sizes["num_prototypes"])
+        if self.masks:
+            state["patch_center"] = jnp.zeros(sizes.get("num_patch_prototypes", 0) or sizes["num_prototypes"])
+        return state
+
+    def resolve(self, to_steps: ToSteps) -> Distillation:
+        """The objective with every duration in steps."""
+        return dataclasses.replace(
+            self,
+            temperature_warmup=to_steps(self.temperature_warmup) if self.temperature_warmup else 0,
+            steps_per_epoch=max(1, to_steps("1 epochs")),
+            total_steps=max(1, to_steps("100 percent")),
+        )
+
+    def plan(
+        self, params: Params, batch: Batch, keys: Key[Array, " b"], state: Any = None, step: Int[Array, ""] | int = 0
+    ) -> tuple[tuple[()], dict[str, Float[Array, ""]]]:
+        """Nothing is decided beforehand: masks come out of the teacher's one pass, in `loss`. Every image counts in every loss."""
+        images = jnp.float32(keys.shape[0])
+        return (), {name: images for name in (("global", "patch") if self.masks else ("global",))}
+
+    def loss(
+        self,
+        params: Params,
+        state: Any,
+        batch: Batch,
+        keys: Key[Array, " b"],
+        step: Int[Array, ""],
+        plan: Any = None,
+        counts: Mapping[str, Float[Array, ""]] | None = None,
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Metrics]]:
+        """Mean over images of the losses between views and on masked patches; observed: the teacher's mean logits per image.
+
+        `counts` (from `plan`): images of the whole batch where it is worked off in parts.
+        """
+        model, b = self.model, keys.shape[0]
+        counts = self.plan(params, batch, keys)[1] if counts is None else counts
+        large = prepare(model, views_of(batch, "global/"))
+        n = model.layout.num_tokens
+        view_keys = split_views(keys, "global views", GLOBAL_VIEWS)
+
+        # The teacher first: targets and masks come out of this one pass.
+        teacher = jax.lax.stop_gradient(self.look(state["teacher"], large))
+        told = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, n]))
+        masked = self.hide(teacher.attention, view_keys, jnp.asarray(step), batch, large.present)
+
+        encoded = self._student(params, large, view_keys, masked)
+        said = [self.by_image(model.project(params, encoded[:, n]), b)]
+        if any(name.startswith("local/") for name in batch):
+            small = prepare(model, views_of(batch, "local/"))
+            rows = next(iter(small.values.values())).shape[0]
+            crops = self._student(params, small, split_views(keys, "local views", rows // b))
+            said.append(self.by_image(model.project(params, crops[:, -model.num_global_tokens]), b))
+        targets = distillation_targets(told, state["center"], self.temperature(self.teacher_temperature, step))
+        losses = {"global": across_views(self.by_image(targets, b), jnp.concatenate(said, axis=1), STUDENT_TEMPERATURE)}
+        observed = {"center": self.by_image(told, b).mean(axis=1)}
+
+        if masked is not None:
+            patches_told = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, :n], patches=True))
+            patches_said = model.project(params, encoded[:, :n], patches=True)
+            patch_targets = distillation_targets(patches_told, state["patch_center"], self.temperature(self.patch_temperature, step))
+            per_view = at_masked_tokens(patch_targets, patches_said, masked, STUDENT_TEMPERATURE)
+            losses["patch"] = per_view.reshape(b, GLOBAL_VIEWS).mean(axis=1)
+            observed["patch_center"] = patches_told.mean(axis=1).reshape(b, GLOBAL_VIEWS, -1).mean(axis=1)
+
+        total = jnp.zeros(())
+        metrics: Metrics = {}
+        for name, values in losses.items():
+            total += values.sum() / counts[name]
+            metrics[f"loss/{name}"] = values.sum(), jnp.float32(b)
+        if masked is not None:
+            metrics["masked_share"] = masked.mean(axis=1, dtype=jnp.float32).sum(), jnp.float32(masked.shape[0])
+        return total, (observed, metrics | self.watch(targets, teacher.encoded[:, n], jnp.asarray(step)))
+
+    def after_update(
+        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics
+    ) -> Any:
+        """The teacher moves towards the updated student, the centres towards the whole batch's mean logits."""
+        # What is left to 1 and not the momentum itself, which float32 rounds to 1 long before the end.
+        moves = cosine_between(1 - self.teacher_momentum, 0.0, step / self.total_steps)
+        new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))
+        for name, rows in observed.items():
+            new[name] = CENTER_MOMENTUM * state[name] + (1 - CENTER_MOMENTUM) * rows.mean(axis=0)
+        return new
+
+    def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
+        """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present."""
+        names = inputs or self.model.inputs[:1]
+        prepared = prepare(self.model, {key: value for key, value in batch.items() if key in names or key == "present"})
+        tokens = self.model.embed(state["teacher"], prepared.values_of(names), prepared.present)
+        encoded = self.model.encode(state["teacher"], tokens.tokens, tokens.present).astype(jnp.float32)
+        n = tokens.layout.num_tokens
+        weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
+        mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        return {"mean": mean, "global": encoded[:, n]}
+
+    def visualize(
+        self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: Any = None, step: Int[Array, ""] | int = 0
+    ) -> dict[str, dict[str, Array]]:
+        """For pictures: "inputs", the "guidance" (the teacher's attention) and what would be "masked"; nothing is rebuilt."""
+        prepared = prepare(self.model, batch)
+        attention = self.look(state["teacher"], prepared).attention
+        masked = self.hide(attention, keys, jnp.asarray(step), batch, prepared.present)
+        masked = jnp.zeros(attention.shape, bool) if masked is None else masked
+        layout = self.model.layout_of(prepared.values_of(self.model.inputs))
+        on_grid = lambda flat: {  # noqa: E731
+            name: flat[:, layout.span(name)].reshape(-1, *grid) for name, grid in zip(layout.names, layout.grids, strict=True)
+        }
+        return {
+            "inputs": {spec.name: batch[spec.name] for spec in self.model.modalities},
+            "masked": on_grid(masked),
+            "guidance": on_grid(attention),
+            "reconstructions": {},
+        }
+
+    # Parts
+
+    def temperature(self, ends: tuple[float, float], step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The temperature of a step's epoch: evenly spaced over the epochs of the warm-up, the last value from its last epoch on."""
+        epochs = self.temperature_warmup // self.steps_per_epoch
+        progress = jnp.minimum(jnp.asarray(step) // self.steps_per_epoch / (epochs - 1), 1.0) if epochs > 1 else jnp.ones(())
+        return ends[0] + (ends[1] - ends[0]) * progress
+
+    def look(self, teacher: Params, prepared: Prepared) -> Views:
+        """The teacher's pass over whole views."""
+        tokens = self.model.embed(teacher, prepared.values_of(self.model.inputs), prepared.present)
+        n = tokens.layout.num_tokens
+        encoded, weights = self.model.encode_with_attention(teacher, tokens.tokens, slice(n, n + 1), tokens.present)
+        return Views(encoded, weights.mean(axis=1)[:, 0, :n])
+
+    def hide(
+        self, attention: Guidance, keys: Key[Array, " r"], step: Int[Array, ""], batch: Batch, present: Bool[Array, "r n"] | None
+    ) -> Bool[Array, "r n"] | None:
+        """What the student does not see of each view: True = hidden; None where nothing is ever hidden."""
+        layout = self.model.layout
+        if self.guidance is not None:
+            blocks = batch["guidance"]
+            return maps_to_tokens(blocks.reshape(-1, 1, *blocks.shape[2:]), layout) > 0.5
+        if self.masking is None:
+            return None
+        return choose_hidden(self.masking, self.scores, attention, keys, step, layout, present)
+
+    def _student(
+        self, params: Params, prepared: Prepared, keys: Key[Array, " r"], masked: Bool[Array, "r n"] | None = None
+    ) -> Float[Array, "r e d"]:
+        tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present, masked)
+        branches = None
+        if self.drop_path:
+            branches = drop_path(stream_keys(keys, "drop path"), dict(self.model.encoder)["depth"], self.drop_path)
+        return self.model.encode(params, tokens.tokens, tokens.present, branches)
+
+    @staticmethod
+    def by_image(rows: Float[Array, "r k"], images: int) -> Float[Array, "b v k"]:
+        """Rows of views back to their images."""
+        return rows.reshape(images, -1, rows.shape[-1])
+
+    def watch(self, targets: Float[Array, "r k"], features: Float[Array, "r d"], step: Int[Array, ""]) -> Metrics:
+        """Signs of collapse: the targets' entropy as a share of ln k, the spread of the teacher's features over the views, and alarms.
+
+        The spread is the deviation over views of the features, each of length 1, times sqrt(d): near 1 where they point anywhere,
+        0 where they are one.
+        """
+        entropy = -jnp.where(targets > 0, targets * jnp.log(jnp.where(targets > 0, targets, 1.0)), 0.0).sum(axis=-1).mean()
+        share = entropy / jnp.log(targets.shape[-1])
+        features = features.astype(jnp.float32)
+        features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        spread = features.std(axis=0).mean() * jnp.sqrt(features.shape[-1])
+        late = step >= QUIET_SHARE * self.total_steps
+        alarms = {"uniform_teacher": share > UNIFORM, "one_hot_teacher": share < ONE_HOT, "constant_features": spread < NO_SPREAD}
+        values = {"teacher_entropy": share, "feature_spread": spread}
+        values |= {f"alarm/{name}": (late & sign).astype(jnp.float32) for name, sign in alarms.items()}
+        return {name: (jax.lax.stop_gradient(value), jnp.ones(())) for name, value in values.items()}
+
+
+def teacher_params(params: Params) -> Params:
+    """What of the student's parameters its teacher has: all but the mask embedding."""
+    inputs = {name: {k: v for k, v in block.items() if k != "mask_embed"} for name, block in params["inputs"].items()}
+    return {**params, "inputs": inputs}
+
+
+def views_of(batch: Batch, prefix: str) -> Batch:
+    """The views of one kind as samples of their own, those of an image side by side."""
+    views: Batch = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+    if not views:
+        raise ValueError(f"the batch holds no views {prefix}<modality>: set config.data.augment.views")
+    count = next(iter(views.values())).shape[1]
+    views = {name: value.reshape(-1, *value.shape[2:]) for name, value in views.items()}
+    if "present" in batch:
+        views["present"] = jnp.repeat(batch["present"], count, axis=0)
+    return views
+
+
+def split_views(keys: Key[Array, " b"], name: str, views: int) -> Key[Array, " r"]:
+    """A key for every view."""
+    return jax.vmap(lambda key: jax.random.split(key, views))(stream_keys(keys, name)).reshape(-1)
+
+
+def choose_hidden(
+    masking: Masking,
+    scores: tuple[Any, tuple[tuple[str, Any], ...]],
+    attention: Guidance,
+    keys: Key[Array, " r"],
+    step: Int[Array, ""],
+    layout: TokenLayout,
+    present: Bool[Array, "r n"] | None = None,
+) -> Bool[Array, "r n"]:
+    """The floor(ratio * n) tokens of each view with the highest scores, in the views that are masked at all.
+
+    Hints (`attention_hint`) are taken out of what `attention_high` hides, as many as a second draw of the ratio says; the
+    published code draws both once for all views of a step.
+    """
+    function, arguments = scores
+    options = dict(arguments)
+    hints = function is SCORES["attention_hint"]
+    score_keys = stream_keys(keys, "scores")
+    if hints:
+        order = attention
+    else:
+        order = function(score_keys, layout, attention, present, **options)
+    exists = jnp.ones(order.shape, bool) if present is None else present
+    # 1e-5: a rounding error is not a token.
+    count = jnp.floor(exists.sum(axis=1) * masking.draw(keys, step, "ratio") + 1e-5)
+    rank = jnp.argsort(jnp.argsort(jnp.where(exists, -order, jnp.inf), axis=1), axis=1)
+    masked = rank < count[:, None]
+    if hints:
+        masked &= ~hint_reveals(score_keys, layout, attention, present, amounts=masking.draw(keys, step, "hint ratio"), **options)
+    kept = jax.vmap(jax.random.uniform)(stream_keys(keys, "masked at all")) < masking.probability
+    return masked & kept[:, None]
+
+
+# From config
+
+
+def dino(
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    *,
+    inputs: tuple[str, ...] = ("rgb",),
+    encoder: str | Mapping[str, Any] = "S",
+    projection: Mapping[str, Any] | None = None,
+    teacher_momentum: float | int = 0.996,
+    teacher_temperature: tuple[float, float] = (0.04, 0.04),
+    temperature_warmup: Duration = 0,
+    drop_path: float | int = 0.1,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+) -> Distillation:
+    """Build the objective from `config.objective`. Every mistake is an error that names the key.
+
+    `projection`: hidden, bottleneck, num_prototypes, fixed_scale; by default 2048, 256, 65536, True. The loader must deliver views
+    (`config.data.augment.views`).
+    """
+    model = _model(modalities, image_size, inputs, encoder, {"fixed_scale": True, **(projection or {})}, compute_dtype, remat, False)
+    return _checked(
+        model, teacher_momentum=teacher_momentum, teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup,
+        drop_path=drop_path,
+    )  # fmt: skip
+
+
+def ibot(
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    *,
+    inputs: tuple[str, ...] = ("rgb",),
+    encoder: str | Mapping[str, Any] = "S",
+    projection: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    masking: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    teacher_momentum: float | int = 0.996,
+    teacher_temperature: tuple[float, float] = (0.04, 0.07),
+    patch_temperature: tuple[float, float] = (0.04, 0.07),
+    temperature_warmup: Duration = "30 epochs",
+    drop_path: float | int = 0.1,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+) -> Distillation:
+    """Build the objective from `config.objective`. Every mistake is an error that names the key.
+
+    `projection`: hidden, bottleneck, num_prototypes, num_patch_prototypes (0: shared), fixed_scale; by default 2048, 256, 8192, 0,
+    False. `scores`, `masking`: what is hidden and how much; AttMask is one of the attention scores. `guidance`
+    {"name": "block_mask", ratio, ratio_var} hides iBOT's exact blocks in their stead. The loader must deliver views
+    (`config.data.augment.views`).
+    """
+    sizes = {"num_prototypes": 8192, **(projection or {})}
+    model = _model(modalities, image_size, inputs, encoder, sizes, compute_dtype, remat, True)
+    chosen: dict[str, Any] = {}
+    if guidance:
+        if guidance.get("name") != "block_mask":
+            raise ValueError(
+                f"config.objective.guidance.name is {guidance.get('name')!r}; known: block_mask (the teacher's attention needs no guidance)"
+            )
+        for name, block in (("scores", scores), ("masking", masking)):
+            if block:
+                raise ValueError(f"config.objective.{name} is set, but guidance 'block_mask' makes whole masks: remove one of them")
+        source = build_source(guidance)
+        source.check(model)
+        chosen["guidance"] = source
+    else:
+        block = scores or {"name": "random"}
+        given = ("keys", "layout", "guidance", "present")
+        # The amount of hints is drawn as the amount of masking is.
+        given += ("ratio", "ratio_var") if block.get("name") == "attention_hint" else ()
+        chosen["scores"] = named_function("config.objective.scores", SCORES, block, given)
+        check_arguments("config.objective.masking", Masking, masking or {})
+        chosen["masking"] = Masking(**{key: hashable(value) for key, value in (masking or {}).items()})
+    objective = _checked(
+        model, teacher_momentum=teacher_momentum, teacher_temperature=teacher_temperature, patch_temperature=patch_temperature,
+        temperature_warmup=temperature_warmup, drop_path=drop_path, **chosen,
+    )  # fmt: skip
+    if objective.masking is not None:
+        # Wrong numbers are found on shapes, before anything is computed.
+        keys, tokens = jax.random.split(jax.random.key(0), 1), model.layout.num_tokens
+        jax.eval_shape(lambda: choose_hidden(objective.masking, objective.scores, jnp.zeros((1, tokens)), keys, jnp.int32(0), model.layout))
+    return objective
+
+
+def _model(
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    inputs: tuple[str, ...],
+    encoder: str | Mapping[str, Any],
+    projection: Mapping[str, Any],
+    compute_dtype: str,
+    remat: bool,
+    mask_embed: bool,
+) -> MultiMaeModel:
+    if not inputs:
+        raise ValueError("config.objective.inputs must name at least one modality")
+    for name in inputs:
+        look_up("config.objective.inputs", modalities, name)
+    if compute_dtype not in DTYPES:
+        raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
+    sizes = encoder_sizes(encoder)
+    unknown = set(sizes) - {"width", "depth", "heads", "mlp_ratio"}
+    if unknown:
+        raise ValueError(f"config.objective.encoder has unknown key {sorted(unknown)[0]!r}; known: width, depth, heads, mlp_ratio")
+    if sizes["width"] % sizes["heads"]:
+        raise ValueError(f"config.objective.encoder.width {sizes['width']} must divide by its {sizes['heads']} heads")
+    head = {"hidden": 2048, "bottleneck": 256, "num_prototypes": 65536, "num_patch_prototypes": 0, "fixed_scale": False}
+    unknown = set(projection) - set(head)
+    if unknown:
+        raise ValueError(f"config.objective.projection has unknown key {sorted(unknown)[0]!r}; known: {', '.join(head)}")
+    model = MultiMaeModel(
+        modalities=tuple(modalities[name] for name in inputs),
+        inputs=tuple(inputs),
+        outputs=(),
+        image_size=tuple(image_size),
+        encoder=tuple(sorted(sizes.items())),
+        decoder=(),
+        compute_dtype=compute_dtype,
+        remat=remat,
+        final_norm=True,
+        positions="learned",
+        mask_embed=mask_embed,
+        projection=tuple(sorted({**head, **projection}.items())),
+    )
+    for spec in model.modalities:
+        spec.size(model.image_size)
+    return model
+
+
+def _checked(model: MultiMaeModel, **fields: Any) -> Distillation:
+    """The objective, or an error about a number that cannot be."""
+    for name, low, high in (("teacher_momentum", 0, 1), ("drop_path", 0, 1)):
+        if not low <= fields[name] < high:
+            raise ValueError(f"config.objective.{name} is {fields[name]}; it must be at least {low} and below {high}")
+    for name in ("teacher_temperature", "patch_temperature"):
+        ends = fields.get(name, (1.0, 1.0))
+        if not isinstance(ends, tuple) or len(ends) != 2 or min(ends) <= 0:
+            raise ValueError(f"config.objective.{name} is {ends}; give (first, last), both above 0")
+    return Distillation(model, **fields)
