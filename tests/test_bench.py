@@ -163,7 +163,7 @@ def agreed():
         for name, option in guidance.options(objective.model).items()
         if name in names or name.startswith("predicted after 1, 4")
     }
-    return agreements("random weights", objective, params, rows, scenes(0, 12, (32, 32)), scenes(12, 8, (32, 32)))
+    return agreements("random weights", objective, params, rows, scenes(0, 12, (32, 32)), scenes(12, 8, (32, 32)), fit_crops=8)
 
 
 def test_agreement_is_measured_between_chance_and_the_mirror_image(agreed):

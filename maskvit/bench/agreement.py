@@ -23,6 +23,7 @@ from maskvit.types import Batch, TokenLayout
 
 AUGMENT = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize="pil")
 VIEWS = 3  # crops of each picture that agreement is measured on
+FIT_CROPS = 32  # crops of each picture that read-outs are fitted on
 UNGUIDED = {"random": "random", "color noise": "color"}
 
 
@@ -103,12 +104,12 @@ class Learner:
 
 
 def agreements(
-    name: str, objective: Any, params: Any, options: Mapping[str, Any], learn: Any, measured: Any, seed: int = 0
+    name: str, objective: Any, params: Any, options: Mapping[str, Any], learn: Any, measured: Any, seed: int = 0, fit_crops: int = FIT_CROPS
 ) -> list[dict[str, Any]]:
     """One record per option: agreement with the exact scores of the same weights, mean over modalities and per modality.
 
-    Read-outs are fitted on crops of the pictures `learn`, as many per picture as any option's records were visited; maps of the
-    `measured` pictures are made of other crops than those that are measured. Nothing is stale: the weights stand still.
+    Read-outs are fitted on `fit_crops` crops of each of the pictures `learn`; maps of the `measured` pictures are made of other crops
+    than those that are measured. Nothing is stale: the weights stand still.
     """
     layout, model, exact = objective.model.layout, objective.model, SelfAttention()
     visits = max(option.visits for option in options.values())
@@ -125,7 +126,7 @@ def agreements(
         if isinstance(option.source, (PredictedAttention, ReusedAttention))
     }
     fitted = [learner for learner in learners.values() if isinstance(learner.source, PredictedAttention)]
-    for batch, keys in crops(learn, objective, max(visits, 8), seed) if fitted else ():
+    for batch, keys in crops(learn, objective, fit_crops, seed) if fitted else ():
         targets = targets_of(params, batch, keys)
         for learner in fitted:
             learner.see(params, batch, keys, targets, fit=True)
