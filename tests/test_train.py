@@ -125,7 +125,7 @@ def change(config, path, value):
         ("objective.inputs", ("rgb", "thermal"), "config.objective.inputs names 'thermal'; declared"),
         ("objective.outputs", ("norm_semseg",), "cannot be normalised per patch"),
         ("objective.scores", {"name": "attention_high"}, "needs config.objective.guidance"),
-        ("objective.budget", {"name": "dirichlet", "alphas": (1.0, 2.0)}, "alphas has 2 values for the 3 inputs"),
+        ("objective.budget", {"name": "dirichlet", "alphas": (1.0, 2.0)}, "alphas has 2 values for 3 modalities"),
         ("image_size", (36, 32), "image height 36 is not a multiple of modality 'rgb'"),
         ("modalities.rgb.lose", "mse", "config.modalities.rgb has unknown key 'lose'; known: .*loss"),
         ("modalities.rgb.loss", "huber", "config.modalities.rgb.loss is 'huber'"),
