@@ -100,6 +100,72 @@ def continue_multimae_b() -> ConfigDict:
     return config
 
 
+def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
+    """What the published DINO and iBOT runs of a ViT-S/16 share: views, optimiser, schedules. `name`: "dino" or "ibot"."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            image_size=(224, 224),
+            total=f"{epochs:g} epochs",
+            global_batch=global_batch,
+            micro_batch=0,
+            modalities=dict(rgb=modalities().rgb),
+            objective=dict(
+                name=name,
+                inputs=("rgb",),
+                encoder=dict(width=384, depth=12, heads=6),
+                projection=dict(hidden=2048, bottleneck=256, num_prototypes=8192, fixed_scale=False),
+                teacher_momentum=0.996,
+                teacher_temperature=(0.04, 0.07),
+                temperature_warmup="30 epochs",
+                drop_path=0.1,
+                compute_dtype="bfloat16",
+                remat=False,
+            ),
+            optimizer=dict(
+                base_lr=5e-4,  # times global_batch / 256
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=(0.04, 0.4),
+                decay_all=True,
+                no_decay=(".*bias", r".*norm\d?/scale"),  # the class token, positions and the prototypes' lengths do decay
+                clip_tensor_norm=3.0,
+                freeze=dict(parameters="projection/(patch_)?prototypes/.*", until="1 epochs"),
+            ),
+            # The published floor of 1e-6 is not scaled with the batch, ours is.
+            schedule=dict(total_epochs=float(epochs), start_epochs=0.0, warmup_epochs=10.0, min_lr=1e-6 * 256 / global_batch),
+            data=dict(
+                train=dict(source="tfds", name="multimodal_folder", data_dir="data", split="train"),
+                augment=dict(
+                    scale=(0.25, 1.0),
+                    ratio=(0.75, 4 / 3),
+                    flip=0.5,
+                    resize="pil",
+                    views=dict(local_crops=10, local_size=(96, 96), local_scale=(0.05, 0.25)),
+                ),
+                workers=8,
+                prefetch=2,
+            ),
+            evaluators=dict(knn=dict(type="knn", every="20 epochs", ks=(10, 20, 100, 200))),
+            init_from=dict(path="", fresh=(), drop=()),
+            log_every=50,
+            picture_every="5 epochs",
+            checkpoint=dict(every="1 epochs", keep=3),
+            writers=(),
+        )
+    )
+
+
+def attmask_s() -> ConfigDict:
+    """iBOT with the student's masks chosen by the teacher's attention, highest first; 100 epochs of ImageNet-1K at batch 240."""
+    config = distillation_s("ibot", epochs=100, global_batch=240)
+    with config.unlocked():
+        config.objective.scores = dict(name="attention_high")
+        config.objective.masking = dict(ratio=0.3, ratio_var=0.2, probability=0.5, per="step")
+    return config
+
+
 def scenes() -> ConfigDict:
     """A small MultiMAE on rendered 64 x 64 scenes: the same code as at full size, for a CPU and minutes."""
     config = multimae_b()
@@ -127,8 +193,12 @@ def smoke(config: ConfigDict) -> ConfigDict:
         for name in config.modalities:
             config.modalities[name].patch = 8
         config.objective.encoder = dict(width=32, depth=1, heads=2)
-        config.objective.decoder = dict(width=16, depth=1, heads=2)
-        config.objective.num_visible = 8
+        if "projection" in config.objective:
+            config.objective.projection.update(hidden=32, bottleneck=16, num_prototypes=32)
+            config.data.augment.views.update(local_crops=2, local_size=(16, 16))
+        else:
+            config.objective.decoder = dict(width=16, depth=1, heads=2)
+            config.objective.num_visible = 8
         config.total = "2 steps"
         config.global_batch = 8
         config.micro_batch = 4

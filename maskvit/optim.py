@@ -7,6 +7,8 @@ optimiser's count, and an imported optimiser keeps its own count.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from maskvit.types import Params
+from maskvit.types import Params, path_name, tree_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +64,64 @@ class Optimizer(NamedTuple):
     schedule: Any
 
 
-def decay_mask(params: Params, frozen: Any, decay_all: bool) -> Any:
-    """Which parameters decay: all trainable ones (as MultiMAE pretrains), or only matrices that are not embeddings."""
+def decay_mask(params: Params, frozen: Any, decay_all: bool, no_decay: Sequence[str] = ()) -> Any:
+    """Which parameters decay: all trainable ones (as MultiMAE pretrains), or only matrices that are not embeddings.
+
+    `no_decay`: regular expressions of paths ("norm/scale") that are exempt.
+    """
 
     def decays(path: Any, leaf: Any, is_frozen: bool) -> bool:
-        if is_frozen:
+        if is_frozen or any(re.fullmatch(pattern, path_name(path)) for pattern in no_decay):
             return False
-        name = path[-1].key
-        return decay_all or (name == "kernel")
+        return decay_all or path[-1].key == "kernel"
 
     return jax.tree_util.tree_map_with_path(decays, params, frozen)
+
+
+def clip_tensors(limit: float) -> optax.GradientTransformation:
+    """Each tensor's gradient g times min(1, limit / (|g| + 1e-6)), as DINO and iBOT clip: no tensor's norm touches another's."""
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / (jnp.sqrt(jnp.square(g).sum()) + 1e-6)), updates)
+
+    return optax.stateless(clip)
+
+
+def scheduled_decay(schedule: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """Add schedule(step) * parameter to the updates that `mask` marks; `step` is the run's, an extra argument of `update`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> Any:
+        weight = schedule(step)
+        return jax.tree.map(lambda u, p, decays: u + weight * p if decays else u, updates, params, mask(updates)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def from_step(first: int, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` from the run's step `first` on. Before it nothing changes: no update, no decay, no moments, no count."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any, **extra: Any) -> Any:
+        new_updates, new_state = inner.update(updates, state, params, step=step, **extra)
+        on = jnp.asarray(step) >= first
+        updates = jax.tree.map(lambda u: jnp.where(on, u, jnp.zeros_like(u)), new_updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecay:
+    """Weight decay from `first` to `last` on half a cosine over all steps of a schedule."""
+
+    first: float
+    last: float
+    schedule: Cosine
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The weight at the run's step."""
+        progress = (jnp.asarray(step) + self.schedule.start) / self.schedule.total
+        return self.last + (self.first - self.last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
 
 
 def adamw(
@@ -82,30 +132,64 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
-    weight_decay: float = 0.05,
+    weight_decay: float | tuple[float, float] = 0.05,
     decay_all: bool = True,
+    no_decay: Sequence[str] = (),
     clip_norm: float | None = None,
+    clip_tensor_norm: float | None = None,
+    freeze: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """AdamW with decoupled decay: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
     `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimiser state.
+    `weight_decay`: a pair goes from the first to the second on half a cosine over `schedule`.
     `decay_all=True` decays every trainable tensor, norms and biases included, as the MultiMAE reference does;
-    False exempts everything but the kernels of linear layers.
+    False exempts everything but the kernels of linear layers. `no_decay`: regular expressions of paths exempt in any case.
+    `clip_norm` limits the norm of all gradients together, `clip_tensor_norm` that of each tensor.
+    `freeze` {"parameters": regular expression, "until": step}: those tensors and their moments stay as they are before that step.
     """
-    trainable = jax.tree.map(lambda x: not x, frozen)
-    parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    parts += [
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=lambda _: jax.tree.map(_masked_out, decay_mask(params, frozen, decay_all), trainable)),
-        optax.scale(-1.0),
-    ]
-    tx = optax.chain(optax.masked(optax.chain(*parts), trainable), optax.masked(optax.set_to_zero(), frozen))
-    return Optimizer(tx, schedule)
+    if freeze and clip_norm is not None:
+        raise ValueError("config.optimizer.clip_norm is a norm of all tensors, of which freeze holds some back: use clip_tensor_norm")
+    late = jax.tree_util.tree_map_with_path(
+        lambda path, x: bool(freeze) and not x and re.fullmatch(freeze["parameters"], path_name(path)) is not None, frozen
+    )
+    _check_patterns(params, no_decay, freeze)
+    decays = decay_mask(params, frozen, decay_all, no_decay)
+
+    def adam(members: Any) -> optax.GradientTransformation:
+        """The optimiser of the tensors that `members` marks."""
+        # Inside `optax.masked` all others are `MaskedNode`s, and a mask must have the same holes.
+        mask = lambda _: jax.tree.map(lambda d, m: d if m else optax.MaskedNode(), decays, members)  # noqa: E731
+        if isinstance(weight_decay, Sequence):
+            decay = scheduled_decay(CosineDecay(*weight_decay, schedule), mask)
+        else:
+            decay = optax.add_decayed_weights(weight_decay, mask=mask)
+        parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+        parts += [] if clip_tensor_norm is None else [clip_tensors(clip_tensor_norm)]
+        parts += [optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay, optax.scale(-1.0)]
+        return optax.chain(*parts)
+
+    early = jax.tree.map(lambda x, y: not x and not y, frozen, late)
+    parts = [optax.masked(adam(early), early)]
+    if freeze:
+        parts.append(optax.masked(from_step(freeze["until"], adam(late)), late))
+    tx = optax.chain(*parts, optax.masked(optax.set_to_zero(), frozen))
+    return Optimizer(optax.with_extra_args_support(tx), schedule)
 
 
-def _masked_out(decays: bool, trainable: bool) -> Any:
-    """Inside `optax.masked` frozen leaves are `MaskedNode`s, and a mask must have the same holes."""
-    return decays if trainable else optax.MaskedNode()
+def freeze_block(*, parameters: str, until: str | int) -> dict[str, Any]:
+    """`config.optimizer.freeze`."""
+    return dict(parameters=parameters, until=until)
+
+
+def _check_patterns(params: Params, no_decay: Sequence[str], freeze: Mapping[str, Any] | None) -> None:
+    """Raise where a pattern names no parameter: a slip that would change the training in silence."""
+    names = tree_paths(params)
+    patterns = [("no_decay", pattern) for pattern in no_decay]
+    patterns += [("freeze.parameters", freeze["parameters"])] if freeze else []
+    for key, pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"config.optimizer.{key} {pattern!r} matches no parameter; they are called {', '.join(list(names)[:4])}, ...")
 
 
 def with_adam_moments(opt_state: Any, moments: dict[str, Any]) -> Any:

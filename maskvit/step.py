@@ -76,7 +76,7 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     learning_rate = optimizer.schedule(state.step)
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, step=state.step)
     params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
     objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics)
     new = (params, opt_state, objective_state)

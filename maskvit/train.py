@@ -23,14 +23,15 @@ from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
 from maskvit.data.transforms import parse_augment
+from maskvit.data.views import GLOBAL_VIEWS
 from maskvit.durations import is_time, to_steps
 from maskvit.evaluators import build_evaluators
-from maskvit.flops import step_flops
+from maskvit.flops import distillation_flops, step_flops
 from maskvit.keys import sample_keys
 from maskvit.metrics import Accumulator, Progress, Throughput, make_writers, peak_flops
 from maskvit.models import count_parameters, frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim import Cosine, adamw, with_adam_moments
+from maskvit.optim import Cosine, adamw, freeze_block, with_adam_moments
 from maskvit.sharding import check_batch, make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.step import init_state, state_from_params, train_step
 from maskvit.types import TrainState
@@ -259,7 +260,7 @@ def start_report(
 ) -> str:  # fmt: skip
     """What is about to run, in a few lines."""
     model, device = objective.model, mesh.devices.flat[0]
-    total, trainable = count_parameters(shapes)
+    total, trainable = count_parameters(shapes, model)
     tokens = ", ".join(f"{name} {size}" for name, size in zip(model.layout.names, model.layout.sizes, strict=True))
     rates = [float(schedule(s)) for s in (step, (step + total_steps) // 2, total_steps)]
     work = flops * (total_steps - step)
@@ -369,7 +370,7 @@ def run(
         if not 0 <= seed < 2**31:
             raise ValueError(f"config.seed is {seed}; it must be at least 0 and below 2**31")
         model = method.model
-        if not model.outputs:
+        if not model.outputs and not model.projection:
             raise ValueError("config.objective.outputs is empty: there is nothing to train for")
         mesh = make_mesh()
         check_batch(global_batch, mesh)
@@ -377,11 +378,18 @@ def run(
         train_source = dict(data["train"])
         source = open_source(train_source.pop("source", "tfds"), specs, **train_source)
         steps_per_epoch = epoch_steps(len(source), global_batch)
-        parse_augment(data["augment"])
+        views = parse_augment(data["augment"]).views
+        needs_views = bool(model.projection)
+        if needs_views != (views is not None):
+            what = "learns from several views of a record: set" if needs_views else "takes one view of a record: remove"
+            raise ValueError(f"config.objective.name {objective['name']!r} {what} config.data.augment.views")
         micro_batch_counts(global_batch, micro_batch, mesh.size)
         duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
         total_steps = duration(total)
         method = method.resolve(functools.partial(duration, total_steps=total_steps))
+        if optimizer.get("freeze"):
+            freeze = _block("config.optimizer.freeze", freeze_block, optimizer["freeze"])
+            optimizer["freeze"] = dict(freeze, until=duration(freeze["until"], total_steps=total_steps))
         loading = guidance_loading(method.guidance)
         every = {"checkpoint": duration(checkpoint["every"], total_steps=total_steps)}
         every["picture"] = duration(picture_every, total_steps=total_steps) if picture_every else 0
@@ -410,7 +418,7 @@ def run(
                 f"config.total is {total_steps} steps from step {cosine.start} of a schedule of {cosine.total}: it would run "
                 "past the schedule's end; raise config.schedule.total_epochs or lower config.total"
             )
-        optim = adamw(shapes, frozen_mask(shapes), cosine, **optimizer)
+        optim = adamw(shapes, frozen_mask(shapes, model), cosine, **optimizer)
         log = make_writers(writers, workdir, config, resume_step)
 
     abstract = jax.eval_shape(lambda: init_state(method, optim, seed, len(source)))
@@ -458,7 +466,10 @@ def run(
     compiled, micro_batches, memory = compile_step(
         pure_step, state, batch, step_seed, global_batch=global_batch, micro_batch=micro_batch, devices=mesh.size, model=model
     )
-    flops = global_batch * step_flops(method)
+    if views is None:
+        flops = global_batch * step_flops(method)
+    else:
+        flops = global_batch * distillation_flops(method, GLOBAL_VIEWS, views.local_crops, views.local_size)
     if jax.process_index() == 0:
         LOG.info("%s", start_report(
             method, mesh, source, shapes, cosine, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch,
@@ -514,6 +525,8 @@ def run(
                 if bad_before + batches.bad_samples:
                     values["bad_samples"] = float(bad_before + batches.bad_samples)
                 progress.report(step, values)
+                for alarm in (name for name, value in values.items() if name.startswith("alarm/") and value > 0):
+                    progress.message(f"step {step}: ALARM {alarm.removeprefix('alarm/')} in {values[alarm]:.0%} of the last steps")
                 if skipped:
                     progress.message(f"step {step}: {round(skipped)} of the last steps skipped, loss or gradient was not finite")
                 log.write_scalars(step, values)

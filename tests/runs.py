@@ -47,8 +47,10 @@ def on_scenes(config: Any, data_dir: str) -> Any:
     """A config pointed at the rendered scenes: their classes, and their sky without depth."""
     with config.unlocked():
         config.data.train = dict(source="tfds", name="scenes", data_dir=data_dir, split="train")
-        config.modalities.semseg.num_classes = 14
-        config.modalities.depth.missing = 0.0
+        if "semseg" in config.modalities:
+            config.modalities.semseg.num_classes = 14
+        if "depth" in config.modalities:
+            config.modalities.depth.missing = 0.0
     return config
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from maskvit.data import transforms
+from maskvit.data import transforms, views
 from maskvit.data.block import block_mask, draw_ratio
 from maskvit.data.maps import MapSet
 from maskvit.data.sources import Source
@@ -201,24 +201,31 @@ class _Records:
         return made
 
     def transformed(
-        self, arrays: Mapping[str, np.ndarray], names: Collection[str], geometry: transforms.Geometry, resize: str
+        self,
+        arrays: Mapping[str, np.ndarray],
+        names: Collection[str],
+        geometry: transforms.Geometry,
+        resize: str,
+        size: tuple[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The named modalities at the model's size, with a stand-in for those that the record lacks."""
-        made = transforms.transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, self.image_size, resize)
-        return {n: made[n] if n in made else transforms.absent(self.modalities[n], self.image_size, self.dtypes[n]) for n in names}
+        """The named modalities at the model's size (or another), with a stand-in for those that the record lacks."""
+        size = self.image_size if size is None else size
+        made = transforms.transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, size, resize)
+        return {n: made[n] if n in made else transforms.absent(self.modalities[n], size, self.dtypes[n]) for n in names}
 
     def chosen(self, index: int, box: tuple[float, float, float, float], flip: bool) -> dict[str, Any]:
         """The keys of `EXTRAS` that were asked for."""
         known = {"index": np.int32(index), "box": np.array(box, np.float32), "flip": np.bool_(flip)}
         return {name: known[name] for name in self.extras}
 
-    def block_guidance(self, seed: int, epoch: int, index: int) -> dict[str, Any]:
-        """The block mask of a record in an epoch, 1 where hidden, as the batch's guidance; nothing where none was asked for."""
+    def block_guidance(self, seed: int, epoch: int, index: int, count: int = 1) -> dict[str, Any]:
+        """The block masks of a record's views in an epoch, 1 where hidden, as the batch's guidance; nothing where none was asked for."""
         if self.blocks is None:
             return {}
         grid = self.modalities[self.inputs[0]].grid(self.image_size)
         rng = np.random.Generator(_philox(seed, "blocks", epoch, index))
-        return {"guidance": block_mask(rng, *grid, draw_ratio(rng, *self.blocks) * math.prod(grid))[None].astype(np.float32)}
+        masks = [block_mask(rng, *grid, draw_ratio(rng, *self.blocks) * math.prod(grid)) for _ in range(count)]
+        return {"guidance": np.stack(masks).astype(np.float32)}
 
     def gives_whole(self, row: int) -> bool:
         """Whether the batch holds the whole picture of this process's row `row`."""
@@ -264,6 +271,8 @@ class _TrainChunks(_Records):
     def __init__(self, *args: Any, augment: transforms.Augment, seed: int, global_batch: int, **settings: Any):
         super().__init__(*args, **settings)
         self.augment, self.seed, self.global_batch = augment, seed, global_batch
+        if augment.views is not None:
+            self._check_views(augment.views)
         self.epoch_steps = steps_per_epoch(len(self.source), global_batch)
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -284,12 +293,50 @@ class _TrainChunks(_Records):
                 arrays = self.decode(record)
                 height, width = next(iter(arrays.values())).shape[:2]
                 rng = record_rng(self.seed, epoch, index)
+                if self.augment.views is not None:
+                    made = self.cut_views(rng, record, arrays, self.augment.views) | self.chosen(index, (0.0, 0.0, 1.0, 1.0), False)
+                    return made | self.block_guidance(self.seed, epoch, index, views.GLOBAL_VIEWS)
                 geometry = transforms.draw_geometry(rng, height, width, self.image_size, self.augment)
                 made = self.example(index, record, arrays, geometry, self.augment.resize, row)
                 return made | self.block_guidance(self.seed, epoch, index)
             except READ_ERRORS as error:
                 bad.append(f"{identity}: {error}")
         raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {bad[-1]}")
+
+    def cut_views(
+        self, rng: np.random.Generator, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], settings: views.MultiCrop
+    ) -> dict[str, Any]:
+        """The views of one record: "global/<modality>" and "local/<modality>", one after the other along the first axis."""
+        height, width = next(iter(arrays.values())).shape[:2]
+        made: dict[str, list[np.ndarray]] = {}
+        for number in range(views.GLOBAL_VIEWS + settings.local_crops):
+            large = number < views.GLOBAL_VIEWS
+            size, scale = (self.image_size, self.augment.scale) if large else (settings.local_size, settings.local_scale)
+            geometry = transforms.draw_crop(rng, height, width, size, scale, self.augment)
+            colors = views.draw_colors(rng, min(number, 2), settings)
+            view = self.transformed(arrays, self.modalities, geometry, self.augment.resize, size)
+            for name, picture in view.items():
+                if self.dtypes[name] == np.uint8 and self.modalities[name].channels == 3:
+                    picture = views.apply_colors(picture, colors)
+                made.setdefault(f"{'global' if large else 'local'}/{name}", []).append(picture)
+        stacked: dict[str, Any] = {name: np.stack(pictures) for name, pictures in made.items()}
+        stacked["label"] = np.int32(record.get("label", -1))
+        if self.source.may_lack:
+            stacked["present"] = np.array([name in arrays for name in self.inputs])
+        return stacked
+
+    def _check_views(self, settings: views.MultiCrop) -> None:
+        """Raise where views cannot be cut, or something was asked for that belongs to one crop."""
+        for modality in self.modalities.values():
+            try:
+                modality.size(settings.local_size)
+            except ValueError as error:
+                raise ValueError(f"{views.WHERE}.local_size: {error}") from error
+        asked = {"a stored map": self.maps is not None, "the whole picture": self.whole_every > 0}
+        asked |= {f"the batch key {name!r}": name in self.extras for name in ("box", "flip")}
+        wrong = [what for what, is_asked in asked.items() if is_asked]
+        if wrong:
+            raise ValueError(f"{wrong[0]} goes with one crop of a record, but config.data.augment.views asks for several: drop one of them")
 
 
 class _EvalChunks(_Records):
@@ -532,7 +579,8 @@ def train_batches(
       blocks: (ratio, ratio_var) of `maskvit.data.block.draw_ratio`: `guidance` is then a block mask on that grid, 1 where hidden.
 
     Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none),
-      `present` bool "b m" if the source may lack modalities, and what else was asked for.
+      `present` bool "b m" if the source may lack modalities, and what else was asked for. With `augment.views` in place of the
+      modalities "global/<modality>" (b, 2, ...) and "local/<modality>" (b, local_crops, ...), and of `blocks` one mask per large view.
 
     Raises:
       ValueError: settings or data that do not fit, before the first batch.

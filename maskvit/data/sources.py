@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from maskvit.modalities import Modality
 
@@ -70,6 +71,8 @@ class TfdsSource:
       features: modality -> feature of the data set where the two names differ, for example {"rgb": "image"}.
       label: feature with the class; None where the labels are of no interest. A data set without "label" has none.
       may_lack: modalities that some records may lack; None asks the data set's own metadata.
+      per_class: only the first so many records of each class, in stored order: a share of the data with balanced classes.
+        The labels are read at the start, of as many records as it takes.
 
     Raises:
       FileNotFoundError: nothing prepared there.
@@ -86,6 +89,7 @@ class TfdsSource:
         features: Mapping[str, str] | None = None,
         label: str | None = "label",
         may_lack: Sequence[str] | None = None,
+        per_class: int | None = None,
     ):
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
         builder = _open_builder(data_dir, name)
@@ -109,11 +113,17 @@ class TfdsSource:
         self._lock = threading.Lock()
         self._reader: Any = None
         self._length = len(self._open(builder))
+        self._chosen: Int[np.ndarray, " k"] | None = None
+        if per_class is not None:
+            self._chosen = self._first_of_each_class(builder, per_class)
+            self._length = len(self._chosen)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._chosen is not None:
+            index = int(self._chosen[index])
         stored = self._open()[index]
         record: dict[str, Any] = {modality: _as_data(stored[feature]) for modality, feature in self.features.items()}
         record["id"] = _as_text(stored["id"]) if "id" in stored else f"{self.name}/{self.split}/{index}"
@@ -122,7 +132,34 @@ class TfdsSource:
         return record
 
     def describe(self) -> str:
-        return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}"
+        share = "" if self._chosen is None else ", the first of each class"
+        return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}{share}"
+
+    def _first_of_each_class(self, builder: Any, per_class: int) -> Int[np.ndarray, " k"]:
+        """The records that `per_class` leaves, in stored order."""
+        if per_class < 1:
+            raise ValueError(f"config.data per_class is {per_class}; it must be at least 1, or None for every record")
+        if self.label is None or not self.label_names:
+            raise ValueError(
+                f"config.data per_class needs labels, but {self.name} has no classes in use: set config.data label, or drop per_class"
+            )
+        reader = self._open(builder)
+        counts = np.zeros(len(self.label_names), int)
+        chosen = []
+        for index in range(len(reader)):
+            label = int(reader[index][self.label])
+            if label >= 0 and counts[label] < per_class:
+                counts[label] += 1
+                chosen.append(index)
+                if len(chosen) == per_class * len(counts):
+                    break
+        if (counts < per_class).any():
+            least = int(counts.argmin())
+            raise ValueError(
+                f"config.data per_class is {per_class}, but class {self.label_names[least]!r} of {self.name}, split {self.split!r}, has "
+                f"{counts[least]} records: lower it"
+            )
+        return np.array(chosen, np.int64)
 
     def _open(self, builder: Any = None) -> Any:
         """The data set's reader, opened on first use in each process."""

@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 from PIL import Image
 
+from maskvit.configuration import check_arguments
 from maskvit.data import codec
+from maskvit.data.views import MultiCrop
 from maskvit.modalities import Modality
 
 CROPS = ("random_resized", "center", "none")
@@ -39,6 +41,7 @@ class Augment:
       ratio: range of the crop's width over its height, drawn log-uniformly.
       flip: probability of a left-right flip.
       resize: "pil" (exact, the reference's) or "cv2" (faster on uint8, needs OpenCV; other modalities stay with "pil").
+      views: two large and several small views of a record in place of one (self-distillation); None for one.
     """
 
     crop: str = "random_resized"
@@ -46,9 +49,12 @@ class Augment:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float | int = 0.5
     resize: str = "pil"
+    views: MultiCrop | None = None
 
     def __post_init__(self) -> None:
         where = "config.data.augment"
+        if self.views is not None and self.crop != "random_resized":
+            raise ValueError(f"{where}.crop is {self.crop!r}, but views are random crops: set it to 'random_resized'")
         if self.crop not in CROPS:
             raise ValueError(f"{where}.crop is {self.crop!r}; known: {', '.join(CROPS)}")
         check_resize(self.resize, f"{where}.resize")
@@ -67,8 +73,11 @@ def parse_augment(settings: Mapping[str, Any] | None) -> Augment:
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"config.data.augment has unknown key {unknown[0]!r}; known: {', '.join(known)}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in settings.items()}
-    return Augment(**values)
+    plain = lambda block: {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in block.items()}  # noqa: E731
+    values: dict[str, Any] = plain(settings)
+    views = values.pop("views", None) or {}
+    check_arguments("config.data.augment.views", MultiCrop, views)
+    return Augment(**values, views=MultiCrop(**plain(views)) if views else None)
 
 
 def check_resize(resize: str, where: str) -> None:
@@ -295,6 +304,14 @@ def _source_indices(axis: int, geometry: Geometry, image_size: tuple[int, int], 
     if final[axis] != image_size[axis]:
         picked = picked[nearest_indices(image_size[axis], final[axis])]
     return picked + geometry.box[axis]
+
+
+def draw_crop(
+    rng: np.random.Generator, height: int, width: int, size: tuple[int, int], scale: tuple[float, float], augment: Augment
+) -> Geometry:
+    """Draw one view: a random crop of a share of `scale`, resized to `size`, maybe mirrored."""
+    flip = bool(rng.random() < augment.flip)
+    return Geometry(random_resized_box(rng, height, width, scale, augment.ratio), size, (0, 0), flip)
 
 
 # --- resizing ---------------------------------------------------------------------------------------------------------
