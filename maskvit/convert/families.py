@@ -51,6 +51,14 @@ FAMILIES = (
     Family("ViT", vit.is_vit, vit.infer_config, lambda source, config: vit.rules(config, vit.form_of(source)), vit.LEFT_OUT),
     Family("ResNet", resnet.is_resnet, resnet.infer_config, lambda _, config: resnet.rules(config)),
 )
+# An encoder that is to become a MAE, because a target was asked for.
+FRESH_MAE = Family(
+    "MAE's encoder without its decoder",
+    vit.is_vit,
+    mae.infer_config_with_fresh_decoder,
+    lambda source, config: mae.rules(config, vit.form_of(source).names),
+    advice="the file holds an encoder alone; --allow 'outputs/.*' accepts a fresh decoder (without --target the encoder is taken alone)",
+)
 # Both models of self-distillation, where they are asked for.
 DISTILLED = Family("DINO or iBOT", distillation.is_distilled, distillation.infer_config, lambda _, config: distillation.rules(config))
 # (family, how its keys look, why it is not converted)

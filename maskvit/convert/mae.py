@@ -13,6 +13,10 @@ from maskvit.convert.rules import BlockNames, Rule, block, layer_norm, linear, p
 from maskvit.convert.source import Hints, Source
 from maskvit.convert.vit import TIMM, Form, Names, encoder_rules, form_of, infer_sizes, layout_of
 
+MASK_RATIO = 0.75
+# MAE's own decoder, for encoders that come without.
+DECODER = dict(name="mae", width=512, depth=8, heads=16, mlp_ratio=4.0)
+
 
 def is_mae(keys: Any) -> bool:
     """Whether these are the keys of a MAE with its decoder."""
@@ -49,10 +53,18 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         outputs=("norm_rgb" if hints.normalized(where) else "rgb",),
         encoder=encoder,
         decoder=decoder,
-        mask_ratio=ratio if isinstance(ratio, float) and 0 < ratio < 1 else 0.75,
+        mask_ratio=ratio if isinstance(ratio, float) and 0 < ratio < 1 else MASK_RATIO,
     )
     if cross:
         decoder |= _features(crossing_of(source), encoder["depth"], where)
+    return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)
+
+
+def infer_config_with_fresh_decoder(source: Source, hints: Hints) -> dict[str, Any]:
+    """The config of a MAE with the usual decoder around the encoder in a file, which lacks the decoder's tensors."""
+    image_size, rgb, encoder = infer_sizes(source, form_of(source), hints)
+    output = "norm_rgb" if hints.normalized(source.where) else "rgb"
+    objective = dict(name="mae", inputs=("rgb",), outputs=(output,), encoder=encoder, decoder=dict(DECODER), mask_ratio=MASK_RATIO)
     return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)
 
 
