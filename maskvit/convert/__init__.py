@@ -274,7 +274,7 @@ def _rows(plan: Understood, prefix: str = "", path_prefix: str = "") -> list[Row
     names = {name: prefix + key for name, key in plan.source.keys.items()}
     rows = [converted(rule, names, path_prefix) for rule in plan.rules]
     rows += [Row("fresh", (), ((path_prefix + path, shape),)) for path, shape in plan.fresh.items()]
-    return rows + [Row("left out", ((prefix + key, ()),), (), why) for key, why in plan.left_out.items()]
+    return rows + [Row("left out", ((prefix + key, shape),), (), why) for key, (shape, why) in plan.left_out.items()]
 
 
 def _teacher_and_centres(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Row], list[str]]:
