@@ -63,7 +63,7 @@ def test_multivit_with_fresh_decoders(multivit, tmp_path):
     np.testing.assert_array_equal(params["global_tokens"], multivit["global_tokens"][0])
     assert params["outputs"]["semseg"]["head"]["kernel"].shape == (256, 7 * 4)
     report = (tmp_path / "ours" / "conversion.txt").read_text()
-    assert "46 tensors converted, 0 left out, 147 at their initialisation" in report
+    assert "47 tensors converted, 0 left out, 147 at their initialisation" in report
     assert "fresh     outputs/rgb/mask_token (256,)" in report
     # The encoder goes back as it came.
     convert.export(tmp_path / "ours", tmp_path / "back.safetensors", "multimae")
@@ -183,10 +183,10 @@ def test_other_number_types_are_converted_and_said(dtype, said, fixtures, tmp_pa
 def test_half_precision_pth(fixtures, tmp_path):
     torch = pytest.importorskip("torch")
     state = read_checkpoint(fixtures / "mae_tiny_finetuned.pth")["model"]
-    torch.save({"model": {key: torch.from_numpy(value).bfloat16() for key, value in state.items()}}, tmp_path / "x.pth")
+    torch.save({"model": {key: torch.tensor(value).bfloat16() for key, value in state.items()}}, tmp_path / "x.pth")
     convert.convert(tmp_path / "x.pth", tmp_path / "ours", 3)
     kernel = load_params(tmp_path / "ours")[0]["encoder"]["block_00"]["attn"]["proj"]["kernel"]
-    expected = torch.from_numpy(state["blocks.0.attn.proj.weight"]).bfloat16().float().numpy().T
+    expected = torch.tensor(state["blocks.0.attn.proj.weight"]).bfloat16().float().numpy().T
     np.testing.assert_array_equal(kernel, expected)
 
 

@@ -226,8 +226,16 @@ def test_trees_of_self_attention_and_of_the_last_block_alone(fixtures):
     params = to_ours(plan.rules, plan.source.tensors, "file")
     decoder = params["outputs"]["rgb"]
     assert "feature_weights" not in decoder and decoder["block_01"]["self_attn"]["qkv"]["kernel"].shape == (32, 96)
-    state["wfm.linear.weight"] = np.zeros((2, 3), np.float32)
-    with pytest.raises(ConversionError, match="weighs 3 features of an encoder of 3 blocks"):
+    assert plan.config["objective"]["decoder"].items() >= dict(name="crossmae", weighted=False, self_attention=True).items()
+    for columns, args, options in (
+        (3, {}, dict(use_input=False)),
+        (2, dict(use_fm=[0, 2], use_input=False), dict(features=(0, 2), use_input=False)),
+        (2, dict(use_fm=[-1], use_input=True), dict(features=(-1,), use_input=True)),
+    ):
+        state["wfm.linear.weight"] = np.zeros((2, columns), np.float32)
+        plan = understand_state(state, family_of(state)[0], "file", Hints(3, 4, "raw", args))
+        assert plan.config["objective"]["decoder"].items() >= options.items()
+    with pytest.raises(ConversionError, match="weighs 2 features of an encoder of 3 blocks, and the file does not say which"):
         understand_state(state, family_of(state)[0], "file", Hints(3, 4, "raw"))
 
 
