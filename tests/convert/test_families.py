@@ -7,14 +7,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import maskvit
 from maskvit import convert
 from maskvit.checkpoint import load_objective_state, load_params
 from maskvit.convert.families import DISTILLED, FAMILIES, family_of, understand_state
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import path_shapes, to_ours
 from maskvit.convert.source import Hints
+from maskvit.features import extract
 from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.types import tree_paths
 
@@ -157,6 +160,20 @@ def test_ibot_values(fixtures, tmp_path):
     np.testing.assert_array_equal(kept["teacher"]["projection"]["prototypes"]["scale"], teacher["head.last_layer.weight_g"][:, 0])
     np.testing.assert_array_equal(kept["patch_center"], whole["ibot_loss"]["center2"][0, 0])
     assert "mask_embed" not in kept["teacher"]["inputs"]["rgb"] and "patch_prototypes" not in params["projection"]
+
+
+def test_both_models_open_as_the_teacher(fixtures, tmp_path):
+    """`maskvit.load` of student and teacher gives what the teacher's encoder alone gives."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(picture).save(tmp_path / "pictures" / "a.png")
+    features = []
+    for model in ("both", "teacher"):
+        convert.convert(fixtures / "ibot_tiny.pth", tmp_path / model, 3, model=model)
+        ((_, _, found),) = extract(maskvit.load(tmp_path / model), [tmp_path / "pictures" / "a.png"], batch_size=1)
+        features.append(found)
+    for name in ("global", "mean"):
+        np.testing.assert_allclose(features[0][name], features[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_which_of_two_models(fixtures, tmp_path):
