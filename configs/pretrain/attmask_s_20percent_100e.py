@@ -8,7 +8,8 @@ Published (slides of the AttMask paper, 4 GPUs of 60 images), k-NN / linear on I
 
 Hint and Low: --config.objective.scores.name=attention_hint (attention_low). Other shares of the data (High 17.5 k-NN at 5 %, 33.8
 at 10 %): data.train.per_class=65, 130. The k-NN evaluator classifies with the same fifth of the training images; whether the
-published figures do is not known. Cost: 127 GFLOP per image and step, 3.3e18 FLOP in all. Nobody has run this configuration to its end with this code.
+published figures do is not known. Cost: 127 GFLOP per image and step, 3.3e18 FLOP in all. Nobody has run this configuration to its
+end with this code.
 """
 
 from configs import common

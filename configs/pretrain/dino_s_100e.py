@@ -3,11 +3,11 @@
     python main.py --config=configs/pretrain/dino_s_100e.py --workdir=runs/dino_s_100e
 
 Published (README of facebookresearch/dino): k-NN 69.3, linear 74.0 on ImageNet-1K for the plain 100 epochs, with 64 images per
-GPU. Its number of GPUs is taken as one node of 8 here, which the learning rate follows. Cost: 114 GFLOP per image
-and step, 1.5e19 FLOP in all. Nobody has run this configuration to its end with this code.
+GPU. Its number of GPUs is taken as one node of 8 here, which the learning rate follows. Cost: 114 GFLOP per image and
+step, 1.5e19 FLOP in all. Nobody has run this configuration to its end with this code.
 
 The boosted 300 epochs (73.3 / 76.0): objective.teacher_temperature=(0.04, 0.07), objective.temperature_warmup="30 epochs",
-objective.projection.fixed_scale=False, total and schedule of 300 epochs.
+objective.projection.fixed_scale=False; total, schedule.total_epochs and objective.momentum_over of 300 epochs.
 """
 
 from configs import common

@@ -15,7 +15,7 @@ import numpy as np
 from maskvit.checkpoint import save_imported
 from maskvit.convert import distillation, multimae, report
 from maskvit.convert.export import LAYOUTS, export
-from maskvit.convert.families import DISTILLED, KNOWN_FAMILIES, Understood, family_of, names_of, understand_state
+from maskvit.convert.families import DISTILLED, FRESH_MAE, KNOWN_FAMILIES, Understood, family_of, names_of, understand_state
 from maskvit.convert.onnx import read_onnx
 from maskvit.convert.reader import ConversionError, Namespace, find_files, read_files, sha256
 from maskvit.convert.report import Allowed, Row, converted
@@ -191,6 +191,8 @@ def understand(
         raise ConversionError(f"{where}: is {name}, and {reason}; only {KNOWN_FAMILIES} can be converted")
     if target is not None and target not in TARGETS:
         raise ConversionError(f"--target is {target!r}; known: {', '.join(TARGETS)}")
+    if name == "ViT" and target is not None:
+        family = FRESH_MAE
     hints = Hints(num_heads, decoder_num_heads, target, checkpoint.args)
     plan = understand_state(checkpoint.state, family, where, hints, allowed)
     if model == "both":
@@ -272,7 +274,7 @@ def _rows(plan: Understood, prefix: str = "", path_prefix: str = "") -> list[Row
     names = {name: prefix + key for name, key in plan.source.keys.items()}
     rows = [converted(rule, names, path_prefix) for rule in plan.rules]
     rows += [Row("fresh", (), ((path_prefix + path, shape),)) for path, shape in plan.fresh.items()]
-    return rows + [Row("left out", ((prefix + key, ()),), (), why) for key, why in plan.left_out.items()]
+    return rows + [Row("left out", ((prefix + key, shape),), (), why) for key, (shape, why) in plan.left_out.items()]
 
 
 def _teacher_and_centres(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Row], list[str]]:

@@ -56,8 +56,9 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     given, specs = config["objective"], parse_modalities(config["modalities"])
     first = params["encoder"]["block_00"]
     width = first["norm1"]["scale"].shape[0]
-    encoder = dict(encoder_sizes(given.get("encoder", "B")), width=width, depth=len(params["encoder"]))
-    encoder["mlp_ratio"] = first["mlp"]["fc1"]["kernel"].shape[1] / width
+    heads = encoder_sizes(given["encoder"])["heads"] if "encoder" in given else width // 64  # as the defaults have it
+    mlp_ratio = first["mlp"]["fc1"]["kernel"].shape[1] / width
+    encoder = dict(width=width, depth=len(params["encoder"]), heads=heads, mlp_ratio=mlp_ratio)
     inputs = tuple(given.get("inputs", params["inputs"]))
     outputs = tuple(given.get("outputs") or params.get("outputs", ()))
     objective = dict(
@@ -76,7 +77,7 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
         mlp, narrow = (tensors if "mlp" in tensors else tensors[blocks[0]])["mlp"], tensors["mask_token"].shape[0]
         objective["decoder"] = dict(given.get("decoder") or {}, width=narrow, depth=len(blocks))
         objective["decoder"]["mlp_ratio"] = mlp["fc1"]["kernel"].shape[1] / narrow
-        decoder = "spatial" if "modality_embed" in tensors else "crossmae" if "context_norm_00" in tensors else "mae"
+        decoder = "spatial" if "query_norm" in tensors else "crossmae" if "context_norm_00" in tensors else "mae"
     if "projection" in params:
         objective["projection"] = _projection(params["projection"])
     modalities = {name: dict(block) for name, block in config["modalities"].items()}
@@ -133,6 +134,7 @@ def _hugging_face(model: Model) -> list[Rule]:
 
 def _mae(model: Model, names: vit.Names = vit.TIMM) -> list[Rule]:
     _require(model.decoder == "mae", "has no decoder of MAE's")
+    _require(model.objective["final_norm"], "has no final norm, and a MAE has one")
     _require(len(model.objective["outputs"]) == 1, f"has the outputs {', '.join(model.objective['outputs'])}, and a MAE has one")
     _require(model.objective["num_global_tokens"] == 1, "has not one global token, and a MAE has one class token")
     _require_vit(model)

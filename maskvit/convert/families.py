@@ -51,6 +51,14 @@ FAMILIES = (
     Family("ViT", vit.is_vit, vit.infer_config, lambda source, config: vit.rules(config, vit.form_of(source)), vit.LEFT_OUT),
     Family("ResNet", resnet.is_resnet, resnet.infer_config, lambda _, config: resnet.rules(config)),
 )
+# An encoder that is to become a MAE, because a target was asked for.
+FRESH_MAE = Family(
+    "MAE's encoder without its decoder",
+    vit.is_vit,
+    mae.infer_config_with_fresh_decoder,
+    lambda source, config: mae.rules(config, vit.form_of(source).names),
+    advice="the file holds an encoder alone; --allow 'outputs/.*' accepts a fresh decoder (without --target the encoder is taken alone)",
+)
 # Both models of self-distillation, where they are asked for.
 DISTILLED = Family("DINO or iBOT", distillation.is_distilled, distillation.infer_config, lambda _, config: distillation.rules(config))
 # (family, how its keys look, why it is not converted)
@@ -84,11 +92,11 @@ def source_of(state: Mapping[str, np.ndarray], family: Family, where: str, said:
     names = vit.without_prefixes(list(state))
     tensors: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
-    left_out: dict[str, str] = {}
+    left_out: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, name in names.items():
         reason = next((why for pattern, why in family.left_out if re.fullmatch(pattern, name)), None)
         if reason:
-            left_out[key] = reason
+            left_out[key] = tuple(state[key].shape), reason
             continue
         if name in tensors:
             raise ConversionError(f"{where}: {keys[name]!r} and {key!r} are both {name!r}; which is meant?")
@@ -99,8 +107,8 @@ def source_of(state: Mapping[str, np.ndarray], family: Family, where: str, said:
     for dtype in sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind in "fV"} - {"float32"}):
         count = sum(str(value.dtype) == dtype for value in tensors.values())
         said.append(f"{count} tensors are {dtype}; they are {'rounded' if dtype == 'float64' else 'widened'} to float32")
-    for why in dict.fromkeys(left_out.values()):
-        these = [key for key, reason in left_out.items() if reason == why]
+    for why in dict.fromkeys(why for _, why in left_out.values()):
+        these = [key for key, (_, reason) in left_out.items() if reason == why]
         said.append(f"left out {why}: {len(these)} tensors, {these[0]} among them")
     if family.name == "ResNet":
         tensors, folded = resnet.tensors(tensors, where)
@@ -118,7 +126,7 @@ class Understood(NamedTuple):
       rules: every tensor that is converted; those of `source`.
       source: the file's tensors.
       fresh: our paths, with shapes, of what stays at its initialisation.
-      left_out: the file's keys of what is not read, and why.
+      left_out: the file's keys of what is not read: their shapes, and why.
       said: what was done beside, line by line.
     """
 
@@ -127,7 +135,7 @@ class Understood(NamedTuple):
     rules: list[Rule]
     source: Source
     fresh: dict[str, tuple[int, ...]]
-    left_out: dict[str, str]
+    left_out: dict[str, tuple[tuple[int, ...], str]]
     said: list[str]
 
 
@@ -183,7 +191,8 @@ def _matched(
             "--allow REGEX leaves out what it names"
         )
     check_keys(where, tensors, expected)
-    left_out = dict(source.left_out) | {source.keys[name]: "allowed" for name in unread}
+    left_out = dict(source.left_out)
+    left_out |= {source.keys[name]: (tuple(source.tensors[name].shape), "allowed") for name in unread}
     return Understood(family.name, config, whole, source._replace(tensors=tensors), fresh, left_out, said)
 
 

@@ -13,6 +13,10 @@ from maskvit.convert.rules import BlockNames, Rule, block, layer_norm, linear, p
 from maskvit.convert.source import Hints, Source
 from maskvit.convert.vit import TIMM, Form, Names, encoder_rules, form_of, infer_sizes, layout_of
 
+MASK_RATIO = 0.75
+# MAE's own decoder, for encoders that come without.
+DECODER = dict(name="mae", width=512, depth=8, heads=16, mlp_ratio=4.0)
+
 
 def is_mae(keys: Any) -> bool:
     """Whether these are the keys of a MAE with its decoder."""
@@ -49,10 +53,18 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         outputs=("norm_rgb" if hints.normalized(where) else "rgb",),
         encoder=encoder,
         decoder=decoder,
-        mask_ratio=ratio if isinstance(ratio, float) and 0 < ratio < 1 else 0.75,
+        mask_ratio=ratio if isinstance(ratio, float) and 0 < ratio < 1 else MASK_RATIO,
     )
     if cross:
-        decoder |= _features(crossing_of(source), encoder["depth"], where)
+        decoder |= _features(crossing_of(source), encoder["depth"], hints.args, where)
+    return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)
+
+
+def infer_config_with_fresh_decoder(source: Source, hints: Hints) -> dict[str, Any]:
+    """The config of a MAE with the usual decoder around the encoder in a file, which lacks the decoder's tensors."""
+    image_size, rgb, encoder = infer_sizes(source, form_of(source), hints)
+    output = "norm_rgb" if hints.normalized(source.where) else "rgb"
+    objective = dict(name="mae", inputs=("rgb",), outputs=(output,), encoder=encoder, decoder=dict(DECODER), mask_ratio=MASK_RATIO)
     return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)
 
 
@@ -69,14 +81,22 @@ def crossing_of(source: Source) -> Crossing:
     return Crossing(features, "decoder_blocks.0.self_attn.qkv.weight" in source.tensors)
 
 
-def _features(crossing: Crossing, depth: int, where: str) -> dict[str, Any]:
-    """The arguments of our decoder that say so."""
-    if crossing.features not in (0, depth + 1):
-        raise ConversionError(
-            f"{where}: its decoder weighs {crossing.features} features of an encoder of {depth} blocks; which they are stands in no "
-            f"file: only all {depth + 1} (with the input embedding) are known"
-        )
-    return dict(features="all" if crossing.features else "last", self_attention=crossing.self_attention)
+def _features(crossing: Crossing, depth: int, args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of our decoder that say so. `args`: what the file says of its training, for features that are chosen."""
+    found: dict[str, Any] = dict(self_attention=True) if crossing.self_attention else {}
+    blocks, use_input = args.get("use_fm"), args.get("use_input")
+    if not crossing.features:
+        return found | dict(weighted=False)
+    if crossing.features == depth + 1:
+        return found
+    if crossing.features == depth:
+        return found | dict(use_input=False)
+    if isinstance(blocks, list) and all(type(i) is int for i in blocks) and crossing.features == len(blocks) + bool(use_input):
+        return found | dict(features=tuple(blocks), use_input=bool(use_input))
+    raise ConversionError(
+        f"{where}: its decoder weighs {crossing.features} features of an encoder of {depth} blocks, and the file does not say which: "
+        f"without that only {depth + 1} (with the input embedding) or {depth} are known"
+    )
 
 
 def rules(config: Mapping[str, Any], names: Names = TIMM) -> list[Rule]:

@@ -6,7 +6,7 @@ import collections
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule
@@ -61,7 +61,7 @@ class Allowed:
             try:
                 self.patterns.append(re.compile(pattern))
             except re.error as error:
-                raise ConversionError(f"--allow {pattern!r} is no regular expression: {error}") from error
+                raise ConversionError(f"--allow '{pattern}' is no regular expression: {error}") from error
 
     def __contains__(self, name: str) -> bool:
         return any(pattern.fullmatch(name) for pattern in self.patterns)
@@ -72,7 +72,7 @@ class Allowed:
         for pattern in self.patterns:
             if not any(pattern.fullmatch(name) for name in names):
                 raise ConversionError(
-                    f"{where}: --allow {pattern.pattern!r} matches nothing; it is matched against whole keys and paths such as "
+                    f"{where}: --allow '{pattern.pattern}' matches nothing; it is matched against whole keys and paths such as "
                     f"{next(iter(names), 'encoder/block_00/norm1/scale')!r}"
                 )
 
@@ -80,8 +80,3 @@ class Allowed:
 def allow_flags(patterns: Iterable[str]) -> str:
     """Expressions as they are typed."""
     return " ".join(f"--allow '{pattern}'" for pattern in patterns)
-
-
-def plain_shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{name: shape}."""
-    return {name: tuple(value.shape) for name, value in tensors.items()}

@@ -21,13 +21,13 @@ class Source(NamedTuple):
       where, family: the file and what it is taken for, for errors.
       tensors: by the names that the rules use.
       keys: the file's own key of each.
-      left_out: the file's own keys of what is not read, and why.
+      left_out: the file's own keys of what is not read: their shapes, and why.
     """
 
     where: str
     tensors: dict[str, np.ndarray]
     keys: dict[str, str]
-    left_out: dict[str, str]
+    left_out: dict[str, tuple[tuple[int, ...], str]]
     family: str = "this family"
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:

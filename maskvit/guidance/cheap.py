@@ -273,7 +273,7 @@ def from_block(model: MultiMaeModel, params: Params, first: int) -> tuple[MultiM
     encoder = {new: params["encoder"][old] for new, old in zip(names, names[first:], strict=False)}
     sizes["depth"] -= first
     rest = dataclasses.replace(model, encoder=tuple(sorted(sizes.items())), num_global_tokens=0, num_classes=0)
-    return rest, {"encoder": encoder, "global_tokens": params["global_tokens"][:0]}
+    return rest, {"encoder": encoder}
 
 
 # Fewer blocks

@@ -145,7 +145,8 @@ class MultiMaeModel:
             values = jnp.zeros((1, height, width), jnp.int32) if categorical else jnp.zeros((1, height, width, spec.channels))
             masked = jnp.zeros((1, layout.sizes[i]), bool) if self.mask_embed else None
             params["inputs"][name] = self._input(name).init(jax.random.fold_in(input_key, i), values, masked)["params"]
-        params["global_tokens"] = 0.02 * jax.random.normal(global_key, (self.num_global_tokens, self.width))
+        if self.num_global_tokens:  # an empty array could not be checkpointed
+            params["global_tokens"] = 0.02 * jax.random.normal(global_key, (self.num_global_tokens, self.width))
         if self.positions == "learned":
             shape = (self.num_global_tokens, self.width)
             params["global_pos_embed"] = 0.02 * jax.random.normal(jax.random.fold_in(global_key, 1), shape)
@@ -188,6 +189,8 @@ class MultiMaeModel:
         self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None
     ) -> tuple[Float[Array, "b e d"], Bool[Array, "b e"] | None]:
         """The tokens, and their mask where there is one, with the global tokens behind them."""
+        if not self.num_global_tokens:
+            return tokens, mask
         shape = (tokens.shape[0], *params["global_tokens"].shape)
         global_tokens = params["global_tokens"]
         if self.positions == "learned":

@@ -109,10 +109,11 @@ class Distillation:
       scores: (function, its keyword arguments): what is hidden first. Guided ones read the teacher's attention.
       guidance: the exact block masks of the loader, which then take the place of masking and scores.
       teacher_momentum: share of the teacher that stays at the first step; it rises to 1 on half a cosine.
+      momentum_over: duration of that way. A run that may stop early and go on needs it in epochs or steps.
       teacher_temperature, patch_temperature: of the targets, from the first to the second value.
       temperature_warmup: duration of that way, which is gone in whole epochs.
       drop_path: share of the last block's branches that the student leaves out (stochastic depth).
-      steps_per_epoch, total_steps: set by `resolve`.
+      steps_per_epoch: set by `resolve`.
 
     State: "teacher" (parameters without `mask_embed`), "center" (k,) and "patch_center" (k,), running means of its logits.
     """
@@ -122,12 +123,12 @@ class Distillation:
     scores: tuple[Any, tuple[tuple[str, Any], ...]] | None = None
     guidance: BlockMask | None = None
     teacher_momentum: float = 0.996
+    momentum_over: Duration = "100 percent"
     teacher_temperature: tuple[float, float] = (0.04, 0.04)
     patch_temperature: tuple[float, float] = (0.04, 0.07)
     temperature_warmup: Duration = 0
     drop_path: float = 0.1
     steps_per_epoch: int = 1
-    total_steps: int = 1
 
     @property
     def num_visible(self) -> int:
@@ -161,7 +162,7 @@ class Distillation:
             self,
             temperature_warmup=to_steps(self.temperature_warmup) if self.temperature_warmup else 0,
             steps_per_epoch=max(1, to_steps("1 epochs")),
-            total_steps=max(1, to_steps("100 percent")),
+            momentum_over=max(1, to_steps(self.momentum_over)),
         )
 
     def plan(
@@ -229,7 +230,7 @@ class Distillation:
     ) -> Any:
         """The teacher moves towards the updated student, the centres towards the whole batch's mean logits."""
         # What is left to 1 and not the momentum itself, which float32 rounds to 1 long before the end.
-        moves = cosine_between(1 - self.teacher_momentum, 0.0, step / self.total_steps)
+        moves = cosine_between(1 - self.teacher_momentum, 0.0, step / self.momentum_over)
         new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))
         for name, rows in observed.items():
             new[name] = CENTER_MOMENTUM * state[name] + (1 - CENTER_MOMENTUM) * rows.mean(axis=0)
@@ -317,7 +318,7 @@ class Distillation:
         features = features.astype(jnp.float32)
         features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         spread = features.std(axis=0).mean() * jnp.sqrt(features.shape[-1])
-        late = step >= QUIET_SHARE * self.total_steps
+        late = step >= QUIET_SHARE * self.momentum_over
         alarms = {"uniform_teacher": share > UNIFORM, "one_hot_teacher": share < ONE_HOT, "constant_features": spread < NO_SPREAD}
         values = {"teacher_entropy": share, "feature_spread": spread}
         values |= {f"alarm/{name}": (late & sign).astype(jnp.float32) for name, sign in alarms.items()}
@@ -391,6 +392,7 @@ def dino(
     encoder: str | Mapping[str, Any] = "S",
     projection: Mapping[str, Any] | None = None,
     teacher_momentum: float | int = 0.996,
+    momentum_over: Duration = "100 percent",
     teacher_temperature: tuple[float, float] = (0.04, 0.04),
     temperature_warmup: Duration = 0,
     drop_path: float | int = 0.1,
@@ -404,8 +406,8 @@ def dino(
     """
     model = _model(modalities, image_size, inputs, encoder, {"fixed_scale": True, **(projection or {})}, compute_dtype, remat, False)
     return _checked(
-        model, teacher_momentum=teacher_momentum, teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup,
-        drop_path=drop_path,
+        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, teacher_temperature=teacher_temperature,
+        temperature_warmup=temperature_warmup, drop_path=drop_path,
     )  # fmt: skip
 
 
@@ -420,6 +422,7 @@ def ibot(
     masking: Mapping[str, Any] | None = None,
     guidance: Mapping[str, Any] | None = None,
     teacher_momentum: float | int = 0.996,
+    momentum_over: Duration = "100 percent",
     teacher_temperature: tuple[float, float] = (0.04, 0.07),
     patch_temperature: tuple[float, float] = (0.04, 0.07),
     temperature_warmup: Duration = "30 epochs",
@@ -457,8 +460,8 @@ def ibot(
         check_arguments("config.objective.masking", Masking, masking or {})
         chosen["masking"] = Masking(**{key: hashable(value) for key, value in (masking or {}).items()})
     objective = _checked(
-        model, teacher_momentum=teacher_momentum, teacher_temperature=teacher_temperature, patch_temperature=patch_temperature,
-        temperature_warmup=temperature_warmup, drop_path=drop_path, **chosen,
+        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, teacher_temperature=teacher_temperature,
+        patch_temperature=patch_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path, **chosen,
     )  # fmt: skip
     if objective.masking is not None:
         # Wrong numbers are found on shapes, before anything is computed.

@@ -7,14 +7,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import maskvit
 from maskvit import convert
 from maskvit.checkpoint import load_objective_state, load_params
 from maskvit.convert.families import DISTILLED, FAMILIES, family_of, understand_state
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import path_shapes, to_ours
 from maskvit.convert.source import Hints
+from maskvit.features import extract
 from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.types import tree_paths
 
@@ -159,6 +162,20 @@ def test_ibot_values(fixtures, tmp_path):
     assert "mask_embed" not in kept["teacher"]["inputs"]["rgb"] and "patch_prototypes" not in params["projection"]
 
 
+def test_both_models_open_as_the_teacher(fixtures, tmp_path):
+    """`maskvit.load` of student and teacher gives what the teacher's encoder alone gives."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(picture).save(tmp_path / "pictures" / "a.png")
+    features = []
+    for model in ("both", "teacher"):
+        convert.convert(fixtures / "ibot_tiny.pth", tmp_path / model, 3, model=model)
+        ((_, _, found),) = extract(maskvit.load(tmp_path / model), [tmp_path / "pictures" / "a.png"], batch_size=1)
+        features.append(found)
+    for name in ("global", "mean"):
+        np.testing.assert_allclose(features[0][name], features[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_which_of_two_models(fixtures, tmp_path):
     whole = read_checkpoint(fixtures / "ibot_tiny.pth")
     for model, key in (("teacher", "backbone."), ("student", "module.backbone.")):
@@ -226,8 +243,16 @@ def test_trees_of_self_attention_and_of_the_last_block_alone(fixtures):
     params = to_ours(plan.rules, plan.source.tensors, "file")
     decoder = params["outputs"]["rgb"]
     assert "feature_weights" not in decoder and decoder["block_01"]["self_attn"]["qkv"]["kernel"].shape == (32, 96)
-    state["wfm.linear.weight"] = np.zeros((2, 3), np.float32)
-    with pytest.raises(ConversionError, match="weighs 3 features of an encoder of 3 blocks"):
+    assert plan.config["objective"]["decoder"].items() >= dict(name="crossmae", weighted=False, self_attention=True).items()
+    for columns, args, options in (
+        (3, {}, dict(use_input=False)),
+        (2, dict(use_fm=[0, 2], use_input=False), dict(features=(0, 2), use_input=False)),
+        (2, dict(use_fm=[-1], use_input=True), dict(features=(-1,), use_input=True)),
+    ):
+        state["wfm.linear.weight"] = np.zeros((2, columns), np.float32)
+        plan = understand_state(state, family_of(state)[0], "file", Hints(3, 4, "raw", args))
+        assert plan.config["objective"]["decoder"].items() >= options.items()
+    with pytest.raises(ConversionError, match="weighs 2 features of an encoder of 3 blocks, and the file does not say which"):
         understand_state(state, family_of(state)[0], "file", Hints(3, 4, "raw"))
 
 
