@@ -63,7 +63,8 @@ def load(path: str | os.PathLike) -> LoadedModel:
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
-    block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
+    if block.get("name") == "multimae":  # converted files say nothing of masking
+        block.setdefault("num_visible", _default_visible(config, block["inputs"]))
     objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
     expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from maskvit.configuration import check_arguments, hashable, look_up
 from maskvit.modalities import parse_modalities
+from maskvit.objectives.mae import crossmae, mae
 from maskvit.objectives.multimae import multimae
 
 
@@ -37,7 +38,7 @@ class Objective(Protocol):
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 
 
-OBJECTIVES = {"multimae": multimae}
+OBJECTIVES = {"multimae": multimae, "mae": mae, "crossmae": crossmae}
 
 
 def build_objective(config: Mapping[str, Any]) -> Any:
