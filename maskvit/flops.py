@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,22 +26,35 @@ def encoder_flops(model: Any, tokens: int) -> float:
     return sizes["depth"] * block_flops(tokens + model.num_global_tokens, sizes["width"], ratio)
 
 
-def decoder_flops(model: Any, output: str, num_visible: int) -> float:
-    """One output's decoder, forward."""
+def decoder_flops(model: Any, output: str, num_visible: int, num_queries: int | None = None) -> float:
+    """One output's decoder, forward; `num_queries` tokens of it where the decoder can leave the others out, by default all."""
     sizes, spec = dict(model.decoder), model.modality(output)
-    width, ratio = sizes["width"], sizes.get("mlp_ratio", 4.0)
+    width, depth, ratio = sizes["width"], sizes["depth"], sizes.get("mlp_ratio", 4.0)
     rows, columns = spec.grid(model.image_size)
     queries, context = rows * columns, num_visible + model.num_global_tokens
+    if model.decoder_name == "crossmae":
+        queries = queries if num_queries is None else num_queries
+        block = 2 * 2 * queries * width**2 + 2 * 2 * context * model.width * width + 4 * queries * context * width  # cross-attention
+        block += 2 * queries * 2 * ratio * width**2  # its MLP
+        if sizes.get("self_attention"):
+            block += 2 * queries * 4 * width**2 + 4 * queries**2 * width
+        features = len(sizes["features"]) if sizes.get("weighted", True) else 0
+        mixing = 2 * features * context * model.width
+        return depth * (block + mixing) + 2 * queries * width * spec.values_per_token
     flops = 2 * context * model.width * width  # to the decoder's width
+    if model.decoder_name == "mae":
+        tokens = model.layout.num_tokens + model.num_global_tokens + (0 if spec.name in model.inputs else queries)
+        return flops + depth * block_flops(tokens, width, ratio) + 2 * queries * width * spec.values_per_token
     flops += 2 * (2 * queries + 2 * context) * width**2 + 4 * queries * context * width  # cross-attention
     flops += 2 * queries * 2 * ratio * width**2  # its MLP
-    flops += sizes["depth"] * block_flops(queries, width, ratio)
+    flops += depth * block_flops(queries, width, ratio)
     return flops + 2 * queries * width * spec.values_per_token
 
 
-def forward_flops(model: Any, num_visible: int) -> float:
+def forward_flops(model: Any, num_visible: int, num_queries: Mapping[str, int] | None = None) -> float:
     """One image through the masked forward pass: embedding, encoder on the visible tokens, all decoders."""
-    return embed_flops(model) + encoder_flops(model, num_visible) + sum(decoder_flops(model, o, num_visible) for o in model.outputs)
+    decoders = sum(decoder_flops(model, output, num_visible, (num_queries or {}).get(output)) for output in model.outputs)
+    return embed_flops(model) + encoder_flops(model, num_visible) + decoders
 
 
 def attention_flops(model: Any, block: int = -1, global_row: bool = False, tokens: int | None = None) -> float:
@@ -73,5 +87,7 @@ def distillation_flops(objective: Any, global_views: int, local_crops: int, loca
 
 def step_flops(objective: Any) -> float:
     """One image through one training step of masked modelling: forward, backward at twice the forward, and what guides."""
-    flops = 3 * forward_flops(objective.model, objective.num_visible)
+    model = objective.model
+    queries = {output: objective.num_queries(output, model.layout) for output in model.outputs}
+    flops = 3 * forward_flops(model, objective.num_visible, queries)
     return flops + (objective.guidance.flops(objective.model) if objective.guidance is not None else 0.0)

@@ -18,10 +18,11 @@ def unpatchify(tokens: Shaped[Array, "b n p"], grid: tuple[int, int], patch: int
     return einops.rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
-def sincos_position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray, "h w d"]:
-    """The fixed 2-D table of MultiMAE: [sin(row w) | cos(row w) | sin(column w) | cos(column w)], w_k = 10000^(-4k/d).
+def sincos_position_table(grid: tuple[int, int], width: int, columns_first: bool = False) -> Float[np.ndarray, "h w d"]:
+    """The fixed 2-D table [sin(row w) | cos(row w) | sin(column w) | cos(column w)], w_k = 10000^(-4k/d).
 
-    Row first (MAE's own is column first). Positions are the integers 0, 1, ... `width` must be divisible by 4.
+    Row first is MultiMAE's; MAE and CrossMAE have the column half first. Positions are the integers 0, 1, ... `width` must be
+    divisible by 4.
     """
     if width % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width divisible by 4, not {width}")
@@ -33,7 +34,7 @@ def sincos_position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray
     columns = np.concatenate([np.sin(columns), np.cos(columns)], axis=-1)[None, :, :]
     half = 2 * quarter
     table = [np.broadcast_to(rows, (*grid, half)), np.broadcast_to(columns, (*grid, half))]
-    return np.concatenate(table, axis=-1).astype(np.float32)
+    return np.concatenate(table[::-1] if columns_first else table, axis=-1).astype(np.float32)
 
 
 def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:

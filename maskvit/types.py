@@ -87,6 +87,13 @@ class MaskPlan(NamedTuple):
     loss_weights: Float[Array, "b n"] | None = None
 
 
+class Queries(NamedTuple):
+    """Which tokens of one output's own grid are decoded, in raster order; the others where `valid` is False are fillers."""
+
+    ids: Int[Array, "b q"]
+    valid: Bool[Array, "b q"]
+
+
 class TrainState(NamedTuple):
     """All that training carries from step to step. Leaves are untyped: optax and Orbax fill them with specs."""
 

@@ -22,6 +22,7 @@ PINNED = {
     "S": (33_401_488, 32_974_992),
     "B": (98_569_360, 97_917_072),
     "L": (316_762_256, 315_959_440),
+    "H": (645_068_944, 644_115_600),
 }
 
 
@@ -260,5 +261,5 @@ def test_several_global_tokens_come_last():
 def test_encoder_sizes_by_name_or_block():
     assert encoder_sizes("B") == dict(width=768, depth=12, heads=12)
     assert encoder_sizes(dict(width=48, depth=2, heads=3)) == dict(width=48, depth=2, heads=3)
-    with pytest.raises(ValueError, match="config.objective.encoder is 'H'; known: Ti, S, B, L"):
-        encoder_sizes("H")
+    with pytest.raises(ValueError, match="config.objective.encoder is 'G'; known: Ti, S, B, L, H"):
+        encoder_sizes("G")

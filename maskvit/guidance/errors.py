@@ -91,8 +91,8 @@ class PredictedError(Source):
         masks_keys = tokens.present is not None
         # `show_all` puts the present tokens first; that order is the encoder's and the decoder's.
         visible = jnp.take_along_axis(tokens.tokens, plan.visible_ids[:, :, None], axis=1)
-        encoded = request.model.encode(teacher, visible, plan.visible_valid if masks_keys else None)
-        return predict_errors(request.model, teacher, encoded, plan, tokens.layout, masks_keys)
+        memory = request.model.memory(teacher, visible, plan.visible_valid if masks_keys else None)
+        return predict_errors(request.model, teacher, memory, plan, tokens.layout, masks_keys)
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Params:
         return moving_average(request.state, _predicting(request.model, request.params), self.momentum)
@@ -105,13 +105,13 @@ class PredictedError(Source):
 
 
 def predict_errors(
-    model: MultiMaeModel, params: Params, encoded: Float[Array, "b e d"], plan: Any, layout: TokenLayout, masks_keys: bool
+    model: MultiMaeModel, params: Params, memory: tuple[Float[Array, "b e d"], ...], plan: Any, layout: TokenLayout, masks_keys: bool
 ) -> Float[Array, "b n"]:
     """How hard the model expects each token of the layout to be; only the order inside a modality means something."""
-    parts = [model.decode(params, f"error_{name}", encoded, plan, layout, masks_keys)[..., 0] for name in layout.names]
+    parts = [model.decode(params, f"error_{name}", memory, plan, layout, masks_keys)[..., 0] for name in layout.names]
     return jnp.concatenate(parts, axis=1)
 
 
 def _predicting(model: MultiMaeModel, params: Params) -> Params:
     heads = {f"error_{name}": params["outputs"][f"error_{name}"] for name in model.inputs}
-    return {"outputs": heads, **{name: params[name] for name in ("inputs", "global_tokens", "encoder")}}
+    return {"outputs": heads, **{name: params[name] for name in ("inputs", "global_tokens", "encoder", "norm") if name in params}}

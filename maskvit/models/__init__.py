@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Key, Num
 from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
-from maskvit.models.decoders import SpatialDecoder
+from maskvit.models.decoders import DECODERS, CrossMaeDecoder, MaeDecoder, Memory, SpatialDecoder
 from maskvit.models.projection import Projection, redraw
 from maskvit.models.vit import VARIANTS, Dense, Encoder, apply, layer_norm
-from maskvit.types import MaskPlan, Params, TokenBatch, TokenLayout
+from maskvit.types import MaskPlan, Params, Queries, TokenBatch, TokenLayout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 POOLS = ("global", "mean")
-POSITIONS = ("rows_first", "learned")
+POSITIONS = ("rows_first", "columns_first", "learned")
 
 
 def encoder_sizes(encoder: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,11 @@ class MultiMaeModel:
       outputs: a modality's name, or "norm_<name>" for its per-patch normalised form.
       error_outputs: inputs with a further decoder, "error_<name>", that predicts one number per token: how hard it is.
       image_size: (height, width) the position tables are stored at.
-      encoder, decoder: sizes, as (key, value) pairs so that the model is hashable.
+      encoder, decoder: sizes (and the decoder's options), as (key, value) pairs so that the model is hashable.
+      decoder_name: the row of `DECODERS` that every output has.
+      positions: which half of the fixed position tables is the row's: "rows_first" (MultiMAE) or "columns_first" (MAE, CrossMAE);
+        or "learned": a trained table, and one for the global tokens (DINO, iBOT).
+      qkv_parts: how many kernels a fused qkv of the encoder is initialised as: 3 (MultiMAE) or 1 (MAE).
       num_global_tokens: learned tokens without position, appended at the end.
       compute_dtype: "float32" or "bfloat16".
       remat: recompute the encoder's blocks in the backward pass.
@@ -51,7 +55,6 @@ class MultiMaeModel:
       num_classes: classes of the head, 0 for none.
       pool: what head and norm read: "global" is the last global token out of the normed tokens (DINO, timm), "mean" the norm
         of the mean of all other tokens (fine-tuned MAE).
-      positions: "rows_first" is MultiMAE's fixed table; "learned" a trained one, also for the global tokens (DINO, iBOT).
       mask_embed: whether hidden tokens may stay in the sequence, as a learned vector in place of their content (iBOT).
       projection: sizes of the head of self-distillation (`Projection`), as pairs; () where there is none.
     """
@@ -69,13 +72,20 @@ class MultiMaeModel:
     final_norm: bool = False
     num_classes: int = 0
     pool: str = "global"
+    decoder_name: str = "spatial"
     positions: str = "rows_first"
+    qkv_parts: int = 3
     mask_embed: bool = False
     projection: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
             raise ValueError(f"config.objective.positions is {self.positions!r}; known: {', '.join(POSITIONS)}")
+        if self.decoder_name == "crossmae" and self.final_norm:
+            raise ValueError(
+                "config.objective.final_norm is True, but the crossmae decoder reads the encoder's blocks and would leave that norm "
+                "untrained: set it to False"
+            )
         if self.pool not in POOLS:
             raise ValueError(f"config.objective.pool is {self.pool!r}; known: {', '.join(POOLS)}")
         if self.num_classes and self.pool == "global" and not self.num_global_tokens:
@@ -112,14 +122,24 @@ class MultiMaeModel:
 
     def _input(self, name: str) -> InputAdapter:
         spec = self.modality(name)
-        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), learned=self.positions == "learned")
+        learned = self.positions == "learned"
+        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), self._columns_first, learned)
 
     def _encoder(self) -> Encoder:
-        return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat)
+        return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat, qkv_parts=self.qkv_parts)
 
-    def _decoder(self, name: str) -> SpatialDecoder:
-        spec = self.modality(name)
-        return SpatialDecoder(spec, self.inputs, grid=spec.grid(self.image_size), dtype=self._dtype(), **dict(self.decoder))
+    def _decoder(self, name: str) -> SpatialDecoder | MaeDecoder | CrossMaeDecoder:
+        spec, same = self.modality(name), dict(dtype=self._dtype(), columns_first=self._columns_first)
+        return DECODERS[self.decoder_name](spec, self.inputs, spec.grid(self.image_size), **same, **dict(self.decoder))
+
+    @property
+    def _columns_first(self) -> bool:
+        return self.positions == "columns_first"
+
+    @property
+    def decodes_part(self) -> bool:
+        """Whether the decoders can decode some tokens of an output at the cost of those alone."""
+        return self.decoder_name == "crossmae"
 
     def _projection(self) -> Projection:
         return Projection(**dict(self.projection), dtype=self._dtype())
@@ -161,10 +181,11 @@ class MultiMaeModel:
             params["head"] = self._head().init(jax.random.fold_in(key, 1), jnp.zeros((1, self.width)))["params"]
         plan = show_all(layout, 1)
         encoded = jnp.zeros((1, layout.num_tokens + self.num_global_tokens, self.width))
+        memory = (encoded,) * len(dict(self.decoder).get("features", (0,)))
         for i, name in enumerate((*self.outputs, *(f"error_{name}" for name in self.error_outputs))):
             grid = self.modality(name).grid(self.image_size)
             decoder = self._decoder(name)
-            params["outputs"][name] = decoder.init(jax.random.fold_in(output_key, i), encoded, plan, layout, grid, False)["params"]
+            params["outputs"][name] = decoder.init(jax.random.fold_in(output_key, i), memory, plan, layout, grid, False)["params"]
         return redraw(params, jax.random.fold_in(key, 3)) if self.projection else params
 
     def embed(
@@ -227,6 +248,13 @@ class MultiMaeModel:
         method = Projection.patches if patches else Projection.__call__
         return apply(self._projection(), params["projection"], encoded, method=method)
 
+    def memory(self, params: Params, tokens: Float[Array, "b v d"], mask: Bool[Array, "b v"] | None = None) -> Memory:
+        """Encode tokens as `encode` does, and give what the decoders read of it: the end, or features of chosen blocks."""
+        if "features" not in dict(self.decoder):
+            return (self.encode(params, tokens, mask),)
+        tokens, mask = self.append_global(params, tokens, mask)
+        return apply(self._encoder(), params["encoder"], tokens, dict(self.decoder)["features"], mask, method=Encoder.features)
+
     def normed(self, params: Params, tokens: Float[Array, "b e d"]) -> Float[Array, "b e d"]:
         """What leaves the last block, through the final norm where the model has one on every token."""
         if self.final_norm and self.pool == "global":
@@ -279,16 +307,30 @@ class MultiMaeModel:
         return apply(self._encoder(), params["encoder"], tokens, mask, method=Encoder.attentions)
 
     def decode(
-        self, params: Params, output: str, encoded: Float[Array, "b e d"], plan: MaskPlan, layout: TokenLayout, masks_keys: bool
+        self,
+        params: Params,
+        output: str,
+        memory: Memory,
+        plan: MaskPlan,
+        layout: TokenLayout,
+        masks_keys: bool,
+        queries: Queries | None = None,
     ) -> Float[Array, "b q p"]:
-        """Predict one output's patch vectors (row, column, channel or class), float32, for its whole grid."""
+        """Predict one output's patch vectors (row, column, channel or class), float32, for its whole grid.
+
+        `queries` asks for some of its tokens alone, where `decodes_part`.
+        """
+        asked = () if queries is None else (queries,)
+        grid = self.output_grid(output, layout)
+        return apply(self._decoder(output), params["outputs"][output], memory, plan, layout, grid, masks_keys, *asked)
+
+    def output_grid(self, output: str, layout: TokenLayout) -> tuple[int, int]:
+        """(rows, columns) of an output's own tokens: one that is not an input follows the image that the layout implies."""
         spec = self.modality(output)
-        # Outputs that are not inputs have no tokens in the layout: their grid follows the image that the layout implies.
         name = spec.name if spec.name in layout.names else layout.names[0]
         rows, columns = layout.grids[layout.names.index(name)]
         ratio = self.modality(name).patch / spec.patch
-        grid = round(rows * ratio), round(columns * ratio)
-        return apply(self._decoder(output), params["outputs"][output], encoded, plan, layout, grid, masks_keys)
+        return round(rows * ratio), round(columns * ratio)
 
 
 def frozen_mask(params: Params, model: MultiMaeModel | None = None) -> Any:

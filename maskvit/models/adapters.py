@@ -14,9 +14,10 @@ from maskvit.models.vit import Dense, uniform_by_fan_in
 from maskvit.patches import patchify, resample_pos_embed, sincos_position_table
 
 
-def frozen_position_table(module: nn.Module, grid: tuple[int, int], width: int) -> Float[Array, "h w d"]:
+def frozen_position_table(module: nn.Module, grid: tuple[int, int], width: int, columns_first: bool = False) -> Float[Array, "h w d"]:
     """The module's `pos_embed` parameter: carried in checkpoints, never trained."""
-    return jax.lax.stop_gradient(module.param("pos_embed", lambda _: jnp.asarray(sincos_position_table(grid, width))))
+    table = lambda _: jnp.asarray(sincos_position_table(grid, width, columns_first))  # noqa: E731
+    return jax.lax.stop_gradient(module.param("pos_embed", table))
 
 
 # DINO's scale factor when it resamples learned positions; see `maskvit.patches.resampling_matrix`.
@@ -30,6 +31,7 @@ class InputAdapter(nn.Module):
     width: int
     grid: tuple[int, int]
     dtype: Any = jnp.float32
+    columns_first: bool = False
     learned: bool = False
 
     @nn.compact
@@ -55,5 +57,5 @@ class InputAdapter(nn.Module):
             return tokens + position.reshape(-1, self.width).astype(tokens.dtype)
         # The reference resamples image-like tables with bicubic, class maps' with bilinear kernels.
         method = "bilinear" if spec.kind == "categorical" else "bicubic"
-        position = resample_pos_embed(frozen_position_table(self, self.grid, self.width), grid, method)
+        position = resample_pos_embed(frozen_position_table(self, self.grid, self.width, self.columns_first), grid, method)
         return tokens + position.reshape(-1, self.width).astype(tokens.dtype)

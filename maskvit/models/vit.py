@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Key
 
-# "B": the sizes of ViT-B and so on; heads of width 64.
+# "B": the sizes of ViT-B and so on; heads of width 64, of 80 in "H".
 VARIANTS = {
     "Ti": dict(width=192, depth=12, heads=3),
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
     "L": dict(width=1024, depth=24, heads=16),
+    "H": dict(width=1280, depth=32, heads=16),
 }
 
 
@@ -111,14 +112,15 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Fused q | k | v projection, attention, output projection."""
+    """Fused q | k | v projection (initialised as `qkv_parts` kernels), attention, output projection."""
 
     width: int
     heads: int
     dtype: Any = jnp.float32
+    qkv_parts: int = 3
 
     def setup(self) -> None:
-        self.qkv = Dense(3 * self.width, self.dtype, xavier_uniform(parts=3))
+        self.qkv = Dense(3 * self.width, self.dtype, xavier_uniform(parts=self.qkv_parts))
         self.proj = Dense(self.width, self.dtype)
 
     def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
@@ -151,10 +153,11 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
+    qkv_parts: int = 3
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self.dtype)
-        self.attn = SelfAttention(self.width, self.heads, self.dtype)
+        self.attn = SelfAttention(self.width, self.heads, self.dtype, self.qkv_parts)
         self.norm2 = layer_norm(self.dtype)
         self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
 
@@ -220,11 +223,12 @@ class Encoder(nn.Module):
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     remat: bool = False
+    qkv_parts: int = 3
 
     def setup(self) -> None:
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype))
+            setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype, self.qkv_parts))
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "depth two b"] | None = None
@@ -251,6 +255,17 @@ class Encoder(nn.Module):
         """All blocks, and the last one's attention of the tokens in `queries`, in one pass."""
         x = self.blocks(x, 0, self.depth - 1, mask)
         return getattr(self, f"block_{self.depth - 1:02d}").with_attention(x, queries, mask)
+
+    def features(
+        self, x: Float[Array, "b n d"], wanted: tuple[int, ...], mask: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b n d"], ...]:
+        """The wanted ones of f_0 (what enters block 0), f_1, ... f_depth (what leaves each block), in ascending order."""
+        x = x.astype(self.dtype)
+        found = [x] if 0 in wanted else []
+        for i in range(max(wanted)):
+            x = getattr(self, f"block_{i:02d}")(x, mask)
+            found += [x] if i + 1 in wanted else []
+        return tuple(found)
 
     def attention(
         self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None, start: int = 0

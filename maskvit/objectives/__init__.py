@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from maskvit.configuration import check_arguments, hashable, look_up
 from maskvit.modalities import parse_modalities
 from maskvit.objectives.distillation import dino, ibot
+from maskvit.objectives.mae import crossmae, mae
 from maskvit.objectives.multimae import multimae
 
 
@@ -38,7 +39,7 @@ class Objective(Protocol):
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 
 
-OBJECTIVES = {"multimae": multimae, "dino": dino, "ibot": ibot}
+OBJECTIVES = {"multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": dino, "ibot": ibot}
 
 
 def build_objective(config: Mapping[str, Any]) -> Any:

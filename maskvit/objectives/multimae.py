@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
 from maskvit.configuration import check_arguments, hashable, named_function
@@ -29,10 +30,11 @@ from maskvit.losses import (
 from maskvit.masking import BUDGETS, drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.models.decoders import decoder_arguments
 from maskvit.objectives.values import Prepared, prepare
 from maskvit.patches import patchify, unpatchify
 from maskvit.scores import GUIDED_SCORES, SCORES, random_scores
-from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, TokenBatch, TokenLayout
+from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
 
 Duration = str | int | float
 ToSteps = Callable[[Duration], int]
@@ -302,61 +304,112 @@ class MultiMae:
             return None
         return patchify(prepared.valid[spec.name], spec.patch_pixels).astype(jnp.float32)
 
-    def encode_visible(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> Float[Array, "b e d"]:
-        """The visible tokens, in the plan's order, and the global ones, encoded."""
+    def encode_visible(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> tuple[Float[Array, "b e d"], ...]:
+        """The visible tokens, in the plan's order, and the global ones, encoded: what the decoders read of it."""
         visible = gather_tokens(tokens.tokens, plan.visible_ids)
-        return self.model.encode(params, visible, plan.visible_valid if tokens.present is not None else None)
+        return self.model.memory(params, visible, plan.visible_valid if tokens.present is not None else None)
+
+    def num_queries(self, output: str, layout: TokenLayout) -> int:
+        """How many tokens of an output the loss needs at most; static."""
+        rows, columns = self.model.output_grid(output, layout)
+        name = self.model.modality(output).name
+        if name not in layout.names:
+            return rows * columns
+        hidden = min(rows * columns, layout.num_tokens - self.num_visible)
+        share = 1.0 if self.predicted is None else self.predicted.share
+        return max(1, round(float(np.float32(share) * np.float32(hidden))))  # float32, half to even: as `masking.drop` counts
+
+    def queries(self, plan: MaskPlan, layout: TokenLayout) -> dict[str, Queries]:
+        """The tokens that the loss needs of each output; an output that is not here is decoded whole."""
+        if not self.model.decodes_part:
+            return {}
+        found, predicted = {}, predicted_mask(plan)
+        for output in self.model.outputs:
+            name = self.model.modality(output).name
+            if name in layout.names:
+                here = predicted[:, layout.span(name)]
+                ids = jnp.argsort(~here, axis=1, stable=True)[:, : self.num_queries(output, layout)]
+                found[output] = Queries(ids, jnp.take_along_axis(here, ids, axis=1))
+        return found
 
     def decode(
-        self, params: Params, encoded: Float[Array, "b e d"], tokens: TokenBatch, plan: MaskPlan
-    ) -> dict[str, Float[Array, "b n p c"]]:
-        """Predict every output from the encoded visible tokens, as patches "b n p c" (classes: logits)."""
-        masks_keys = tokens.present is not None
-        return {
-            name: _split_channels(self.model.decode(params, name, encoded, plan, tokens.layout, masks_keys), self.model.modality(name))
-            for name in self.model.outputs
-        }
+        self,
+        params: Params,
+        memory: tuple[Float[Array, "b e d"], ...],
+        tokens: TokenBatch,
+        plan: MaskPlan,
+        queries: Mapping[str, Queries] | None = None,
+    ) -> dict[str, Float[Array, "b q p c"]]:
+        """Predict every output from the encoded visible tokens, as patches "b q p c" (classes: logits): all, or the queries."""
+        masks_keys, queries = tokens.present is not None, queries or {}
+        predictions = {}
+        for name in self.model.outputs:
+            flat = self.model.decode(params, name, memory, plan, tokens.layout, masks_keys, queries.get(name))
+            predictions[name] = _split_channels(flat, self.model.modality(name))
+        return predictions
 
     def reconstruct(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> dict[str, Float[Array, "b n p c"]]:
-        """`encode_visible` and `decode`."""
+        """`encode_visible` and `decode`, of all tokens of every output in one pass."""
         return self.decode(params, self.encode_visible(params, tokens, plan), tokens, plan)
 
     def pixel_losses(
-        self, predictions: Mapping[str, Float[Array, "b n p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
-    ) -> dict[str, tuple[Float[Array, "b n p"], Float[Array, "b n p"]]]:
-        """Per output: (loss of every pixel, 1 where it counts)."""
+        self,
+        predictions: Mapping[str, Float[Array, "b q p c"]],
+        prepared: Prepared,
+        plan: MaskPlan,
+        layout: TokenLayout,
+        queries: Mapping[str, Queries] | None = None,
+    ) -> dict[str, tuple[Float[Array, "b q p"], Float[Array, "b q p"]]]:
+        """Per output: (loss of every pixel, 1 where it counts), of all tokens or of those that were decoded."""
         losses = {}
         for name, prediction in predictions.items():
-            pixel_loss = PIXEL_LOSSES[self.model.modality(name).loss](prediction, self.target(name, prepared))
-            losses[name] = pixel_loss, self.pixel_weights(name, prepared, plan, layout)
+            target, weights = self.target(name, prepared), self.pixel_weights(name, prepared, plan, layout)
+            if queries and name in queries:
+                target, weights = (_take(x, queries[name].ids) for x in (target, weights))
+            losses[name] = PIXEL_LOSSES[self.model.modality(name).loss](prediction, target), weights
         return losses
 
     def loss_sums(
-        self, predictions: Mapping[str, Float[Array, "b n p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
+        self,
+        predictions: Mapping[str, Float[Array, "b q p c"]],
+        prepared: Prepared,
+        plan: MaskPlan,
+        layout: TokenLayout,
+        queries: Mapping[str, Queries] | None = None,
     ) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
         """Per output: (sum over samples of per-sample means, number of samples).
 
         Loss weights multiply the losses and not the number they are divided by, as in AttG; an output that is not an input
-        has no tokens and hence no weights.
+        has no tokens and hence no weights. `queries`: which tokens the predictions are of, where not all.
         """
         sums = {}
-        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout).items():
+        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout, queries).items():
             modality = self.model.modality(name).name
             if plan.loss_weights is not None and modality in layout.names:
-                pixel_loss = pixel_loss * plan.loss_weights[:, layout.span(modality), None]
+                weights = plan.loss_weights[:, layout.span(modality), None]
+                pixel_loss = pixel_loss * (_take(weights, queries[name].ids) if queries and name in queries else weights)
             sums[name] = masked_mean(pixel_loss, counted)
         return sums
 
     def token_errors(
-        self, predictions: Mapping[str, Float[Array, "b g p c"]], prepared: Prepared, plan: MaskPlan, layout: TokenLayout
+        self,
+        predictions: Mapping[str, Float[Array, "b q p c"]],
+        prepared: Prepared,
+        plan: MaskPlan,
+        layout: TokenLayout,
+        queries: Mapping[str, Queries] | None = None,
     ) -> Float[Array, "b n"]:
         """Unweighted error per token, summed over the outputs of its modality, mean over its counted pixels; NaN where none counts."""
         errors: dict[str, Any] = {}
-        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout).items():
+        for name, (pixel_loss, counted) in self.pixel_losses(predictions, prepared, plan, layout, queries).items():
             modality = self.model.modality(name).name
             if modality in layout.names:
                 count = counted.sum(axis=2)
                 error = jnp.where(count > 0, (pixel_loss * counted).sum(axis=2) / jnp.maximum(count, 1.0), jnp.nan)
+                if queries and name in queries:
+                    rows, ids = jnp.arange(error.shape[0])[:, None], queries[name].ids
+                    whole = layout.span(modality).stop - layout.span(modality).start
+                    error = jnp.full((error.shape[0], whole), jnp.nan).at[rows, ids].set(error)
                 errors[modality] = errors.get(modality, 0.0) + error
         unknown = [jnp.full((plan.masked.shape[0], size), jnp.nan) for size in layout.sizes]
         return jax.lax.stop_gradient(jnp.concatenate([errors.get(n, u) for n, u in zip(layout.names, unknown, strict=True)], axis=1))
@@ -381,14 +434,14 @@ class MultiMae:
         if plan is None:
             request = self._request(params, state or {}, batch, keys, tokens, prepared)
             plan = self.make_plan(tokens, self.guide(request), keys, state, step)
-        encoded = self.encode_visible(params, tokens, plan)
-        predictions = self.decode(params, encoded, tokens, plan)
-        sums = self.loss_sums(predictions, prepared, plan, tokens.layout)
+        memory, queries = self.encode_visible(params, tokens, plan), self.queries(plan, tokens.layout)
+        predictions = self.decode(params, memory, tokens, plan, queries)
+        sums = self.loss_sums(predictions, prepared, plan, tokens.layout, queries)
         errors = None
         if self.model.error_outputs or (self.guidance is not None and self.guidance.observes):
-            errors = self.token_errors(predictions, prepared, plan, tokens.layout)
+            errors = self.token_errors(predictions, prepared, plan, tokens.layout, queries)
         if self.model.error_outputs:
-            expected = predict_errors(self.model, params, encoded, plan, tokens.layout, tokens.present is not None)
+            expected = predict_errors(self.model, params, memory, plan, tokens.layout, tokens.present is not None)
             known = ~jnp.isnan(errors)
             for name in self.model.error_outputs:
                 s = tokens.layout.span(name)
@@ -462,6 +515,10 @@ class MultiMae:
         }
 
 
+def _take(values: Num[Array, "b n *p"], ids: Int[Array, "b q"]) -> Num[Array, "b q *p"]:
+    return jnp.take_along_axis(values, ids.reshape(*ids.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+
 def _split_channels(patches: Num[Array, "b n k"], spec: Modality) -> Num[Array, "b n p c"]:
     return patches.reshape(*patches.shape[:2], spec.patch_pixels**2, -1)
 
@@ -485,14 +542,18 @@ def multimae(
     final_norm: bool = False,
     num_classes: int = 0,
     pool: str = "global",
+    positions: str = "rows_first",
     compute_dtype: str = "float32",
     remat: bool = False,
 ) -> MultiMae:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
-    `decoder`: width, depth, heads (and mlp_ratio) of each output's decoder, by default 256, 2, 8. `scores`, `budget`,
-    `guidance`: {"name": ..., and that row's arguments}; by default random scores under a Dirichlet budget. `guided_share`,
-    `loss_weight`, `predicted`: the fields of `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
+    `decoder`: each output's, {"name": "spatial" (MultiMAE's, by default 256 wide with 2 blocks and 8 heads), "mae" (512, 8, 16) or
+    "crossmae" (512, 12, 16), and width, depth, heads, mlp_ratio}; "crossmae" takes `features` (encoder blocks read: "all" or a
+    list), `use_input` (also what enters the encoder), `weighted` (False: the last block alone) and `self_attention` beside.
+    `positions`: "rows_first" or, as in MAE, "columns_first". `scores`, `budget`, `guidance`: {"name": ..., and that row's
+    arguments}; by default random scores under a Dirichlet budget. `guided_share`, `loss_weight`, `predicted`: the fields of
+    `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
     of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
     """
     for name in inputs:
@@ -510,11 +571,11 @@ def multimae(
     if compute_dtype not in DTYPES:
         raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
-    sizes = dict(dict(width=256, depth=2, heads=8), **(decoder or {}))
+    unknown = set(encoder_sizes(encoder)) - {"width", "depth", "heads", "mlp_ratio"}
+    if unknown:
+        raise ValueError(f"config.objective.encoder has unknown key {sorted(unknown)[0]!r}; known: width, depth, heads, mlp_ratio")
+    decoder_name, sizes = decoder_arguments(decoder or {}, encoder_sizes(encoder)["depth"])
     for where, block in (("encoder", encoder_sizes(encoder)), ("decoder", sizes)):
-        unknown = set(block) - {"width", "depth", "heads", "mlp_ratio"}
-        if unknown:
-            raise ValueError(f"config.objective.{where} has unknown key {sorted(unknown)[0]!r}; known: width, depth, heads, mlp_ratio")
         if block["width"] % block["heads"] or block["width"] % 4:
             raise ValueError(f"config.objective.{where}.width {block['width']} must divide by its {block['heads']} heads and by 4")
     model = MultiMaeModel(
@@ -530,6 +591,8 @@ def multimae(
         final_norm=final_norm,
         num_classes=num_classes,
         pool=pool,
+        decoder_name=decoder_name,
+        positions=positions,
     )
     for spec in used:
         spec.size(model.image_size)

@@ -240,7 +240,7 @@ def test_pictures_are_in_stored_units(params):
 # Config mistakes
 
 MISTAKES = [
-    (dict(name="mae"), "config.objective.name is 'mae'; known: multimae"),
+    (dict(name="beit"), "config.objective.name is 'beit'; known: multimae, mae"),
     (dict(num_visibel=3), "config.objective has unknown key 'num_visibel'"),
     (dict(inputs=("rgb", "thermal")), "inputs names 'thermal'; declared in config.modalities: rgb, depth, semseg"),
     (dict(outputs=("thermal",)), "outputs names 'thermal'; known: rgb, depth, semseg, or norm_"),

@@ -1,0 +1,99 @@
+"""MAE against numbers recorded from the PyTorch reference (no torch here)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published_names import to_tree
+
+from maskvit.convert import open_checkpoint
+from maskvit.keys import sample_keys
+from maskvit.objectives import build_objective
+from maskvit.types import MaskPlan, tree_paths
+
+FORWARD = dict(rtol=1e-4, atol=1e-5)
+GRADIENT = dict(rtol=1e-3, atol=1e-5)
+
+
+def objective(output: str):
+    """The recorded model; the recorded pictures are already normalised."""
+    block = dict(name="mae", outputs=(output,), encoder=dict(width=48, depth=3, heads=3), decoder=dict(width=32, depth=2, heads=4))
+    return build_objective(dict(image_size=(32, 32), modalities=dict(rgb=dict(channels=3, patch=8)), objective=block))
+
+
+NORMALISED, RAW = objective("norm_rgb"), objective("rgb")
+
+
+@pytest.fixture(scope="module")
+def golden(fixtures):
+    with np.load(fixtures / "mae_tiny.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def state(fixtures):
+    return open_checkpoint(fixtures / "mae_tiny_full.pth").state
+
+
+@pytest.fixture(scope="module")
+def batch(golden):
+    return {"rgb": jnp.asarray(golden["image"].transpose(0, 2, 3, 1))}
+
+
+@pytest.fixture(scope="module")
+def plan(golden):
+    """The 4 tokens of least noise are shown."""
+    order = np.argsort(golden["noise"], axis=1)
+    visible, hidden = np.sort(order[:, :4], axis=1), np.sort(order[:, 4:], axis=1)
+    np.testing.assert_array_equal(np.take_along_axis(golden["mask"], hidden, axis=1), 1)
+    return jax.tree.map(jnp.asarray, MaskPlan(visible, visible >= 0, hidden, hidden >= 0, golden["mask"].astype(bool)))
+
+
+def loss(objective, params, batch, plan):
+    value, (_, metrics) = objective.loss(params, {}, batch, sample_keys(0, 0, 4), jnp.int32(0), plan)
+    return value, metrics
+
+
+@pytest.fixture(scope="module")
+def params(state):
+    return jax.tree.map(jnp.asarray, to_tree(state))
+
+
+def test_the_model_has_the_files_parameters(params):
+    ours = tree_paths(jax.eval_shape(lambda key: NORMALISED.init(key)[0], jax.random.key(0)))
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in tree_paths(params).items()}
+
+
+def test_position_tables_are_the_files(params):
+    fresh = jax.jit(lambda key: NORMALISED.init(key)[0])(jax.random.key(0))
+    tables = [name for name in tree_paths(params) if name.endswith("pos_embed")]
+    assert len(tables) == 2
+    for name in tables:
+        np.testing.assert_allclose(tree_paths(fresh)[name], tree_paths(params)[name], atol=1e-6, err_msg=name)
+
+
+def test_predictions(params, batch, plan, golden):
+    def predict(params, batch, plan):
+        prepared = NORMALISED.prepare(batch)
+        return NORMALISED.reconstruct(params, NORMALISED.model.embed(params, prepared.values), plan)["norm_rgb"]
+
+    np.testing.assert_allclose(jax.jit(predict)(params, batch, plan).reshape(4, 16, 192), golden["pred"], **FORWARD)
+
+
+def test_loss_and_gradients(params, batch, plan, golden):
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(lambda p: loss(NORMALISED, p, batch, plan), has_aux=True))(params)
+    np.testing.assert_allclose(value, golden["loss_norm_pix"], **FORWARD)
+    loss_sum, count = metrics["loss/norm_rgb"]
+    np.testing.assert_allclose(loss_sum / count, golden["loss_norm_pix"], **FORWARD)
+    recorded = tree_paths(to_tree({key.removeprefix("grad/"): x for key, x in golden.items() if key.startswith("grad/")}))
+    ours = tree_paths(gradients)
+    assert set(ours) - set(recorded) == {"inputs/rgb/pos_embed", "outputs/norm_rgb/pos_embed"}
+    for name, gradient in ours.items():
+        np.testing.assert_allclose(gradient, recorded.get(name, np.zeros_like(gradient)), **GRADIENT, err_msg=name)
+
+
+def test_loss_of_plain_pixels(state, batch, plan, golden):
+    params = jax.tree.map(jnp.asarray, to_tree(state, "rgb"))
+    np.testing.assert_allclose(jax.jit(lambda p: loss(RAW, p, batch, plan))(params)[0], golden["loss_raw_pix"], **FORWARD)
