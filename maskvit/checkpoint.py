@@ -523,6 +523,22 @@ def load_objective_state(path: str | os.PathLike) -> dict[str, Any]:
     return _read_state_part(step_dir, ("objective_state",))
 
 
+def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
+    """`objective_state` with teacher and centres of the checkpoint at `path`, where both have them and all are of the same shapes.
+
+    Otherwise (another model, or one without a teacher) as it is: the teacher starts as the student.
+    """
+    if not isinstance(objective_state, Mapping) or "teacher" not in objective_state:
+        return objective_state
+    stored = load_objective_state(path)
+    shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree_paths(tree).items()}  # noqa: E731
+    if shapes(stored) != shapes(objective_state):
+        logging.info("the teacher starts as the student: %s holds %s", path, "another one" if stored else "none")
+        return objective_state
+    logging.info("teacher and centres taken from %s", path)
+    return stored
+
+
 def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
     """Adam's {"count", "mu", "nu"} of a verified checkpoint as numpy arrays, None if it has none.
 
