@@ -588,7 +588,7 @@ def init_from(
 
     Returns:
       (parameters in the structure, dtypes and shardings of `initial`; one LoadRow per tensor of either side.)
-      Position tables ("pos_embed") of another grid are resampled bicubically, torch-exact.
+      Position tables ("pos_embed", "learned_pos_embed") of another grid are resampled bicubically, torch-exact.
 
     Raises CheckpointError listing every difference that neither list names, with the expressions that would accept
     it, and ValueError for an expression that is invalid or matches nothing.
@@ -648,7 +648,7 @@ def _matcher(key: str, patterns: Sequence[str], names: Iterable[str], whose: str
 
 
 def _is_other_grid(name: str, source: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return name.rpartition("/")[2] == "pos_embed" and len(source) == len(target) == 3 and source[2] == target[2]
+    return name.rpartition("/")[2] in ("pos_embed", "learned_pos_embed") and len(source) == len(target) == 3 and source[2] == target[2]
 
 
 def _placed_like(value: Any, leaf: Any) -> Any:
