@@ -102,7 +102,7 @@ def continue_multimae_b() -> ConfigDict:
 
 def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
     """What the published DINO and iBOT runs of a ViT-S/16 share: views, optimiser, schedules. `name`: "dino" or "ibot"."""
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             image_size=(224, 224),
@@ -156,6 +156,10 @@ def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
             writers=(),
         )
     )
+    if name == "ibot":
+        with config.unlocked():
+            config.objective.patch_temperature = (0.04, 0.07)
+    return config
 
 
 def attmask_s() -> ConfigDict:

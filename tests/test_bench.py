@@ -13,7 +13,7 @@ import pytest
 from tiny import MODALITIES, tiny_objective
 
 from maskvit import flops
-from maskvit.bench import guidance, step, timing
+from maskvit.bench import distillation, guidance, step, timing
 from maskvit.bench.__main__ import main
 from maskvit.objectives import build_objective
 
@@ -185,3 +185,22 @@ def test_records_become_a_table_and_a_plot(agreed, tmp_path):
     lines = (tmp_path / "guidance_cost.jsonl").read_text().splitlines()
     assert [json.loads(line)["option"] for line in lines] == [record["option"] for record in agreed]
     assert (tmp_path / "guidance_cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_distillation_times_attmask_against_ibot():
+    head = dict(hidden=16, bottleneck=8, num_prototypes=16)
+    records = distillation.bench_distillation(
+        TINY, batch=4, image=32, dtype="float32", steps=2, warmup=1, local_crops=1, projection=head
+    )  # fmt: skip
+    assert [record["measurement"] for record in records] == list(distillation.METHODS)
+    assert all(record["ratio_to_ibot"] > 0 for record in records[1:]) and records[0]["median_s"] > 0
+
+
+def test_flops_of_ibot_at_vit_s():
+    objective = build_objective(distillation.distillation_config("S", 224, "float32", "attmask_high"))
+    large = 2 * 196 * 768 * 384 + 12 * (2 * 197 * 12 * 384**2 + 4 * 197**2 * 384)
+    small = 2 * 36 * 768 * 384 + 12 * (2 * 37 * 12 * 384**2 + 4 * 37**2 * 384)
+    head = 2 * (384 * 2048 + 2048**2 + 2048 * 256 + 256 * 8192)
+    counted = flops.distillation_flops(objective, 2, 10, (96, 96))
+    assert counted == 8 * (large + 197 * head) + 30 * (small + head)
+    assert counted / 1e9 == pytest.approx(146.53, abs=0.01)

@@ -10,8 +10,10 @@ import pytest
 from tiny import tiny_objective
 
 from maskvit.models import frozen_mask
-from maskvit.optim import Cosine, adamw, decay_mask, with_adam_moments
+from maskvit.objectives import build_objective
+from maskvit.optim import Cosine, adamw, clip_tensors, decay_mask, with_adam_moments
 from maskvit.types import tree_paths
+from tests.runs import get_config
 
 EPOCH = 625  # steps of the 1600-epoch run
 ORIGINAL = Cosine(peak=8e-4, total=1600 * EPOCH, warmup=40 * EPOCH)
@@ -200,3 +202,87 @@ def test_moments_that_do_not_fit_are_errors():
     given["mu"]["layer"]["bias"] = np.zeros((5,), np.float32)
     with pytest.raises(ValueError, match=r"'layer/bias' of shape \(2,\)"):
         with_adam_moments(fresh, given)
+
+
+# What self-distillation asks of the optimiser
+
+DISTILLED = {
+    "inputs": {"rgb": {"proj": {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full((2,), 0.3)}, "mask_embed": jnp.full((2,), 0.2)}},
+    "norm": {"scale": jnp.ones((3,)), "bias": jnp.full((3,), 0.1)},
+    "projection": {"prototypes": {"kernel": jnp.full((2, 4), 0.4), "scale": jnp.ones((4,))}},
+}
+NO_DECAY = (".*bias", r".*norm\d?/scale")
+PROTOTYPES = "projection/(patch_)?prototypes/.*"
+
+
+def distilled(steps: int, **arguments):
+    """Parameters after so many updates at rate 0.1, each with its own gradients, and those gradients."""
+    optimizer = adamw(DISTILLED, frozen_mask(DISTILLED), Cosine(peak=0.1, total=10), **arguments)
+    state, params, all_grads = optimizer.tx.init(DISTILLED), DISTILLED, []
+    for step in range(steps):
+        rng = np.random.default_rng(step)
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), DISTILLED)  # noqa: B023
+        updates, state = optimizer.tx.update(grads, state, params, step=jnp.int32(step))
+        params = jax.tree.map(lambda p, u: p + 0.1 * u, params, updates)
+        all_grads.append(tree_paths(grads))
+    return tree_paths(params), all_grads
+
+
+@pytest.mark.parametrize("frozen_steps", [0, 2])
+def test_a_run_of_distillation_by_its_definition(frozen_steps):
+    freeze = dict(parameters=PROTOTYPES, until=frozen_steps) if frozen_steps else None
+    params, grads = distilled(5, b1=0.9, b2=0.999, weight_decay=(0.04, 0.4), no_decay=NO_DECAY, clip_tensor_norm=1.5, freeze=freeze)
+    for name, start in tree_paths(DISTILLED).items():
+        first = frozen_steps if "prototypes" in name else 0
+        p, m, v = np.asarray(start, float), 0.0, 0.0
+        for step in range(first, 5):
+            g = np.asarray(grads[step][name], float)
+            g = g * min(1.0, 1.5 / (np.linalg.norm(g) + 1e-6))
+            m, v, t = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, step - first + 1
+            decays = not (name.endswith("bias") or name == "norm/scale")
+            weight = (0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * step / 10))) if decays else 0.0
+            p = p * (1 - 0.1 * weight) - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        # 1 - 0.999 has four good digits in float32.
+        np.testing.assert_allclose(params[name], p, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_clipping_of_each_tensor_is_torchs():
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0).standard_normal
+    grads = {name: (scale * draw((20, 4))).astype(np.float32) for name, scale in (("large", 3), ("small", 0.01))}
+    ours = clip_tensors(3.0).update(jax.tree.map(jnp.asarray, grads), optax.EmptyState())[0]
+    for name, grad in grads.items():
+        parameter = torch.nn.Parameter(torch.zeros(20, 4))
+        parameter.grad = torch.from_numpy(grad.copy())
+        torch.nn.utils.clip_grad_norm_([parameter], 3.0)
+        np.testing.assert_allclose(ours[name], parameter.grad.numpy(), rtol=1e-6)
+
+
+def test_decay_groups_of_the_published_vit_s():
+    """57 tensors decay and 102 do not; ours are one more, as the class token's position is a tensor of its own."""
+    objective = build_objective(get_config("configs/pretrain/attmask_s_100e.py").to_dict())
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+    decays = tree_paths(decay_mask(shapes, frozen_mask(shapes, objective.model), True, NO_DECAY))
+    assert (sum(decays.values()), len(decays) - sum(decays.values())) == (57 + 1, 102)
+    for name in (
+        "global_tokens",
+        "global_pos_embed",
+        "inputs/rgb/learned_pos_embed",
+        "inputs/rgb/mask_embed",
+        "projection/prototypes/scale",
+    ):
+        assert decays[name], name
+    assert not decays["norm/scale"] and not decays["encoder/block_03/norm2/scale"] and not decays["projection/fc1/bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(no_decay=("blas",)), "config.optimizer.no_decay 'blas' matches no parameter"),
+        (dict(freeze=dict(parameters="head/.*", until=3)), "config.optimizer.freeze.parameters 'head/.*' matches no parameter"),
+        (dict(freeze=dict(parameters=PROTOTYPES, until=3), clip_norm=1.0), "use clip_tensor_norm"),
+    ],
+)
+def test_optimizer_slips_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        adamw(DISTILLED, frozen_mask(DISTILLED), constant, **arguments)

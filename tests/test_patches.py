@@ -73,3 +73,22 @@ def test_resampling_at_equal_size_is_the_table_itself():
 def test_unknown_resampling_is_an_error():
     with pytest.raises(ValueError, match="unknown resampling 'lanczos'; known: bicubic, bilinear"):
         resampling_matrix(4, 8, "lanczos")
+
+
+@pytest.mark.parametrize(("side", "goal"), [(14, 6), (14, 30), (4, 2)])
+def test_the_offset_of_learned_positions_is_torchs_scale_factor(side, goal):
+    torch = pytest.importorskip("torch", reason="compares with torch.nn.functional.interpolate")
+    table = np.random.default_rng(0).standard_normal((side, side, 5)).astype(np.float32)
+    factor = ((goal + 0.1) / side,) * 2
+    images = torch.from_numpy(table.transpose(2, 0, 1))[None]
+    theirs = torch.nn.functional.interpolate(images, scale_factor=factor, mode="bicubic")
+    assert theirs.shape[2:] == (goal, goal)
+    ours = np.asarray(resample_pos_embed(table, (goal, goal), offset=0.1))
+    # Torch computes the places in float32.
+    np.testing.assert_allclose(ours, theirs[0].numpy().transpose(1, 2, 0), atol=2e-5)
+    assert np.abs(ours - np.asarray(resample_pos_embed(table, (goal, goal)))).max() > 1e-3
+
+
+def test_the_offset_changes_nothing_at_equal_size():
+    table = np.ones((14, 14, 3), np.float32)
+    assert resample_pos_embed(table, (14, 14), offset=0.1) is table

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskvit.bench import guidance, loader, step
+from maskvit.bench import distillation, guidance, loader, step
 from maskvit.bench.timing import limit_cpu_threads, machine
 
 
@@ -30,13 +30,15 @@ def comma_list(kind: Callable[[str], Any], known: Sequence[Any] | None = None) -
 
 def make_parser() -> argparse.ArgumentParser:
     """All that can be asked for."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.bench", description="Times steps, the input pipeline, or cheap guidance.")
-    parser.add_argument("what", nargs="?", choices=("step", "loader", "guidance"), default="step")
+    parser = argparse.ArgumentParser(
+        prog="python -m maskvit.bench", description="Times steps, the input pipeline, cheap guidance, or self-distillation."
+    )
+    parser.add_argument("what", nargs="?", choices=("step", "loader", "guidance", "distillation"), default="step")
     parser.add_argument("--batch", type=comma_list(int), default=[8], help="images per step over all devices; 64,256 times both")
     parser.add_argument("--image", type=int, default=224, help="side of the square image")
     parser.add_argument("--steps", type=int, default=5, help="timed rounds (loader: batches)")
     parser.add_argument("--cpu-threads", type=int, default=0, help="keep to this many cores (0: all)")
-    timed = parser.add_argument_group("step and guidance")
+    timed = parser.add_argument_group("step, guidance and distillation")
     timed.add_argument("--size", choices=step.SIZES, default="B")
     timed.add_argument("--dtype", type=comma_list(str, step.DTYPES), default=["float32"], help="compute types; float32,bfloat16 times both")
     timed.add_argument("--warmup", type=int, default=2, help="untimed rounds")
@@ -92,6 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(guidance.table(records), file=sys.stderr, flush=True)
         if options.out:
             guidance.write(options.out, [machine(), *records])
+        return
+    if options.what == "distillation":
+        for dtype in options.dtype:
+            for batch in options.batch:
+                for record in distillation.bench_distillation(options.size, batch=batch, image=options.image, dtype=dtype, **times):
+                    show(record)
         return
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     for dtype in options.dtype:

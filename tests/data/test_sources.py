@@ -94,6 +94,35 @@ def test_reads_our_own_form(root):
     assert len(seen) == 6
 
 
+def test_the_first_records_of_each_class(tmp_path):
+    import tensorflow_datasets as tfds
+
+    labels = [0, 0, 1, 0, 2, 1, 0, 2, 2, 1]
+    data = tfds.features.Tensor(shape=(), dtype=np.object_)
+    features = {"id": tfds.features.Text(), "rgb": data, "label": tfds.features.ClassLabel(names=CLASSES)}
+    prepare(tmp_path, "share", features, [{"id": f"s{i}", "rgb": png(i), "label": label} for i, label in enumerate(labels)])
+    opened = lambda **share: open_source("tfds", parse_modalities({"rgb": RGB}), name="share", data_dir=str(tmp_path), **share)  # noqa: E731
+    stored = [opened()[i] for i in range(10)]
+    for share in (1, 2, 3):
+        source = opened(per_class=share)
+        counts = [0, 0, 0]
+        expected = []
+        for record in stored:  # in stored order
+            counts[record["label"]] += 1
+            if counts[record["label"]] <= share:
+                expected.append(record["id"])
+        assert [source[i]["id"] for i in range(len(source))] == expected and len(expected) == 3 * share
+        assert f"{3 * share} records" in source.describe() and "the first of each class" in source.describe()
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy[len(copy) - 1]["id"] == expected[-1]
+    with pytest.raises(ValueError, match="per_class is 4, but class 'dog' of share/1.0.0, split 'train', has 3 records: lower it"):
+        opened(per_class=4)
+    with pytest.raises(ValueError, match="per_class is 0; it must be at least 1"):
+        opened(per_class=0)
+    with pytest.raises(ValueError, match="per_class needs labels"):
+        opened(per_class=1, label=None)
+
+
 def test_reads_a_third_party_form_by_feature_names(root):
     names = {"rgb": "image", "depth": "distance"}
     source = open_source("tfds", MODALITIES, name="third_party", data_dir=str(root), features=names, label="kind")
