@@ -523,6 +523,22 @@ def load_objective_state(path: str | os.PathLike) -> dict[str, Any]:
     return _read_state_part(step_dir, ("objective_state",))
 
 
+def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
+    """`objective_state` with teacher and centres of the checkpoint at `path`, where both have them and all are of the same shapes.
+
+    Otherwise (another model, or one without a teacher) as it is: the teacher starts as the student.
+    """
+    if not isinstance(objective_state, Mapping) or "teacher" not in objective_state:
+        return objective_state
+    stored = load_objective_state(path)
+    shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree_paths(tree).items()}  # noqa: E731
+    if shapes(stored) != shapes(objective_state):
+        logging.info("the teacher starts as the student: %s holds %s", path, "another one" if stored else "none")
+        return objective_state
+    logging.info("teacher and centres taken from %s", path)
+    return stored
+
+
 def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
     """Adam's {"count", "mu", "nu"} of a verified checkpoint as numpy arrays, None if it has none.
 
@@ -572,7 +588,7 @@ def init_from(
 
     Returns:
       (parameters in the structure, dtypes and shardings of `initial`; one LoadRow per tensor of either side.)
-      Position tables ("pos_embed") of another grid are resampled bicubically, torch-exact.
+      Position tables ("pos_embed", "learned_pos_embed") of another grid are resampled bicubically, torch-exact.
 
     Raises CheckpointError listing every difference that neither list names, with the expressions that would accept
     it, and ValueError for an expression that is invalid or matches nothing.
@@ -632,7 +648,7 @@ def _matcher(key: str, patterns: Sequence[str], names: Iterable[str], whose: str
 
 
 def _is_other_grid(name: str, source: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return name.rpartition("/")[2] == "pos_embed" and len(source) == len(target) == 3 and source[2] == target[2]
+    return name.rpartition("/")[2] in ("pos_embed", "learned_pos_embed") and len(source) == len(target) == 3 and source[2] == target[2]
 
 
 def _placed_like(value: Any, leaf: Any) -> Any:

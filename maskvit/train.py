@@ -431,6 +431,8 @@ def run(
         with _config_errors():
             params, moments = start_params(method, seed, init_from)
         objective_state = jax.jit(lambda p: method.init_state(p, len(source)))(params)
+        if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
+            objective_state = checkpoints.with_stored_teacher(objective_state, init_from["path"])
         state = state_from_params(params, objective_state, optim)
         if moments is not None:
             state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))

@@ -495,7 +495,7 @@ def test_fewer_modalities(checkpoint):
     assert actions(rows)["dropped"] == source.keys() - tree_paths(initial).keys()
 
 
-def test_other_image_size_resizes_positions(checkpoint):
+def test_other_image_size_resizes_positions(checkpoint, tmp_path):
     from maskvit.patches import resample_pos_embed
 
     initial = small_model(grid=(6, 3), seed=1)
@@ -503,6 +503,9 @@ def test_other_image_size_resizes_positions(checkpoint):
     assert {path.rpartition("/")[2] for path in actions(rows)["resized"]} == {"pos_embed"} and len(actions(rows)["resized"]) == 6
     expected = resample_pos_embed(small_model()["inputs"]["rgb"]["pos_embed"], (6, 3))
     np.testing.assert_array_equal(params["inputs"]["rgb"]["pos_embed"], np.asarray(expected))
+    learned = [{"learned_pos_embed": np.full((*grid, 4), 0.5, np.float32)} for grid in ((2, 2), (3, 3))]
+    save_imported(tmp_path / "learned", learned[0], {"config": {}})
+    assert_same(init_from(learned[1], tmp_path / "learned")[0], learned[1])
     report = format_report(rows)
     assert "resized  inputs/rgb/pos_embed  4x4x8 -> 6x3x8" in report
     assert re.search(r"^inputs +7 +3 +0 +0$", report, re.MULTILINE)

@@ -35,7 +35,9 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
     image_size, rgb, encoder = infer_sizes(source, form, hints)
     hidden, _ = source.shape("head.mlp.0.weight", 2)
     prototypes, bottleneck = source.shape("head.last_layer.weight_v", 2)
-    projection = dict(hidden=hidden, bottleneck=bottleneck, num_prototypes=prototypes)
+    projection: dict[str, Any] = dict(hidden=hidden, bottleneck=bottleneck, num_prototypes=prototypes)
+    if type(hints.args.get("norm_last_layer")) is bool:
+        projection["fixed_scale"] = hints.args["norm_last_layer"]
     objective = dict(name="ibot" if is_ibot(found) else "dino", inputs=("rgb",), encoder=encoder, projection=projection)
     if is_ibot(found):
         shared = hints.args.get("shared_head")

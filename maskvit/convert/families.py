@@ -169,7 +169,9 @@ def _matched(
 ) -> Understood:
     """The rules that find their tensors. ConversionError for what is missing or left over and not allowed to be."""
     where, tensors = source.where, {name: value for name, value in source.tensors.items() if name not in unread}
-    whole, fresh, missing = [], {}, []
+    whole: list[Rule] = []
+    fresh: dict[str, tuple[int, ...]] = {}
+    missing: list[tuple[str, Rule]] = []
     for rule in rules:
         lacking = [key for key in rule.keys if key not in tensors]
         if not lacking:

@@ -117,8 +117,8 @@ def verify(
     from maskvit.scores import random_scores
 
     checkpoint = open_checkpoint(src)
-    plan = understand(checkpoint, num_heads, decoder_num_heads)
-    config, rules = plan.config, plan.rules
+    understood = understand(checkpoint, num_heads, decoder_num_heads)
+    config, rules = understood.config, understood.rules
     reference = import_reference(directory)
     import torch
 

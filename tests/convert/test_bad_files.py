@@ -16,6 +16,7 @@ import convert_torch_checkpoint
 from maskvit import convert
 from maskvit.checkpoint import CheckpointError, load_params
 from maskvit.convert.reader import ConversionError, read_checkpoint
+from maskvit.convert.source import Hints
 from maskvit.objectives import OBJECTIVES
 from maskvit.types import tree_paths
 
@@ -105,6 +106,28 @@ def test_args_in_the_file_say_it(fixtures, tmp_path):
     metadata = convert.convert(tmp_path / "x.pth", tmp_path / "ours", 3, 4)
     assert metadata["config"]["objective"]["outputs"] == ("norm_rgb",) and metadata["config"]["objective"]["mask_ratio"] == 0.8
     assert metadata["source"]["epochs_done"] == 10
+
+
+def test_args_of_self_distillation(fixtures, tmp_path):
+    torch = pytest.importorskip("torch")
+    import argparse
+
+    whole = read_checkpoint(fixtures / "ibot_tiny.pth")
+    content = {part: {key: torch.tensor(value) for key, value in whole[part].items()} for part in ("student", "teacher", "ibot_loss")}
+    args = dict(norm_last_layer=False, shared_head=True)
+    torch.save({**content, "epoch": 100, "args": argparse.Namespace(**args)}, tmp_path / "x.pth")
+    metadata = convert.convert(tmp_path / "x.pth", tmp_path / "ours", 3, model="both")
+    assert metadata["config"]["objective"]["projection"]["fixed_scale"] is False and metadata["source"]["epochs_done"] == 100
+    key = "head.last_layer2.weight_v"
+    content["student"][f"module.{key}"] = content["student"][f"module.{key}"] + 1
+    torch.save({**content, "args": argparse.Namespace(**args)}, tmp_path / "y.pth")  # the args say that both are one
+    with pytest.raises(ConversionError, match="'head.last_layer.weight_v' and 'head.last_layer2.weight_v' differ, but this model has one"):
+        convert.convert(tmp_path / "y.pth", tmp_path / "other", 3, model="both")
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
+def test_usual_heads(width, heads):
+    assert Hints().heads(width, "file") == heads
 
 
 def test_a_mae_decoder_with_a_position_for_its_class_token(mae, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import maskvit
 from maskvit import convert
-from maskvit.checkpoint import load_objective_state, load_params
+from maskvit.checkpoint import load_objective_state, load_params, with_stored_teacher
 from maskvit.convert.families import DISTILLED, FAMILIES, family_of, understand_state
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import path_shapes, to_ours
@@ -174,6 +174,19 @@ def test_both_models_open_as_the_teacher(fixtures, tmp_path):
         features.append(found)
     for name in ("global", "mean"):
         np.testing.assert_allclose(features[0][name], features[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_with_the_imported_teacher(fixtures, tmp_path):
+    for model in ("both", "teacher"):
+        metadata = convert.convert(fixtures / "ibot_tiny.pth", tmp_path / model, 3, model=model)
+        if model == "both":
+            objective = build_objective(metadata["config"])
+    params = load_params(tmp_path / "both")[0]
+    fresh = jax.device_get(objective.init_state(params))
+    state = with_stored_teacher(fresh, tmp_path / "both")
+    assert equal(state, load_objective_state(tmp_path / "both")) and not equal(state, fresh)
+    assert with_stored_teacher(fresh, tmp_path / "teacher") is fresh  # a plain encoder has none
+    assert with_stored_teacher({}, tmp_path / "both") == {}  # nor does another objective want one
 
 
 def test_which_of_two_models(fixtures, tmp_path):
