@@ -1,4 +1,6 @@
-"""Random cells of the grid (inputs x source x scores x budget x weight x schedule x what is predicted): two steps of each."""
+"""Random cells of the grid (objective x decoder x inputs x source x scores x budget x weight x schedule x what is predicted): two steps
+of each, and self-distillation under random scores.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import counting, on_device, tiny_batch, tiny_objective
+from tiny import MODALITIES, counting, on_device, tiny_batch
 
 from maskvit.guidance import GUIDANCE
 from maskvit.keys import sample_keys
 from maskvit.masking import BUDGETS, present_counts
 from maskvit.models import frozen_mask
+from maskvit.models.decoders import DECODERS
+from maskvit.objectives import build_objective
 from maskvit.optim import Cosine, adamw
 from maskvit.scores import GUIDED_SCORES, SCORES
 from maskvit.step import init_state, train_step
@@ -33,6 +37,9 @@ SCORE_FIELDS: dict[str, dict[str, Any]] = {"attention_stochastic": dict(alpha=0.
 BUDGET_FIELDS: dict[str, dict[int, dict[str, Any]]] = {"fixed": {1: dict(counts=(4,)), 2: dict(counts=(7, 3)), 3: dict(counts=(5, 4, 3))}}
 INPUTS = (("rgb",), ("rgb", "depth"), ("rgb", "depth", "semseg"))
 NUM_VISIBLE = {1: 4, 2: 10, 3: 12}
+SIZES: dict[str, Any] = dict(encoder=dict(width=48, depth=2, heads=3))
+# The objective, and what its decoders are called where that is free.
+OBJECTIVES = (("multimae", "spatial"), ("mae", None), ("crossmae", None), ("multimae", "crossmae"), ("multimae", "mae"))
 
 
 def draw_cells(seed: int) -> list[dict[str, Any]]:
@@ -44,10 +51,13 @@ def draw_cells(seed: int) -> list[dict[str, Any]]:
     for i in range(max(map(len, tables))):
         inputs = INPUTS[i % 3]
         source, score, budget = (next(rows) for rows in drawn)
+        name, decoder = OBJECTIVES[i % len(OBJECTIVES)]
         cell = dict(
+            name=name,
+            decoder=dict(width=16, depth=1, heads=4, **(dict(name=decoder) if decoder else {})),
             inputs=inputs,
             outputs=(*inputs, "norm_rgb", *(["depth"] if inputs == ("rgb",) and i % 2 else [])),
-            num_visible=NUM_VISIBLE[len(inputs)],
+            **_how_many(name, len(inputs)),
             guidance=dict(name=source, **SOURCE_FIELDS.get(source, {})),
             scores=dict(name=score, **SCORE_FIELDS.get(score, {})),
             budget=dict(name=budget, **BUDGET_FIELDS.get(budget, {}).get(len(inputs), {})),
@@ -58,9 +68,16 @@ def draw_cells(seed: int) -> list[dict[str, Any]]:
         if rng.random() < 0.4:
             cell["guided_share"] = dict(share=(0.25, 1.0), start=1, ramp=4)
         if rng.random() < 0.4:
-            cell["predicted"] = dict(share=0.5, by=rng.choice(["scores", "random"]))
+            which = rng.choice(["scores", "random"])
+            cell |= dict(kept_mask_ratio=0.25, predict_by=which) if name == "crossmae" else dict(predicted=dict(share=0.5, by=which))
         cells.append(cell)
     return cells
+
+
+def _how_many(name: str, inputs: int) -> dict[str, Any]:
+    """The tokens shown, as each objective asks for them: 16 per input."""
+    visible = NUM_VISIBLE[inputs]
+    return dict(num_visible=visible) if name == "multimae" else dict(mask_ratio=1 - visible / (16 * inputs))
 
 
 def _shuffled_forever(rng: random.Random, names: list[str]) -> Any:
@@ -93,14 +110,15 @@ CELLS = draw_cells(seed=0)
 def test_every_row_of_every_table_occurs():
     drawn = {kind: {cell[kind]["name"] for cell in CELLS} for kind in ("guidance", "scores", "budget")}
     assert drawn == {"guidance": set(GUIDANCE), "scores": set(SCORES), "budget": set(BUDGETS)}
+    assert {decoder or name for name, decoder in OBJECTIVES} == set(DECODERS)
 
 
-@pytest.mark.parametrize(
-    "number", range(len(CELLS)), ids=[f"{c['guidance']['name']}-{c['scores']['name']}-{c['budget']['name']}" for c in CELLS]
-)
+IDS = ["-".join(cell[key] if key == "name" else cell[key]["name"] for key in ("name", "guidance", "scores", "budget")) for cell in CELLS]
+
+
+@pytest.mark.parametrize("number", range(len(CELLS)), ids=IDS)
 def test_two_steps_of_a_random_cell(number):
-    cell = CELLS[number]
-    objective = tiny_objective(**cell)
+    objective = build_objective(dict(image_size=(32, 32), modalities=MODALITIES, objective={**SIZES, **CELLS[number]}))
     schedule = Cosine(1e-3, 10, 1, 0, 0.0)
     shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), schedule)
@@ -141,3 +159,32 @@ def check_counts(plan: Any, objective: Any, batch: Batch) -> None:
         np.testing.assert_array_equal(there - hidden, np.tile(counts, (BATCH, 1)))
     if plan.loss_weights is not None:
         assert np.asarray(plan.loss_weights).min() >= 1.0
+
+
+# Self-distillation
+
+SCORES_OF_IBOT = random.Random(0).sample(sorted(SCORES), 3)
+
+
+@pytest.mark.parametrize("name, scores", [("dino", None), *(("ibot", score) for score in SCORES_OF_IBOT)])
+def test_two_steps_of_self_distillation(name, scores):
+    block: dict[str, Any] = dict(name=name, projection=dict(hidden=32, bottleneck=16, num_prototypes=24), **SIZES)
+    if scores:
+        block |= dict(scores=dict(name=scores, **SCORE_FIELDS.get(scores, {})), masking=dict(ratio=0.4, ratio_var=0.0, probability=1.0))
+    objective = build_objective(dict(image_size=(32, 32), modalities=MODALITIES, objective=block)).resolve(lambda duration: 10)
+    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    optimizer = adamw(shapes, frozen_mask(shapes, objective.model), Cosine(1e-3, 10, 1, 0, 0.0))
+    state = init_state(objective, optimizer, 0, RECORDS)
+    step, traces = counting(partial(train_step, objective=objective, optimizer=optimizer, seed=0))
+    jitted = jax.jit(step)
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        batch = {f"{kind}/rgb": rng.integers(0, 256, (4, 2, side, side, 3), np.uint8) for kind, side in (("global", 32), ("local", 16))}
+        state, metrics = jitted(state, on_device(batch))
+        assert np.isfinite(metrics["loss"][0]) and metrics["skipped"][0] == 0, metrics
+        if scores:
+            total, count = metrics["masked_share"]
+            # 6 of 16 tokens; hints show at most the one that is a tenth of them.
+            assert abs(total / count - 6 / 16) < 1e-6 or scores == "attention_hint"
+    assert len(traces) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
