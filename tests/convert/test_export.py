@@ -218,6 +218,31 @@ def test_without_class_token(tmp_path):
     assert encoded.shape == (1, 4, 8) and loaded.model.logits(loaded.params, encoded).shape == (1, 3)
 
 
+def test_a_table_without_the_class_tokens_row(tmp_path):
+    """timm's `no_embed_class`: the row that is written back is zero."""
+    rng = np.random.default_rng(0)
+    shapes = {**plain_shapes(classes=3), "cls_token": (1, 1, 8)}
+    state = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2)
+    convert.export(tmp_path / "ours", tmp_path / "back.safetensors", "timm")
+    table = load_file(tmp_path / "back.safetensors")["pos_embed"]
+    np.testing.assert_array_equal(table, np.concatenate([np.zeros((1, 1, 8)), state["pos_embed"]], axis=1))
+    convert.convert(tmp_path / "back.safetensors", tmp_path / "again", 2)
+    first, second = (tree_paths(load_params(tmp_path / name)[0]) for name in ("ours", "again"))
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_a_classifier_that_no_model_here_has(tmp_path):
+    """Without class token, over the mean of normed tokens: refused, or taken without its head."""
+    shapes = {key.replace("fc_norm", "norm"): shape for key, shape in plain_shapes(classes=3).items()}
+    save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ConversionError, match=r"reads the mean of normed tokens .*--allow 'head\\.\.\*'"):
+        convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2)
+    metadata = convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2, allow=(r"head\..*",))
+    assert metadata["config"]["objective"]["num_classes"] == 0 and metadata["config"]["objective"]["final_norm"]
+
+
 def plain_shapes(classes: int) -> dict[str, tuple[int, ...]]:
     shapes = {"pos_embed": (1, 4, 8), "patch_embed.proj.weight": (8, 3, 4, 4), "patch_embed.proj.bias": (8,)}
     modules = {"norm1": (8,), "norm2": (8,), "attn.qkv": (24, 8), "attn.proj": (8, 8), "mlp.fc1": (16, 8), "mlp.fc2": (8, 16)}
