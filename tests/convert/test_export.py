@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import convert_torch_checkpoint
 import maskvit
-from maskvit import convert
+from maskvit import convert, features
 from maskvit.checkpoint import load_objective_state, load_params, save_imported
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.objectives import build_objective
@@ -203,7 +204,7 @@ def test_safetensors_that_torch_reads(imported, tmp_path):
         assert file.metadata() == {"format": "pt"}  # what transformers looks for
 
 
-def test_without_class_token(tmp_path):
+def test_without_class_token(tmp_path, capsys):
     """timm's ViTs that pool their tokens: no class token in, none out."""
     rng = np.random.default_rng(0)
     state = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in plain_shapes(classes=3).items()}
@@ -215,6 +216,10 @@ def test_without_class_token(tmp_path):
     assert back.keys() == state.keys() and all(np.array_equal(back[key], state[key]) for key in back)
     loaded = maskvit.load(tmp_path / "ours")
     encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, {"rgb": jnp.ones((1, 8, 8, 3))}).tokens)
+    assert loaded.objective.predict(loaded.params, (), {"rgb": jnp.ones((1, 8, 8, 3))}).keys() == {"mean"}
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    command = ["--checkpoint", str(tmp_path / "ours"), "--images", str(tmp_path), "--out", str(tmp_path / "x.npz"), "--feature", "global"]
+    assert features.main(command) == 2 and "has no global token: give --feature mean" in capsys.readouterr().err
     assert encoded.shape == (1, 4, 8) and loaded.model.logits(loaded.params, encoded).shape == (1, 3)
 
 
