@@ -3,7 +3,8 @@
 Read are .pth, .safetensors, folders and shards of Hugging Face, and ViTs exported to ONNX:
 
   MultiMAE           its pretraining files, with optimiser; MultiViT, its encoder alone, with --allow 'outputs/.*' (fresh decoders)
-  MAE, CrossMAE      with their decoders; Hugging Face's ViTMAEForPreTraining. --target says raw or normalized where the file does not
+  MAE, CrossMAE      with their decoders; Hugging Face's ViTMAEForPreTraining. --target says raw or normalized where the file does not;
+                     MAE's encoder alone, with --target and --allow 'outputs/.*' (a fresh decoder)
   plain ViTs         timm (with or without class token, LayerScale), MAE's encoder and its fine-tuned forms, DINO, DINOv2, iBOT and
                      AttMask (backbones, or one of two models), Hugging Face's ViTModel, ViTMAEModel, ViTForImageClassification, Dinov2Model
   DINO, iBOT         --model both keeps student, teacher, their heads and the loss's centres, to train on
@@ -42,7 +43,7 @@ def main() -> int:
         help="keys or paths that may be left out or stay at their initialisation; may be given several times",
     )
     parser.add_argument(
-        "--model", choices=("teacher", "student", "both"), default="teacher", help="which model of self-distillation (default: teacher)"
+        "--model", choices=("teacher", "student", "both"), default="teacher", help="which model of self-distillation to read or write (default: teacher)"
     )
     parser.add_argument("--target", choices=("normalized", "raw"), help="what a masked autoencoder predicts, where the file does not say")
     parser.add_argument("--inspect", action="store_true", help="print what the file is")

@@ -232,6 +232,8 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     if not paths:
         raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
     loaded = load(checkpoint)
+    if feature == "global" and not loaded.model.num_global_tokens:
+        raise ValueError(f"--feature is 'global', but the model of {checkpoint} has no global token: give --feature mean")
 
     from tqdm import tqdm
 

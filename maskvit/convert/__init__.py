@@ -287,7 +287,8 @@ def _teacher_and_centres(checkpoint: Checkpoint, config: Mapping[str, Any], wher
     centres = checkpoint.parts.get("loss", {})
     state |= to_ours(centre_rules, _float32(centres), f"{where} (its loss)")
     rows = _rows(teacher, "teacher.", "objective_state/teacher/")
-    rows += [converted(rule, {}, "objective_state/") for rule in centre_rules]
+    name = f"{config['objective']['name']}_loss."
+    rows += [converted(rule, {key: name + key for key in rule.keys}, "objective_state/") for rule in centre_rules]
     return state, rows, names_of(teacher)
 
 

@@ -60,7 +60,7 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     mlp_ratio = first["mlp"]["fc1"]["kernel"].shape[1] / width
     encoder = dict(width=width, depth=len(params["encoder"]), heads=heads, mlp_ratio=mlp_ratio)
     inputs = tuple(given.get("inputs", params["inputs"]))
-    outputs = tuple(given.get("outputs") or params.get("outputs", ()))
+    outputs = tuple(given.get("outputs") or (name for name in params.get("outputs", ()) if not name.startswith("error_")))
     objective = dict(
         given,
         inputs=inputs,
@@ -254,7 +254,7 @@ def _kept(params: Mapping[str, Any], rules: Sequence[Rule], layout: str, allowed
         else:
             surplus.append(path)
     if surplus:
-        norm = "; MultiMAE has no final norm" if any(path.startswith("norm/") for path in surplus) else ""
+        norm = "; MultiMAE has no final norm" if layout == "multimae" and any(path.startswith("norm/") for path in surplus) else ""
         remedy = allow_flags(covering(surplus, flat))
         raise ConversionError(
             f"{where}: {len(surplus)} tensors have no place in the layout {layout!r}: {listed(surplus)}{norm}; {remedy} leaves them out"
@@ -263,29 +263,32 @@ def _kept(params: Mapping[str, Any], rules: Sequence[Rule], layout: str, allowed
 
 
 def _names(layout: str, model: Model, keys: Mapping[str, Any]) -> dict[str, str]:
-    """Hugging Face's models with something behind the encoder have a prefix for it."""
+    """What stands before the rules' keys: both models' own names; the encoder's of Hugging Face's models with something behind it."""
+    if layout in ("dino", "ibot"):
+        return {key: f"student.module.{_wrapped(key)}" for key in keys}
     if layout != "huggingface" or not (model.decoder or model.objective["num_classes"]):
         return {}
     return {key: f"vit.{key}" for key in keys if not key.startswith(("decoder.", "classifier."))}
 
 
+def _wrapped(key: str) -> str:
+    return key if key.startswith("head.") else f"backbone.{key}"
+
+
 def _both(
     student: Mapping[str, np.ndarray], rows: Sequence[Row], model: Model, state: Mapping[str, Any], where: str
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """Student, teacher and the loss's centres, each under its own name; the student as data parallelism writes it."""
+    """The student's tensors with the teacher's and the loss's centres, each under its own name, and the rows of all."""
     if not state:
         raise ConversionError(f"{where}: holds no teacher: it was not trained or imported with both models")
     name = model.objective["name"]
     teacher_rules, centre_rules = distillation.rules(model.config, teacher=True), distillation.centre_rules(model.config)
     teacher = to_torch(teacher_rules, state["teacher"], f"{where} (teacher)")
     centres = to_torch(centre_rules, {key: value for key, value in state.items() if key != "teacher"}, f"{where} (centres)")
-    own = lambda key: key if key.startswith("head.") else f"backbone.{key}"  # noqa: E731
-    tensors = {f"student.module.{own(key)}": value for key, value in student.items()}
-    tensors |= {f"teacher.{own(key)}": value for key, value in teacher.items()}
-    tensors |= {f"{name}_loss.{key}": value for key, value in centres.items()}
-    more = [converted(rule, {}, "objective_state/teacher/", backwards=True) for rule in teacher_rules]
-    more += [converted(rule, {}, "objective_state/", backwards=True) for rule in centre_rules]
-    return tensors, [*rows, *more]
+    names = {key: f"teacher.{_wrapped(key)}" for key in teacher} | {key: f"{name}_loss.{key}" for key in centres}
+    more = [converted(rule, names, "objective_state/teacher/", backwards=True) for rule in teacher_rules]
+    more += [converted(rule, names, "objective_state/", backwards=True) for rule in centre_rules]
+    return {**student, **{names[key]: value for key, value in (teacher | centres).items()}}, [*rows, *more]
 
 
 def _write(dst: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -310,7 +313,7 @@ def _write(dst: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def _hugging_face_config(model: Model) -> dict[str, Any]:
     """The config.json that `from_pretrained` needs beside the weights."""
     objective, rgb = model.objective, model.config["modalities"]["rgb"]
-    encoder = objective["encoder"]
+    encoder, size = objective["encoder"], model.config["image_size"]
     found = dict(
         model_type="vit",
         architectures=["ViTForImageClassification" if objective["num_classes"] else "ViTModel"],
@@ -320,7 +323,7 @@ def _hugging_face_config(model: Model) -> dict[str, Any]:
         intermediate_size=round(encoder["width"] * encoder["mlp_ratio"]),
         hidden_act="gelu",
         layer_norm_eps=1e-6,
-        image_size=model.config["image_size"][0],
+        image_size=size[0] if size[0] == size[1] else list(size),
         patch_size=rgb["patch"],
         num_channels=rgb["channels"],
         qkv_bias=True,

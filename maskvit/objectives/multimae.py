@@ -457,7 +457,7 @@ class MultiMae:
     def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
         """Features of an unmasked pass over `inputs` (the first input modality alone unless given).
 
-        "mean": mean of the patch tokens of those modalities; "global": the (first) global token.
+        "mean": mean of the patch tokens of those modalities; "global": the (first) global token, where there is one.
         """
         names = inputs or self.model.inputs[:1]
         prepared = self.prepare({key: value for key, value in batch.items() if key in names or key == "present"})
@@ -466,7 +466,7 @@ class MultiMae:
         n = tokens.layout.num_tokens
         weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
         mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-        return {"mean": mean, "global": encoded[:, n]}
+        return {"mean": mean} | ({"global": encoded[:, n]} if self.model.num_global_tokens else {})
 
     def visualize(
         self,

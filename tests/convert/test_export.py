@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import convert_torch_checkpoint
 import maskvit
-from maskvit import convert
+from maskvit import convert, features
 from maskvit.checkpoint import load_objective_state, load_params, save_imported
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.objectives import build_objective
@@ -203,7 +204,7 @@ def test_safetensors_that_torch_reads(imported, tmp_path):
         assert file.metadata() == {"format": "pt"}  # what transformers looks for
 
 
-def test_without_class_token(tmp_path):
+def test_without_class_token(tmp_path, capsys):
     """timm's ViTs that pool their tokens: no class token in, none out."""
     rng = np.random.default_rng(0)
     state = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in plain_shapes(classes=3).items()}
@@ -215,7 +216,36 @@ def test_without_class_token(tmp_path):
     assert back.keys() == state.keys() and all(np.array_equal(back[key], state[key]) for key in back)
     loaded = maskvit.load(tmp_path / "ours")
     encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, {"rgb": jnp.ones((1, 8, 8, 3))}).tokens)
+    assert loaded.objective.predict(loaded.params, (), {"rgb": jnp.ones((1, 8, 8, 3))}).keys() == {"mean"}
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    command = ["--checkpoint", str(tmp_path / "ours"), "--images", str(tmp_path), "--out", str(tmp_path / "x.npz"), "--feature", "global"]
+    assert features.main(command) == 2 and "has no global token: give --feature mean" in capsys.readouterr().err
     assert encoded.shape == (1, 4, 8) and loaded.model.logits(loaded.params, encoded).shape == (1, 3)
+
+
+def test_a_table_without_the_class_tokens_row(tmp_path):
+    """timm's `no_embed_class`: the row that is written back is zero."""
+    rng = np.random.default_rng(0)
+    shapes = {**plain_shapes(classes=3), "cls_token": (1, 1, 8)}
+    state = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2)
+    convert.export(tmp_path / "ours", tmp_path / "back.safetensors", "timm")
+    table = load_file(tmp_path / "back.safetensors")["pos_embed"]
+    np.testing.assert_array_equal(table, np.concatenate([np.zeros((1, 1, 8)), state["pos_embed"]], axis=1))
+    convert.convert(tmp_path / "back.safetensors", tmp_path / "again", 2)
+    first, second = (tree_paths(load_params(tmp_path / name)[0]) for name in ("ours", "again"))
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_a_classifier_that_no_model_here_has(tmp_path):
+    """Without class token, over the mean of normed tokens: refused, or taken without its head."""
+    shapes = {key.replace("fc_norm", "norm"): shape for key, shape in plain_shapes(classes=3).items()}
+    save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ConversionError, match=r"reads the mean of normed tokens .*--allow 'head\\.\.\*'"):
+        convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2)
+    metadata = convert.convert(tmp_path / "x.safetensors", tmp_path / "ours", 2, allow=(r"head\..*",))
+    assert metadata["config"]["objective"]["num_classes"] == 0 and metadata["config"]["objective"]["final_norm"]
 
 
 def plain_shapes(classes: int) -> dict[str, tuple[int, ...]]:

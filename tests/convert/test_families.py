@@ -50,6 +50,8 @@ def test_round_trip(name, fixtures, tmp_path):
     assert equal(load_objective_state(tmp_path / "ours"), load_objective_state(tmp_path / "again"))
     theirs = read_checkpoint(fixtures / file)
     back = load_file(tmp_path / "back" / "x.safetensors")
+    report = (tmp_path / "back" / "x.safetensors.conversion.txt").read_text()
+    assert all(f" {key} (" in report for key in back)
     if layout == "ibot":
         flat = {f"{part}.{key}": value for part in ("student", "teacher", "ibot_loss") for key, value in theirs[part].items()}
         assert flat.keys() == back.keys() and all(np.array_equal(flat[key], back[key]) for key in flat)

@@ -96,7 +96,7 @@ def imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", layouts())
-def test_every_layout_lands_value_for_value(layout, imported):
+def test_every_layout_lands_value_for_value(layout, imported, monkeypatch, tmp_path):
     content = layouts()[layout]
     params, metadata, model = imported(content)
     scaled = layout.startswith("DINOv2")
@@ -115,6 +115,11 @@ def test_every_layout_lands_value_for_value(layout, imported):
     assert ("norm" in params) == model.final_norm == ("without norm" not in layout)
     assert model.num_classes == (5 if "head.weight" in state else 0) and model.pool == ("mean" if "MAE f" in layout else "global")
     assert metadata["source"]["family"] == "ViT" and metadata["licence"] is None
+    monkeypatch.undo()
+    convert.export(tmp_path / "ours", tmp_path / "back.safetensors", "timm")
+    convert.convert(tmp_path / "back.safetensors", tmp_path / "again", num_heads=HEADS)
+    first, second = tree_paths(params), tree_paths(maskvit.load(tmp_path / "again").params)
+    assert first.keys() == second.keys() and all(np.array_equal(first[path], second[path]) for path in first)
 
 
 def torch_vit(state: dict[str, np.ndarray], images: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
