@@ -62,14 +62,18 @@ class Optimizer(NamedTuple):
     schedule: Any
 
 
-def decay_mask(params: Params, frozen: Any, decay_all: bool) -> Any:
-    """Which parameters decay: all trainable ones (as MultiMAE pretrains), or only matrices that are not embeddings."""
+def decay_mask(params: Params, frozen: Any, decay_all: bool, decayed: tuple[str, ...] = ("kernel",)) -> Any:
+    """Which parameters decay: all trainable ones (as MultiMAE pretrains), or only those whose last name is in `decayed`."""
+    names = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    unknown = [name for name in decayed if name not in names]
+    if unknown and not decay_all:
+        raise ValueError(f"config.optimizer.decayed names {unknown[0]!r}, but this model's parameters are: {', '.join(sorted(names))}")
 
     def decays(path: Any, leaf: Any, is_frozen: bool) -> bool:
         if is_frozen:
             return False
         name = path[-1].key
-        return decay_all or (name == "kernel")
+        return decay_all or name in decayed
 
     return jax.tree_util.tree_map_with_path(decays, params, frozen)
 
@@ -84,19 +88,21 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.05,
     decay_all: bool = True,
+    decayed: tuple[str, ...] = ("kernel",),
     clip_norm: float | None = None,
 ) -> Optimizer:
     """AdamW with decoupled decay: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
     `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimiser state.
     `decay_all=True` decays every trainable tensor, norms and biases included, as the MultiMAE reference does;
-    False exempts everything but the kernels of linear layers.
+    False exempts everything but what is named in `decayed`: the kernels of linear layers, and in MAE the tokens too.
     """
     trainable = jax.tree.map(lambda x: not x, frozen)
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    decays = decay_mask(params, frozen, decay_all, tuple(decayed))
     parts += [
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=lambda _: jax.tree.map(_masked_out, decay_mask(params, frozen, decay_all), trainable)),
+        optax.add_decayed_weights(weight_decay, mask=lambda _: jax.tree.map(_masked_out, decays, trainable)),
         optax.scale(-1.0),
     ]
     tx = optax.chain(optax.masked(optax.chain(*parts), trainable), optax.masked(optax.set_to_zero(), frozen))
