@@ -84,6 +84,56 @@ def multimae_b() -> ConfigDict:
     )
 
 
+def masked_autoencoder(name: str, encoder: str, **objective) -> ConfigDict:
+    """MAE or CrossMAE of the published recipe: rgb alone, a quarter of the tokens shown, normalised pixels rebuilt, batch 4096.
+
+    Weights decay, and so do the tokens; norms, biases and position tables do not. Differs from the reference in two ways that
+    should not matter: bfloat16 without a loss scale instead of float16, and a warm-up that reaches its peak one step earlier.
+    """
+    config = multimae_b()
+    with config.unlocked():
+        config.modalities = dict(rgb=config.modalities.rgb)
+        config.objective = dict(
+            name=name,
+            inputs=("rgb",),
+            outputs=("norm_rgb",),
+            mask_ratio=0.75,
+            encoder=encoder,
+            decoder=dict(),
+            scores=dict(name="random"),
+            guidance=dict(),
+            compute_dtype="bfloat16",
+            remat=False,
+            **objective,
+        )
+        config.optimizer.no_decay = (".*bias", r".*norm\w*/scale")
+        if encoder == "H":
+            config.modalities.rgb.patch = 14
+    config.optimizer.base_lr = 1.5e-4
+    config.global_batch = 4096
+    return config
+
+
+def crossmae(encoder: str, kept_mask_ratio: float) -> ConfigDict:
+    """CrossMAE, 800 epochs; the learning rate is scaled by the share of the hidden tokens that is rebuilt, as in the reference."""
+    config = masked_autoencoder("crossmae", encoder, kept_mask_ratio=kept_mask_ratio)
+    config.optimizer.base_lr = 1.5e-4 * kept_mask_ratio / config.objective.mask_ratio
+    config.total = "800 epochs"
+    config.schedule.total_epochs = 800.0
+    return config
+
+
+def attg(encoder: str) -> ConfigDict:
+    """AttG with TokenCut's maps: MAE whose loss weighs a patch exp(g / 0.75), 800 epochs at batch 512 on one card."""
+    config = masked_autoencoder("mae", encoder, loss_weight=dict(tau=0.75))
+    with config.unlocked():
+        config.objective.guidance = dict(name="stored", path="data/multimodal_folder_tokencut")
+    config.global_batch = 512
+    config.total = "800 epochs"
+    config.schedule.total_epochs = 800.0
+    return config
+
+
 def attention_guided(config: ConfigDict, scores: str = "attention_high", query: str = "global") -> ConfigDict:
     """Hide what the model attends to most (or least): one extra forward pass over all tokens per step."""
     config.objective.scores = dict(name=scores)
@@ -193,7 +243,7 @@ def scenes() -> ConfigDict:
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same experiment, shrunk: same code, same objective and schedule form, sizes for a few seconds on a CPU."""
     config = config.copy_and_resolve_references()
-    with config.unlocked():
+    with config.unlocked(), config.objective.ignore_type():
         config.image_size = (32, 32)
         for name in config.modalities:
             config.modalities[name].patch = 8
@@ -201,8 +251,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
         if "projection" in config.objective:
             config.objective.projection.update(hidden=32, bottleneck=16, num_prototypes=32)
             config.data.augment.views.update(local_crops=2, local_size=(16, 16))
-        else:
-            config.objective.decoder = dict(width=16, depth=1, heads=2)
+        if "decoder" in config.objective:
+            config.objective.decoder = dict(config.objective.decoder.to_dict(), width=16, depth=1, heads=2)
+        if "num_visible" in config.objective:
             config.objective.num_visible = 8
         config.total = "2 steps"
         config.global_batch = 8

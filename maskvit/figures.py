@@ -565,6 +565,23 @@ def bars(
     return _save(figure)
 
 
+def matrix(values: Float[np.ndarray, "r c"], rows: str, columns: str, title: str = "") -> bytes:
+    """A matrix as a heat map around zero (blue below, red above), as PNG; `rows`, `columns`: what their numbers count."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 0.32 * values.shape[1], 1.4 + 0.28 * values.shape[0]), layout="constrained")
+    axes = figure.add_subplot()
+    limit = max(float(np.abs(values).max()), 1e-12)
+    drawn = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 16)))
+    axes.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 16)))
+    axes.set_xlabel(columns)
+    axes.set_ylabel(rows)
+    axes.set_title(title, loc="left", fontsize=13)
+    figure.colorbar(drawn)
+    return _save(figure)
+
+
 # --- the page --------------------------------------------------------------------------------------------------------------
 
 

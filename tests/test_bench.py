@@ -76,6 +76,18 @@ def test_measures_every_step_in_turns(records):
     assert all(step.table_row(record).startswith(record["measurement"]) for record in records)
 
 
+def test_objectives_are_compared_in_one_run():
+    sizes = dict(batch=4, image=32, dtype="float32", steps=3, warmup=1, decoder=dict(width=16, depth=1, heads=2))
+    mae, cross = step.bench_objectives(TINY, **sizes)
+    assert (mae["measurement"], cross["measurement"]) == ("mae", "crossmae")
+    assert cross["gflop_per_image"] < mae["gflop_per_image"] and cross["decoder_gmac_per_image"] < mae["decoder_gmac_per_image"]
+    assert mae["ratio_to_crossmae"] * cross["ratio_to_mae"] == pytest.approx(1.0, rel=1e-3)
+    for record in (mae, cross):
+        assert record["planned_gb"] > 0 and record["resident_peak_gb"] > 0
+        json.dumps(record)
+        assert step.table_row(record).startswith(record["measurement"])
+
+
 def test_torch_yardstick_has_the_same_sizes(records):
     pytest.importorskip("torch")
     record = {record["measurement"]: record for record in records}["torch"]

@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     timed.add_argument("--size", choices=step.SIZES, default="B")
     timed.add_argument("--dtype", type=comma_list(str, step.DTYPES), default=["float32"], help="compute types; float32,bfloat16 times both")
     timed.add_argument("--warmup", type=int, default=2, help="untimed rounds")
+    timed.add_argument("--compare", choices=("objectives",), help="step: MAE against CrossMAE (kept 0.25), not MultiMAE's steps")
     timed.add_argument("--no-torch", action="store_true", help="step: leave torch out even where it is installed")
     data = parser.add_argument_group("loader")
     data.add_argument("--data-dir", help="the folder of the prepared data set")
@@ -104,7 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     for dtype in options.dtype:
         for batch in options.batch:
-            for record in step.bench_step(options.size, batch=batch, image=options.image, dtype=dtype, with_torch=with_torch, **times):
+            sizes = dict(batch=batch, image=options.image, dtype=dtype, **times)
+            if options.compare == "objectives":
+                records = step.bench_objectives(options.size, **sizes)
+            else:
+                records = step.bench_step(options.size, with_torch=with_torch, **sizes)
+            for record in records:
                 show(record)
                 print(step.table_row(record), file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Whole train steps of MultiMAE on synthetic batches that lie on the device: random masks, attention-guided masks, and torch's."""
+"""Whole train steps on synthetic batches that lie on the device: MultiMAE with random and guided masks and torch's, or MAE and CrossMAE."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from maskvit.bench.timing import compiled_gb, cpu_threads, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilisation
 
-SIZES = ("Ti", "S", "B", "L")
+SIZES = ("Ti", "S", "B", "L", "H")
 DTYPES = ("float32", "bfloat16")
 # The random-mask step first: ratios are against it.
 STEPS = ("random", "guided")
+# Objectives side by side, as {name: fields of config.objective}: CrossMAE rebuilds a third of what it hides.
+OBJECTIVES = {"mae": {}, "crossmae": dict(kept_mask_ratio=0.25)}
 
 
 def step_config(
@@ -74,11 +76,8 @@ def bench_step(
     import jax
 
     from maskvit.flops import step_flops
-    from maskvit.models import frozen_mask
     from maskvit.objectives import build_objective
-    from maskvit.optim import Cosine, adamw
-    from maskvit.sharding import check_batch, make_mesh, parameter_shardings, place_batch
-    from maskvit.step import state_from_params, train_step
+    from maskvit.sharding import check_batch, make_mesh, place_batch
 
     mesh = make_mesh()
     check_batch(batch, mesh)
@@ -86,24 +85,13 @@ def bench_step(
         name: build_objective(step_config(size, image, dtype, name == "guided", num_visible=num_visible, decoder=decoder)) for name in STEPS
     }
     objective = objectives["random"]
-    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
-    optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000, warmup=10))
-
-    def make_state(key: Any) -> Any:
-        params, objective_state = objective.init(key)
-        return state_from_params(params, objective_state, optimizer)
-
-    shardings = parameter_shardings(jax.eval_shape(make_state, jax.random.key(0)), mesh)
-    state = jax.jit(make_state, out_shardings=shardings)(jax.random.key(0))
+    optimizer, shardings, state = fresh_state(objective, mesh)
     data = place_batch(synthetic_batch(objective.model, batch), mesh)
 
     holder, compiled, compile_s = {"state": state}, {}, {}
     del state
     for name in STEPS:
-        step = functools.partial(train_step, objective=objectives[name], optimizer=optimizer, seed=0)
-        start = time.perf_counter()
-        compiled[name] = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(holder["state"], data).compile()
-        compile_s[name] = time.perf_counter() - start
+        compiled[name], compile_s[name] = compile_step(objectives[name], optimizer, shardings, holder["state"], data)
 
     def run(name: str) -> None:
         holder["state"], metrics = compiled[name](holder["state"], data)
@@ -133,6 +121,92 @@ def bench_step(
         flops = step_flops(objective)
         records.append({**common, **step_record("torch", seconds, batch, flops, device, 1)})
     return records
+
+
+def fresh_state(objective: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """(optimizer, shardings, state on the devices) of a run of this objective."""
+    import jax
+
+    from maskvit.models import frozen_mask
+    from maskvit.optim import Cosine, adamw
+    from maskvit.sharding import parameter_shardings
+    from maskvit.step import state_from_params
+
+    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000, warmup=10))
+
+    def make_state(key: Any) -> Any:
+        params, objective_state = objective.init(key)
+        return state_from_params(params, objective_state, optimizer)
+
+    shardings = parameter_shardings(jax.eval_shape(make_state, jax.random.key(0)), mesh)
+    return optimizer, shardings, jax.jit(make_state, out_shardings=shardings)(jax.random.key(0))
+
+
+def compile_step(objective: Any, optimizer: Any, shardings: Any, state: Any, data: Any) -> tuple[Any, float]:
+    """The compiled train step, which donates its state, and how many seconds compiling took."""
+    import jax
+
+    from maskvit.step import train_step
+
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, seed=0)
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, data).compile()
+    return compiled, time.perf_counter() - start
+
+
+def bench_objectives(
+    size: Any, *, batch: int, image: int, dtype: str, steps: int, warmup: int, decoder: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Time the train steps of `OBJECTIVES` in turns: one record each, as of `bench_step`, with the arithmetic of the decoder.
+
+    `size`, `batch`: as there; `decoder`: sizes for all, by default each objective's own. Every objective has its own
+    parameters and optimiser state on the devices. A peak of memory belongs to the process, and is read after the first rounds
+    of each objective in this order of planned memory, least first: the first and every higher one are that objective's own, on
+    top of the states of those before it.
+    """
+    import jax
+
+    from maskvit.flops import decoder_flops, step_flops
+    from maskvit.modalities import RGB
+    from maskvit.objectives import build_objective
+    from maskvit.sharding import check_batch, make_mesh, place_batch
+
+    mesh = make_mesh()
+    check_batch(batch, mesh)
+    rgb, records, runs, states = dict(RGB, patch=14 if size == "H" else RGB["patch"]), {}, {}, {}
+    common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
+    device = jax.devices()[0]
+    for name, fields in OBJECTIVES.items():
+        block = dict(name=name, encoder=size, decoder=dict(decoder or {}), compute_dtype=dtype, **fields)
+        objective = build_objective(dict(image_size=(image, image), modalities=dict(rgb=rgb), objective=block))
+        optimizer, shardings, states[name] = fresh_state(objective, mesh)
+        data = place_batch(synthetic_batch(objective.model, batch), mesh)
+        compiled, compile_s = compile_step(objective, optimizer, shardings, states[name], data)
+        queries = objective.num_queries("norm_rgb", objective.model.layout)
+        flops = decoder_flops(objective.model, "norm_rgb", objective.num_visible, queries)
+        records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=step_flops(objective), decoder_flops=flops)
+
+        def run(name: str = name, compiled: Any = compiled, data: Any = data) -> None:
+            states[name], metrics = compiled(states[name], data)
+            jax.block_until_ready((states[name], metrics))
+            if not metrics["loss"][0] == metrics["loss"][0]:
+                raise FloatingPointError(f"the loss of {name} is NaN: its timings would not be those of a real step")
+
+        runs[name] = run
+    for name in sorted(runs, key=lambda name: records[name]["planned_gb"] or 0.0):
+        in_turns({name: runs[name]}, 0, warmup)
+        records[name] |= dict(device_peak_gb=device_peak_gb(device), resident_peak_gb=resident_peak_gb())
+    seconds = in_turns(runs, steps)
+    return [
+        {
+            **common,
+            **step_record(name, seconds, batch, record.pop("flops"), device, jax.device_count()),
+            "decoder_gmac_per_image": record.pop("decoder_flops") / 2e9,
+            **record,
+        }
+        for name, record in records.items()
+    ]
 
 
 def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, flops: float, device: Any, devices: int) -> dict[str, Any]:

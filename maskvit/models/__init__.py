@@ -324,6 +324,20 @@ class MultiMaeModel:
         grid = self.output_grid(output, layout)
         return apply(self._decoder(output), params["outputs"][output], memory, plan, layout, grid, masks_keys, *asked)
 
+    def decode_after_blocks(
+        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout
+    ) -> list[Float[Array, "b n p"]]:
+        """What `decode` would give if a MAE or CrossMAE decoder ended after each of its blocks."""
+        arguments = memory, plan, layout, self.output_grid(output, layout), False
+        return apply(self._decoder(output), params["outputs"][output], *arguments, method="after_blocks")
+
+    def decoder_attentions(
+        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout
+    ) -> list[Float[Array, "b a s s"]]:
+        """The attention maps of every block of a MAE decoder, over all tokens and the global ones."""
+        arguments = memory, plan, layout, self.output_grid(output, layout)
+        return apply(self._decoder(output), params["outputs"][output], *arguments, method="attentions")
+
     def output_grid(self, output: str, layout: TokenLayout) -> tuple[int, int]:
         """(rows, columns) of an output's own tokens: one that is not an input follows the image that the layout implies."""
         spec = self.modality(output)

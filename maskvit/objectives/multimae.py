@@ -489,30 +489,31 @@ class MultiMae:
         plan = self.make_plan(tokens, guidance, keys, state, step) if plan is None else plan
         grids = dict(zip(tokens.layout.names, tokens.layout.grids, strict=True))
         on_grid = lambda flat: {n: flat[:, tokens.layout.span(n)].reshape(-1, *grids[n]) for n in grids}  # noqa: E731
-        reconstructions = {}
-        for name, prediction in self.reconstruct(params, tokens, plan).items():
-            spec = self.model.modality(name)
-            height, width = prepared.values[spec.name].shape[1:3]
-            grid = height // spec.patch_pixels, width // spec.patch_pixels
-            if spec.kind == "categorical":
-                ids = prediction.argmax(axis=-1).astype(jnp.int32)
-                reconstructions[name] = unpatchify(ids, grid, spec.patch_pixels)[..., 0]
-                continue
-            if name != spec.name:
-                own = _split_channels(patchify(prepared.values[spec.name], spec.patch_pixels), spec)
-                _, mean, deviation = normalize_patches(own, self._valid_patches(spec, prepared))
-                prediction = prediction * deviation + mean
-            values = unpatchify(prediction.reshape(*prediction.shape[:2], -1), grid, spec.patch_pixels)
-            if spec.name in prepared.restore:
-                mean, deviation = prepared.restore[spec.name]
-                values = values * deviation + mean
-            reconstructions[name] = (values * jnp.array(spec.std) + jnp.array(spec.mean)) / spec.scale
+        predictions = self.reconstruct(params, tokens, plan)
         return {
             "inputs": {spec.name: batch[spec.name] for spec in self.model.modalities},
             "masked": on_grid(plan.masked),
             "guidance": {} if guidance is None else on_grid(guidance),
-            "reconstructions": reconstructions,
+            "reconstructions": {name: self.to_stored(name, prediction, prepared) for name, prediction in predictions.items()},
         }
+
+    def to_stored(self, output: str, prediction: Float[Array, "b n p c"], prepared: Prepared) -> Num[Array, "b h w *c"]:
+        """A prediction as a map in stored units, or of class ids."""
+        spec = self.model.modality(output)
+        height, width = prepared.values[spec.name].shape[1:3]
+        grid = height // spec.patch_pixels, width // spec.patch_pixels
+        if spec.kind == "categorical":
+            ids = prediction.argmax(axis=-1).astype(jnp.int32)
+            return unpatchify(ids, grid, spec.patch_pixels)[..., 0]
+        if output != spec.name:
+            own = _split_channels(patchify(prepared.values[spec.name], spec.patch_pixels), spec)
+            _, mean, deviation = normalize_patches(own, self._valid_patches(spec, prepared))
+            prediction = prediction * deviation + mean
+        values = unpatchify(prediction.reshape(*prediction.shape[:2], -1), grid, spec.patch_pixels)
+        if spec.name in prepared.restore:
+            mean, deviation = prepared.restore[spec.name]
+            values = values * deviation + mean
+        return (values * jnp.array(spec.std) + jnp.array(spec.mean)) / spec.scale
 
 
 def _take(values: Num[Array, "b n *p"], ids: Int[Array, "b q"]) -> Num[Array, "b q *p"]:

@@ -2,6 +2,7 @@
 
 python -m maskvit.report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
 python -m maskvit.report rows --checkpoint C --data_dir D
+python -m maskvit.report decoder --checkpoint C --images FILES_OR_FOLDER --out decoder.html
 python -m maskvit.report compare RUN... --out compare.html
 python -m maskvit.report masks --config FILE --out masks.html
 python -m maskvit.report guidance --config FILE --out guidance.html
@@ -13,11 +14,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from maskvit.report import attention, compare, guidance, masks, rows
+from maskvit.report import attention, compare, decoder, guidance, masks, rows
 
 COMMANDS = {
     "attention": (attention, "heads, rollout and masks on pictures of one's own, as one HTML page"),
     "rows": (rows, "which attention row hides objects more, measured on data with a semantic map"),
+    "decoder": (decoder, "what the decoder of a MAE or CrossMAE rebuilds after each block, and what it reads, as one HTML page"),
     "compare": (compare, "runs side by side: curves, k-NN, epochs to reach the baseline, a table with spread"),
     "masks": (masks, "what masking strategies look at and hide, on images of a config's data"),
     "guidance": (guidance, "maps as loss weights, from raw to exp(g / tau), and map sets side by side"),
