@@ -43,7 +43,10 @@ def main() -> int:
         help="keys or paths that may be left out or stay at their initialisation; may be given several times",
     )
     parser.add_argument(
-        "--model", choices=("teacher", "student", "both"), default="teacher", help="which model of self-distillation to read or write (default: teacher)"
+        "--model",
+        choices=("teacher", "student", "both"),
+        default="teacher",
+        help="which model of self-distillation to read or write (default: teacher)",
     )
     parser.add_argument("--target", choices=("normalized", "raw"), help="what a masked autoencoder predicts, where the file does not say")
     parser.add_argument("--inspect", action="store_true", help="print what the file is")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from maskvit.checkpoint import CheckpointError, load_objective_state, load_params
+from maskvit.checkpoint import CheckpointError, load_params
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.modalities import Modality, parse_modalities
@@ -43,7 +43,6 @@ class LoadedModel(NamedTuple):
 
     `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices,
     `config`: the plain config it was trained or converted with, `metadata`: all that stands beside it (source, licence).
-    `state`: what `predict` needs beside the parameters. Of DINO and iBOT both hold the teacher, the model to use.
     """
 
     objective: Any
@@ -51,7 +50,6 @@ class LoadedModel(NamedTuple):
     params: Params
     config: dict[str, Any]
     metadata: dict[str, Any]
-    state: Any = ()
 
 
 def load(path: str | os.PathLike) -> LoadedModel:
@@ -65,8 +63,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
-    if block.get("name") == "multimae":  # converted files say nothing of masking
-        block.setdefault("num_visible", _default_visible(config, block["inputs"]))
+    block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
     objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
     expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
@@ -76,12 +73,8 @@ def load(path: str | os.PathLike) -> LoadedModel:
             f"the parameters of the checkpoint {path} are not those of the config inside it: {wrong[0]} has shape "
             f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    teacher = load_objective_state(path).get("teacher") if "projection" in params else None
-    if teacher is not None:  # it lacks the student's token of hidden patches, and hides none
-        inputs = {name: {**params["inputs"][name], **block} for name, block in teacher["inputs"].items()}
-        params = {**teacher, "inputs": inputs}
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
-    return LoadedModel(objective, objective.model, params, config, metadata, () if teacher is None else {"teacher": params})
+    return LoadedModel(objective, objective.model, params, config, metadata)
 
 
 def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
@@ -178,7 +171,7 @@ def extract(
     source = Pictures(paths, spec.name)
     with eval_batches(source, {spec.name: spec}, loaded.model.image_size, batch_size=batch_size, crop=crop) as batches:
         for batch in batches:
-            features = predict(loaded.params, loaded.state, place_batch({spec.name: batch[spec.name]}, mesh))
+            features = predict(loaded.params, (), place_batch({spec.name: batch[spec.name]}, mesh))
             index, valid = batch["index"], batch["valid"]
             yield index[valid].tolist(), index[~valid & (index >= 0)].tolist(), {k: np.asarray(v)[valid] for k, v in features.items()}
 
@@ -232,8 +225,6 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     if not paths:
         raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
     loaded = load(checkpoint)
-    if feature == "global" and not loaded.model.num_global_tokens:
-        raise ValueError(f"--feature is 'global', but the model of {checkpoint} has no global token: give --feature mean")
 
     from tqdm import tqdm
 
