@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
@@ -22,11 +23,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from maskvit.checkpoint import CheckpointError, load_params
+from maskvit.checkpoint import CheckpointError, load_params, load_teacher
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.modalities import Modality, parse_modalities
-from maskvit.objectives import build_objective
+from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.types import Params, tree_paths
 
@@ -41,8 +42,9 @@ FEATURES = ("mean", "global")
 class LoadedModel(NamedTuple):
     """A checkpoint opened for use.
 
-    `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices,
-    `config`: the plain config it was trained or converted with, `metadata`: all that stands beside it (source, licence).
+    `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices
+    (of self-distillation the teacher's), `config`: the plain config it was trained or converted with, `metadata`: all that
+    stands beside it (source, licence).
     """
 
     objective: Any
@@ -63,7 +65,9 @@ def load(path: str | os.PathLike) -> LoadedModel:
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
-    block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
+    constructor = OBJECTIVES.get(block.get("name"))
+    if constructor is not None and "num_visible" in inspect.signature(constructor).parameters:
+        block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
     objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
     expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
@@ -73,6 +77,8 @@ def load(path: str | os.PathLike) -> LoadedModel:
             f"the parameters of the checkpoint {path} are not those of the config inside it: {wrong[0]} has shape "
             f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
+    teacher = load_teacher(path) if objective.model.projection else None
+    params = params if teacher is None else teacher
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
     return LoadedModel(objective, objective.model, params, config, metadata)
 
@@ -225,6 +231,8 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     if not paths:
         raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
     loaded = load(checkpoint)
+    if feature == "global" and not loaded.model.num_global_tokens:
+        raise ValueError(f"--feature is 'global', but the model of {checkpoint} has no global token: give --feature mean")
 
     from tqdm import tqdm
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from maskvit import train
+from maskvit import features, train
 from maskvit.keys import sample_keys
 from maskvit.models import MultiMaeModel, count_parameters, frozen_mask
 from maskvit.models.vit import drop_path
@@ -330,6 +330,12 @@ def test_a_run_resumes_bit_for_bit(method, data_dir, tmp_path):
     resumed = train.run(str(tmp_path / "stopped"), **settings)
     for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    # The teacher stands for the run: it is what a checkpoint is opened for.
+    loaded = features.load(tmp_path / "whole")
+    shown = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    for name, value in loaded.objective.predict(loaded.params, (), {"rgb": shown}).items():
+        theirs = loaded.objective.predict(whole.params, whole.objective_state, {"rgb": shown})[name]
+        np.testing.assert_allclose(value, theirs, rtol=1e-5, atol=1e-5)
     assert set(whole.objective_state) == {"teacher", "center"} | ({"patch_center"} if method == "attmask" else set())
 
 
