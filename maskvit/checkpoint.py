@@ -539,6 +539,13 @@ def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
     return stored
 
 
+def load_teacher(path: str | os.PathLike) -> Params | None:
+    """The teacher of a verified checkpoint of self-distillation, which stands for the run; None where there is none."""
+    step_dir = find_checkpoint(path)
+    part = ("objective_state", "teacher")
+    return _read_state_part(step_dir, part) if part[1] in (_stored_shapes(step_dir).get(part[0]) or {}) else None
+
+
 def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
     """Adam's {"count", "mu", "nu"} of a verified checkpoint as numpy arrays, None if it has none.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
@@ -22,11 +23,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from maskvit.checkpoint import CheckpointError, load_objective_state, load_params
+from maskvit.checkpoint import CheckpointError, load_params, load_teacher
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.modalities import Modality, parse_modalities
-from maskvit.objectives import build_objective
+from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.types import Params, tree_paths
 
@@ -41,9 +42,9 @@ FEATURES = ("mean", "global")
 class LoadedModel(NamedTuple):
     """A checkpoint opened for use.
 
-    `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices,
-    `config`: the plain config it was trained or converted with, `metadata`: all that stands beside it (source, licence).
-    `state`: what `predict` needs beside the parameters. Of DINO and iBOT both hold the teacher, the model to use.
+    `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices
+    (of self-distillation the teacher's), `config`: the plain config it was trained or converted with, `metadata`: all that
+    stands beside it (source, licence).
     """
 
     objective: Any
@@ -51,7 +52,6 @@ class LoadedModel(NamedTuple):
     params: Params
     config: dict[str, Any]
     metadata: dict[str, Any]
-    state: Any = ()
 
 
 def load(path: str | os.PathLike) -> LoadedModel:
@@ -65,8 +65,9 @@ def load(path: str | os.PathLike) -> LoadedModel:
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
-    if block.get("name") == "multimae":  # converted files say nothing of masking
-        block.setdefault("num_visible", _default_visible(config, block["inputs"]))
+    constructor = OBJECTIVES.get(block.get("name"))
+    if constructor is not None and "num_visible" in inspect.signature(constructor).parameters:
+        block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
     objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
     expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
@@ -76,12 +77,10 @@ def load(path: str | os.PathLike) -> LoadedModel:
             f"the parameters of the checkpoint {path} are not those of the config inside it: {wrong[0]} has shape "
             f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    teacher = load_objective_state(path).get("teacher") if "projection" in params else None
-    if teacher is not None:  # it lacks the student's token of hidden patches, and hides none
-        inputs = {name: {**params["inputs"][name], **block} for name, block in teacher["inputs"].items()}
-        params = {**teacher, "inputs": inputs}
+    teacher = load_teacher(path) if objective.model.projection else None
+    params = params if teacher is None else teacher
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
-    return LoadedModel(objective, objective.model, params, config, metadata, () if teacher is None else {"teacher": params})
+    return LoadedModel(objective, objective.model, params, config, metadata)
 
 
 def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
@@ -178,7 +177,7 @@ def extract(
     source = Pictures(paths, spec.name)
     with eval_batches(source, {spec.name: spec}, loaded.model.image_size, batch_size=batch_size, crop=crop) as batches:
         for batch in batches:
-            features = predict(loaded.params, loaded.state, place_batch({spec.name: batch[spec.name]}, mesh))
+            features = predict(loaded.params, (), place_batch({spec.name: batch[spec.name]}, mesh))
             index, valid = batch["index"], batch["valid"]
             yield index[valid].tolist(), index[~valid & (index >= 0)].tolist(), {k: np.asarray(v)[valid] for k, v in features.items()}
 

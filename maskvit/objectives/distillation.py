@@ -237,8 +237,11 @@ class Distillation:
         return new
 
     def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
-        """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present."""
-        teacher = state["teacher"]
+        """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present.
+
+        Without a state `params` are the teacher's, as they are where a checkpoint is opened for use.
+        """
+        teacher = state["teacher"] if state else params
         names = inputs or self.model.inputs[:1]
         prepared = prepare(self.model, {key: value for key, value in batch.items() if key in names or key == "present"})
         tokens = self.model.embed(teacher, prepared.values_of(names), prepared.present)

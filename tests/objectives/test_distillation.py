@@ -333,7 +333,7 @@ def test_a_run_resumes_bit_for_bit(method, data_dir, tmp_path):
     # The teacher stands for the run: it is what a checkpoint is opened for.
     loaded = features.load(tmp_path / "whole")
     shown = jnp.zeros((1, 32, 32, 3), jnp.uint8)
-    for name, value in loaded.objective.predict(loaded.params, loaded.state, {"rgb": shown}).items():
+    for name, value in loaded.objective.predict(loaded.params, (), {"rgb": shown}).items():
         theirs = loaded.objective.predict(whole.params, whole.objective_state, {"rgb": shown})[name]
         np.testing.assert_allclose(value, theirs, rtol=1e-5, atol=1e-5)
     assert set(whole.objective_state) == {"teacher", "center"} | ({"patch_center"} if method == "attmask" else set())
