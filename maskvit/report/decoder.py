@@ -154,11 +154,8 @@ def _what_it_reads(loaded: LoadedModel, output: str, attentions: Sequence[np.nda
     features = dict(loaded.model.decoder)["features"]
     png = figures.matrix(np.asarray(weights, np.float64), "decoder block", "encoder feature (column)", "Inter-block weights")
     named = "0 is what enters the encoder" if 0 in features else f"the first is block {features[0] - 1}"
-    return [
-        figures.Figure(
-            png, f"Weights with which each decoder block sums the encoder's features; of the columns {named}. They are free in sign."
-        )
-    ]
+    caption = f"Weights with which each decoder block sums the encoder's features; of the columns {named}. They are free in sign."
+    return [figures.Figure(png, caption)]
 
 
 # The command
