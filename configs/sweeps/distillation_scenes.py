@@ -24,14 +24,18 @@ def get_config():
         config.objective.scores = dict()
         config.objective.masking = dict()
         config.objective.guidance = dict(name="block_mask", ratio=(0.0, 0.3), ratio_var=(0.0, 0.2))
-        config.objective.teacher_momentum = 0.98
-        config.objective.temperature_warmup = "2 epochs"
+        config.objective.teacher_momentum = 0.985
+        config.objective.teacher_temperature = (0.04, 0.04)
+        config.objective.patch_temperature = (0.04, 0.04)
+        config.objective.temperature_warmup = "0 epochs"
+        config.objective.drop_path = 0.0
         config.objective.compute_dtype = "float32"
         config.data.train = dict(source="tfds", name="scenes", data_dir="data/masking_scenes", split="train")
-        config.data.augment.scale = (0.4, 1.0)
-        config.data.augment.views = dict(local_crops=2, local_size=(32, 32), local_scale=(0.1, 0.4))
+        config.optimizer.weight_decay = (0.04, 0.04)
+        config.data.augment.scale = (0.5, 1.0)
+        config.data.augment.views = dict(local_crops=2, local_size=(32, 32), local_scale=(0.2, 0.5))
     config.data.workers = 0
-    config.optimizer.base_lr = 5e-3
+    config.optimizer.base_lr = 3e-3
     config.schedule = dict(total_epochs=8.0, start_epochs=0.0, warmup_epochs=0.5, min_lr=0.0)
     config.picture_every = "0 steps"
     config.log_every = 20
@@ -41,16 +45,20 @@ def get_config():
 
 
 def get_sweep():
+    """iBOT hides exact blocks; AttMask hides 10 to 50 % of half of the views by its scores; DINO hides nothing."""
+
     def masked(scores: str) -> dict:
-        """AttMask: half of the views lose 10 to 50 % of their tokens, chosen by these scores."""
         return {
             "objective.guidance": dict(),
             "objective.scores": dict(name=scores),
             "objective.masking": dict(ratio=0.3, ratio_var=0.2, probability=0.5, per="step"),
         }
 
+    of_masks = ("guidance", "scores", "masking", "patch_temperature")
+    dino = {key: value for key, value in get_config().objective.to_dict().items() if key not in of_masks}
     return {
         "ibot": {},
+        "dino": {"objective": {**dino, "name": "dino"}},
         "attmask_high": masked("attention_high"),
         "attmask_hint": masked("attention_hint"),
         "attmask_low": masked("attention_low"),
