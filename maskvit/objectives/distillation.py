@@ -292,7 +292,8 @@ class Distillation:
         layout = self.model.layout
         if self.guidance is not None:
             blocks = batch["guidance"]
-            return maps_to_tokens(blocks.reshape(-1, 1, *blocks.shape[2:]), layout) > 0.5
+            masked = maps_to_tokens(blocks.reshape(-1, 1, *blocks.shape[2:]), layout) > 0.5
+            return masked if present is None else masked & present
         if self.masking is None:
             return None
         return choose_hidden(self.masking, self.scores, attention, keys, step, layout, present)
