@@ -1,4 +1,4 @@
-"""Random cells of the grid (inputs x source x scores x budget x weight x schedule x what is predicted): two steps of each."""
+"""Random cells of the grid (inputs x source x scores x budget x decoder x weight x schedule x what is predicted): two steps of each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from maskvit.guidance import GUIDANCE
 from maskvit.keys import sample_keys
 from maskvit.masking import BUDGETS, present_counts
 from maskvit.models import frozen_mask
+from maskvit.models.decoders import DECODERS
 from maskvit.optim import Cosine, adamw
 from maskvit.scores import GUIDED_SCORES, SCORES
 from maskvit.step import init_state, train_step
@@ -40,6 +41,7 @@ def draw_cells(seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     tables = (GUIDANCE, SCORES, BUDGETS)
     drawn = [_shuffled_forever(rng, sorted(table)) for table in tables]
+    decoders = _shuffled_forever(random.Random(seed), sorted(DECODERS))
     cells = []
     for i in range(max(map(len, tables))):
         inputs = INPUTS[i % 3]
@@ -51,6 +53,7 @@ def draw_cells(seed: int) -> list[dict[str, Any]]:
             guidance=dict(name=source, **SOURCE_FIELDS.get(source, {})),
             scores=dict(name=score, **SCORE_FIELDS.get(score, {})),
             budget=dict(name=budget, **BUDGET_FIELDS.get(budget, {}).get(len(inputs), {})),
+            decoder=dict(name=next(decoders), width=16, depth=1, heads=4),
         )
         # Scores without guidance leave it to the loss weights.
         if score not in GUIDED_SCORES or rng.random() < 0.3:
@@ -91,8 +94,8 @@ CELLS = draw_cells(seed=0)
 
 
 def test_every_row_of_every_table_occurs():
-    drawn = {kind: {cell[kind]["name"] for cell in CELLS} for kind in ("guidance", "scores", "budget")}
-    assert drawn == {"guidance": set(GUIDANCE), "scores": set(SCORES), "budget": set(BUDGETS)}
+    drawn = {kind: {cell[kind]["name"] for cell in CELLS} for kind in ("guidance", "scores", "budget", "decoder")}
+    assert drawn == {"guidance": set(GUIDANCE), "scores": set(SCORES), "budget": set(BUDGETS), "decoder": set(DECODERS)}
 
 
 @pytest.mark.parametrize(
