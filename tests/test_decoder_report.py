@@ -69,7 +69,7 @@ def test_the_last_stage_is_the_prediction():
         plan, _ = objective.plan(params, batch, jax.random.split(jax.random.key(1), 1))
         memory = objective.encode_visible(params, tokens, plan)
         arguments = params, "norm_rgb", memory, plan, tokens.layout
-        return objective.model.decode_after_blocks(*arguments), objective.model.decode(*arguments, False)
+        return objective.model.decode_after_blocks(*arguments, False), objective.model.decode(*arguments, False)
 
     stages, prediction = jax.jit(run)(params)
     assert len(stages) == 2 and not np.allclose(stages[0], stages[1])

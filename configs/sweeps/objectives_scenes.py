@@ -41,5 +41,7 @@ def get_sweep():
     """Every row sets its whole objective."""
     return {
         "mae": {},
-        "crossmae": {"objective": autoencoder("crossmae", depth=3, kept_mask_ratio=0.25)},
+        "crossmae": {"objective": autoencoder("crossmae", depth=3)},
+        # A third of the hidden tokens rebuilt: cheaper, but so few steps then teach less.
+        "crossmae_quarter": {"objective": autoencoder("crossmae", depth=3, kept_mask_ratio=0.25)},
     }

@@ -325,10 +325,10 @@ class MultiMaeModel:
         return apply(self._decoder(output), params["outputs"][output], memory, plan, layout, grid, masks_keys, *asked)
 
     def decode_after_blocks(
-        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout
+        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout, masks_keys: bool
     ) -> list[Float[Array, "b n p"]]:
         """What `decode` would give if a MAE or CrossMAE decoder ended after each of its blocks."""
-        arguments = memory, plan, layout, self.output_grid(output, layout), False
+        arguments = memory, plan, layout, self.output_grid(output, layout), masks_keys
         return apply(self._decoder(output), params["outputs"][output], *arguments, method="after_blocks")
 
     def decoder_attentions(

@@ -23,7 +23,7 @@ from maskvit import figures
 from maskvit.data.pipeline import eval_batches
 from maskvit.features import LoadedModel, Pictures, find_pictures, first_input, load, unreadable
 from maskvit.keys import sample_keys, stream_keys
-from maskvit.masking import drop
+from maskvit.masking import drop, present_counts
 from maskvit.report.attention import share_visible
 from maskvit.report.files import check_out, write
 from maskvit.scores import random_scores
@@ -68,13 +68,13 @@ def decode(objective: Any, params: Params, batch: Batch, keys: Key[Array, " b"],
     """Hide all but `num_visible` tokens of the one modality in `batch` at random, and follow the decoder."""
     model = objective.model
     prepared = objective.prepare(batch)
-    tokens = model.embed(params, prepared.values)
-    counts = jnp.full((tokens.tokens.shape[0], 1), num_visible)
-    plan = drop(random_scores(stream_keys(keys, "scores"), tokens.layout), counts, tokens.layout, num_visible)
+    tokens = model.embed(params, prepared.values, prepared.present)
+    counts = jnp.minimum(num_visible, present_counts(tokens.layout, tokens.present, tokens.tokens.shape[0]))
+    plan = drop(random_scores(stream_keys(keys, "scores"), tokens.layout), counts, tokens.layout, num_visible, tokens.present)
     memory = objective.encode_visible(params, tokens, plan)
     spec = model.modality(output)
     stages = []
-    for flat in model.decode_after_blocks(params, output, memory, plan, tokens.layout):
+    for flat in model.decode_after_blocks(params, output, memory, plan, tokens.layout, tokens.present is not None):
         stages.append(objective.to_stored(output, flat.reshape(*flat.shape[:2], spec.patch_pixels**2, -1), prepared))
     attention = None
     if model.decoder_name == "mae":
@@ -153,8 +153,8 @@ def _what_it_reads(loaded: LoadedModel, output: str, attentions: Sequence[np.nda
         return []
     features = dict(loaded.model.decoder)["features"]
     png = figures.matrix(np.asarray(weights, np.float64), "decoder block", "encoder feature (column)", "Inter-block weights")
-    named = "0 is what enters the encoder" if 0 in features else f"the first is block {features[0] - 1}"
-    caption = f"Weights with which each decoder block sums the encoder's features; of the columns {named}. They are free in sign."
+    named = "column 0 is what enters the encoder" if 0 in features else f"column 0 is block {features[0] - 1}"
+    caption = f"Weights with which each decoder block sums the encoder's features; {named}. They are free in sign."
     return [figures.Figure(png, caption)]
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
 
+from configs import common
 from maskvit import flops
 from maskvit.keys import sample_keys
 from maskvit.masking import predicted_mask
 from maskvit.modalities import RGB
-from maskvit.models import VARIANTS, count_parameters
+from maskvit.models import VARIANTS, count_parameters, frozen_mask
 from maskvit.models.decoders import crossmae_features
 from maskvit.objectives import build_objective
+from maskvit.optim import decay_mask
 from maskvit.types import Queries, TokenBatch, tree_paths
 
 SMALL_DECODER = dict(width=256, heads=8)
@@ -302,3 +304,18 @@ def test_bad_input_is_named(name, objective, message):
 
 def test_every_variant_has_published_sizes():
     assert set(VARIANTS) - {"Ti"} == set(CROSSMAE_PINNED)
+
+
+# The optimiser
+
+
+def test_weights_and_tokens_decay_as_in_the_references():
+    config = common.crossmae("B", 0.25)
+    assert config.optimizer.base_lr == pytest.approx(5e-5)  # 1.5e-4 x 0.25 / 0.75
+    objective = build_objective(config.to_dict())
+    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    decays = tree_paths(decay_mask(shapes, frozen_mask(shapes), False, config.optimizer.decayed))
+    others = {name for name, decay in decays.items() if decay and not name.endswith("/kernel")}
+    assert others == {"global_tokens", "outputs/norm_rgb/mask_token", "outputs/norm_rgb/feature_weights"}
+    with pytest.raises(ValueError, match="config.optimizer.decayed names 'cls_token', but this model's parameters are: bias, feature_w"):
+        decay_mask(shapes, frozen_mask(shapes), False, ("kernel", "cls_token"))
