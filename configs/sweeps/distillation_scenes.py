@@ -4,7 +4,8 @@ python -m maskvit.data.builders scenes --data_dir data/masking_scenes --num_trai
 python -m maskvit.sweep --config configs/sweeps/distillation_scenes.py --seeds 3 --out runs/distillation_scenes --baseline ibot
 
 The input is depth, where shape is in the open; colours would need more steps than these. k-NN reads the teacher; that of the
-untrained network is a run with total=0. So few steps show that the losses fall and nothing collapses, and little of features.
+untrained network is a run with total=0. So few steps show that it runs and does not collapse: the loss
+falls for 100 steps, then follows its teacher up again, and k-NN stays within chance of the untrained network's (17.6, one run).
 """
 
 from configs import common
