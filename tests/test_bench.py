@@ -146,7 +146,7 @@ def test_every_kind_of_guidance_is_timed():
     model = build_objective(step.step_config(shallow, 32, "float32", False, **SMALL)).model
     every = guidance.options(model)
     assert "predicted after 1" in every and "predicted after 2" not in every  # the model has two blocks
-    one_of_each = ("random", "exact", "coarse 0.5", "sampled 0.5", "merged 0.5", "predicted after 1, 4 crops")
+    one_of_each = ("random", "exact", "coarse 0.5", "predicted after 1, 4 crops")
     rows = {name: option for name, option in every.items() if name in one_of_each or (name.startswith("re-used") and "16" not in name)}
     records = guidance.bench_cost(rows, size=shallow, batch=4, image=32, dtype="float32", steps=2, warmup=1, **SMALL)
     by_name = {record["option"]: record for record in records}

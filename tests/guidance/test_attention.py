@@ -88,4 +88,4 @@ def test_no_gradient_flows_through_guidance(params, tokens, query):
 def test_guidance_is_looked_up_by_name():
     assert build_source(dict(name="self_attention", query="mean")) == GUIDANCE["self_attention"](query="mean")
     with pytest.raises(ValueError, match="config.objective.guidance.query is 'cls'; known: global, mean"):
-        guide({}, jnp.zeros((1, 48, 48)), "cls", None)
+        build_source(dict(name="self_attention", query="cls")).check(MODEL)
