@@ -35,9 +35,10 @@ GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
 CENTER_MOMENTUM = 0.9
 
-# A collapsed teacher says the same of every image: all prototypes alike, one prototype always, or features without spread.
-# The untrained network looks like that too, so the alarm waits for a tenth of the run.
-UNIFORM, ONE_HOT, NO_SPREAD = 0.999, 0.01, 0.01
+# A collapsed teacher says the same of every image: all prototypes alike, one prototype at a time (the centre, which lags behind,
+# then hands the role on, and the loss looks splendid), or features without spread. The untrained network looks like that too, so
+# the alarm waits for a tenth of the run.
+UNIFORM, SAME, NO_SPREAD = 0.999, 0.01, 0.01
 QUIET_SHARE = 0.1
 
 
@@ -313,21 +314,31 @@ class Distillation:
         return rows.reshape(images, -1, rows.shape[-1])
 
     def watch(self, targets: Float[Array, "r k"], features: Float[Array, "r d"], step: Int[Array, ""]) -> Metrics:
-        """Signs of collapse: the targets' entropy as a share of ln k, the spread of the teacher's features over the views, and alarms.
+        """Signs of collapse and alarms: the targets' entropy, what they tell of the view, the spread of the teacher's features.
 
+        `teacher_entropy` is the mean entropy of a view's targets; `teacher_information` is what the entropy of the views' mean target
+        has on top of it, the mutual information of view and prototype: 0 where every view is told the same, however sharply. Both are
+        shares of ln k, and the second grows with the views compared, to at most the logarithm of their number.
         The spread is the deviation over views of the features, each of length 1, times sqrt(d): near 1 where they point anywhere,
         0 where they are one.
         """
-        entropy = -jnp.where(targets > 0, targets * jnp.log(jnp.where(targets > 0, targets, 1.0)), 0.0).sum(axis=-1).mean()
-        share = entropy / jnp.log(targets.shape[-1])
+        share = shannon_entropy(targets).mean() / jnp.log(targets.shape[-1])
+        information = shannon_entropy(targets.mean(axis=0)) / jnp.log(targets.shape[-1]) - share
         features = features.astype(jnp.float32)
         features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         spread = features.std(axis=0).mean() * jnp.sqrt(features.shape[-1])
         late = step >= QUIET_SHARE * self.momentum_over
-        alarms = {"uniform_teacher": share > UNIFORM, "one_hot_teacher": share < ONE_HOT, "constant_features": spread < NO_SPREAD}
-        values = {"teacher_entropy": share, "feature_spread": spread}
+        alarms = {"uniform_teacher": share > UNIFORM, "constant_features": spread < NO_SPREAD}
+        if targets.shape[0] > GLOBAL_VIEWS:  # views of one image should be told the same
+            alarms["same_targets"] = information < SAME
+        values = {"teacher_entropy": share, "teacher_information": information, "feature_spread": spread}
         values |= {f"alarm/{name}": (late & sign).astype(jnp.float32) for name, sign in alarms.items()}
         return {name: (jax.lax.stop_gradient(value), jnp.ones(())) for name, value in values.items()}
+
+
+def shannon_entropy(probabilities: Float[Array, "*r k"]) -> Float[Array, "*r"]:
+    """Shannon entropy in nats; a probability of 0 adds nothing."""
+    return -jnp.where(probabilities > 0, probabilities * jnp.log(jnp.where(probabilities > 0, probabilities, 1.0)), 0.0).sum(axis=-1)
 
 
 def teacher_params(params: Params) -> Params:

@@ -246,19 +246,30 @@ def test_temperature_rises_by_whole_epochs():
     np.testing.assert_allclose(without.temperature((0.04, 0.07), 0), 0.07, rtol=1e-6)
 
 
-@pytest.mark.parametrize("what", ["uniform_teacher", "one_hot_teacher", "constant_features"])
-def test_collapse_is_told(what):
+def alarms(objective, targets, features, step=50):
+    values = objective.watch(targets, features, jnp.int32(step))
+    return {name.removeprefix("alarm/") for name in values if name.startswith("alarm/") and values[name][0]}
+
+
+def test_collapse_is_told():
     objective = tiny("dino").resolve(lambda duration: 100)
     targets = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (16, 24)))
     features = jax.random.normal(jax.random.key(1), (16, 32))
     healthy = objective.watch(targets, features, jnp.int32(50))
-    assert not any(healthy[name][0] for name in healthy if name.startswith("alarm/"))
     assert 0.9 < healthy["feature_spread"][0] < 1.1 and 0.3 < healthy["teacher_entropy"][0] < 0.95
-    targets = {"uniform_teacher": jnp.full((16, 24), 1 / 24), "one_hot_teacher": jnp.eye(24)[jnp.zeros(16, int)]}.get(what, targets)
-    features = jnp.ones((16, 32)) if what == "constant_features" else features
-    ill = objective.watch(targets, features, jnp.int32(50))
-    assert [name for name in ill if name.startswith("alarm/") and ill[name][0]] == [f"alarm/{what}"]
-    assert not objective.watch(targets, features, jnp.int32(5))[f"alarm/{what}"][0]  # an untrained network looks like this
+    assert not alarms(objective, targets, features)
+    sure = jnp.eye(24)[:16]  # sure of itself, and says something else of every view
+    np.testing.assert_allclose(objective.watch(sure, features, jnp.int32(50))["teacher_information"][0], np.log(16) / np.log(24), rtol=1e-5)
+    assert not alarms(objective, sure, features)
+    assert not alarms(objective, sure[:2] * 0 + sure[0], features[:2])  # two views of one image should be told the same
+
+    uniform, one = jnp.full((16, 24), 1 / 24), jnp.tile(sure[3], (16, 1))
+    assert alarms(objective, uniform, features) == {"uniform_teacher", "same_targets"}
+    assert alarms(objective, one, features) == {"same_targets"}
+    assert alarms(objective, jnp.tile(targets[0], (16, 1)), features) == {"same_targets"}
+    assert alarms(objective, targets, jnp.ones((16, 32))) == {"constant_features"}
+    for collapsed in (uniform, one):  # an untrained network looks like this
+        assert not alarms(objective, collapsed, jnp.ones((16, 32)), step=5)
 
 
 # Sizes and initial values
