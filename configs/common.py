@@ -64,7 +64,7 @@ def multimae_b() -> ConfigDict:
                 b2=0.95,
                 eps=1e-8,
                 weight_decay=0.05,
-                decay_all=True,
+                no_decay=(),  # norms and biases decay too
                 clip_norm=config_dict.placeholder(float),
             ),
             schedule=dict(total_epochs=1600.0, start_epochs=0.0, warmup_epochs=40.0, min_lr=0.0),
@@ -179,7 +179,6 @@ def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
                 b2=0.999,
                 eps=1e-8,
                 weight_decay=(0.04, 0.4),
-                decay_all=True,
                 no_decay=(".*bias", r".*norm\d?/scale"),  # the class token, positions and the prototypes' lengths do decay
                 clip_tensor_norm=3.0,
                 freeze=dict(parameters="projection/(patch_)?prototypes/.*", until="1 epochs"),

@@ -64,16 +64,11 @@ class Optimizer(NamedTuple):
     schedule: Any
 
 
-def decay_mask(params: Params, frozen: Any, decay_all: bool, no_decay: Sequence[str] = ()) -> Any:
-    """Which parameters decay: all trainable ones (as MultiMAE pretrains), or only matrices that are not embeddings.
-
-    `no_decay`: regular expressions of paths ("norm/scale") that are exempt.
-    """
+def decay_mask(params: Params, frozen: Any, no_decay: Sequence[str] = ()) -> Any:
+    """Which parameters decay: all trainable ones but those whose path ("norm/scale") matches one of the regular expressions."""
 
     def decays(path: Any, leaf: Any, is_frozen: bool) -> bool:
-        if is_frozen or any(re.fullmatch(pattern, path_name(path)) for pattern in no_decay):
-            return False
-        return decay_all or path[-1].key == "kernel"
+        return not is_frozen and not any(re.fullmatch(pattern, path_name(path)) for pattern in no_decay)
 
     return jax.tree_util.tree_map_with_path(decays, params, frozen)
 
@@ -133,7 +128,6 @@ def adamw(
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float | tuple[float, float] = 0.05,
-    decay_all: bool = True,
     no_decay: Sequence[str] = (),
     clip_norm: float | None = None,
     clip_tensor_norm: float | None = None,
@@ -143,8 +137,8 @@ def adamw(
 
     `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimiser state.
     `weight_decay`: a pair goes from the first to the second on half a cosine over `schedule`.
-    `decay_all=True` decays every trainable tensor, norms and biases included, as the MultiMAE reference does;
-    False exempts everything but the kernels of linear layers. `no_decay`: regular expressions of paths exempt in any case.
+    Every trainable tensor decays, norms and biases included, as in the MultiMAE reference, but those whose path matches one of
+    the regular expressions `no_decay`.
     `clip_norm` limits the norm of all gradients together, `clip_tensor_norm` that of each tensor.
     `freeze` {"parameters": regular expression, "until": step}: those tensors and their moments stay as they are before that step.
     """
@@ -154,7 +148,7 @@ def adamw(
         lambda path, x: bool(freeze) and not x and re.fullmatch(freeze["parameters"], path_name(path)) is not None, frozen
     )
     _check_patterns(params, no_decay, freeze)
-    decays = decay_mask(params, frozen, decay_all, no_decay)
+    decays = decay_mask(params, frozen, no_decay)
 
     def adam(members: Any) -> optax.GradientTransformation:
         """The optimiser of the tensors that `members` marks."""

@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for batch in options.batch:
                 for record in distillation.bench_distillation(options.size, batch=batch, image=options.image, dtype=dtype, **times):
                     show(record)
+                    print(step.table_row(record), file=sys.stderr, flush=True)
         return
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     for dtype in options.dtype:

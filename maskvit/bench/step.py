@@ -337,12 +337,12 @@ def table_row(record: Mapping[str, Any]) -> str:
     """One measurement for the eye."""
     memory = record.get("device_peak_gb") or record.get("planned_gb")
     parts = [
-        f"{record['measurement']:<7} {record['size']:<6} batch {record['batch']:<5} {record['dtype']:<9}",
+        f"{record['measurement']:<12} {record['size']:<6} batch {record['batch']:<5} {record['dtype']:<9}",
         f"{record['median_s']:8.4f} s/step ({record['min_s']:.4f}-{record['max_s']:.4f})",
         f"{record['images_per_s']:8.1f} images/s",
         f"{record['gflop_per_image']:6.1f} GFLOP/image {record['tflops_per_s']:7.3f} TFLOP/s",
         f"MFU {record['mfu']:.1%}" if record["mfu"] is not None else "",
         f"{memory:.2f} GB" if memory else "",
-        *(f"{key.removeprefix('ratio_to_')} x {value:.2f}" for key, value in record.items() if key.startswith("ratio_to_")),
+        *(f"{value:.3f} x {key.removeprefix('ratio_to_')}" for key, value in record.items() if key.startswith("ratio_to_")),
     ]
     return "  ".join(part for part in parts if part)

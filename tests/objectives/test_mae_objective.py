@@ -315,7 +315,7 @@ def test_weights_and_tokens_decay_as_in_the_references():
     objective = build_objective(config.to_dict())
     shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     frozen = frozen_mask(shapes)
-    decays = tree_paths(decay_mask(shapes, frozen, config.optimizer.decay_all, config.optimizer.no_decay))
+    decays = tree_paths(decay_mask(shapes, frozen, config.optimizer.no_decay))
     others = {name for name, decay in decays.items() if decay and not name.endswith("/kernel")}
     assert others == {"global_tokens", "outputs/norm_rgb/mask_token", "outputs/norm_rgb/feature_weights"}
     assert all(decay for name, decay in decays.items() if name.endswith("/kernel"))
