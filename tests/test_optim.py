@@ -263,7 +263,7 @@ def test_decay_groups_of_the_published_vit_s():
     """57 tensors decay and 102 do not; ours are one more, as the class token's position is a tensor of its own."""
     objective = build_objective(get_config("configs/pretrain/attmask_s_100e.py").to_dict())
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
-    decays = tree_paths(decay_mask(shapes, frozen_mask(shapes, objective.model), True, NO_DECAY))
+    decays = tree_paths(decay_mask(shapes, frozen_mask(shapes, objective.model), NO_DECAY))
     assert (sum(decays.values()), len(decays) - sum(decays.values())) == (57 + 1, 102)
     for name in (
         "global_tokens",
