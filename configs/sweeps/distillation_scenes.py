@@ -58,8 +58,8 @@ def get_sweep():
     of_masks = ("guidance", "scores", "masking", "patch_temperature")
     dino = {key: value for key, value in get_config().objective.to_dict().items() if key not in of_masks}
     return {
-        "untrained": {"total": "0 steps"},
         "ibot": {},
+        "untrained": {"total": "0 steps"},
         "dino": {"objective": {**dino, "name": "dino"}},
         "attmask_high": masked("attention_high"),
         "attmask_hint": masked("attention_hint"),

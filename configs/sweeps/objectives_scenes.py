@@ -40,8 +40,8 @@ def autoencoder(name: str, depth: int, **objective) -> dict:
 def get_sweep():
     """Every row sets its whole objective."""
     return {
-        "untrained": {"total": "0 steps"},
         "mae": {},
+        "untrained": {"total": "0 steps"},
         "crossmae": {"objective": autoencoder("crossmae", depth=3)},
         # A third of the hidden tokens rebuilt: cheaper, but so few then teach less.
         "crossmae_quarter": {"objective": autoencoder("crossmae", depth=3, kept_mask_ratio=0.25)},
