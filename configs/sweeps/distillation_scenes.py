@@ -1,4 +1,4 @@
-"""Smoke experiments of self-distillation: one small model per method on rendered scenes, about seven minutes each on two CPU cores.
+"""Smoke experiments of self-distillation: one small model per method on rendered scenes, about ten minutes each on one CPU core.
 
 python -m maskvit.data.builders scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
 python -m maskvit.sweep --config configs/sweeps/distillation_scenes.py --seeds 3 --out runs/distillation_scenes --baseline untrained
