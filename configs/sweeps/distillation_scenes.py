@@ -24,8 +24,8 @@ def get_config():
         config.objective.scores = dict()
         config.objective.masking = dict()
         config.objective.guidance = dict(name="block_mask", ratio=(0.0, 0.3), ratio_var=(0.0, 0.2))
-        # A teacher that follows faster, or students at a higher rate, end in one that says the same of every image; one at the
-        # published temperature of 0.04 ends uniform.
+        # A teacher that follows faster (0.95) comes to say the same of every image; one at the published temperature of 0.04
+        # ends uniform.
         config.objective.teacher_momentum = 0.995
         config.objective.momentum_over = "2000 steps"
         config.objective.teacher_temperature = (0.02, 0.02)
