@@ -7,9 +7,7 @@ Autoencoders", 2024.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +19,11 @@ from jaxtyping import Array, Bool, Float, Key, Num
 
 from maskvit import figures
 from maskvit.data.pipeline import eval_batches
-from maskvit.features import LoadedModel, Pictures, find_pictures, first_input, load, unreadable
+from maskvit.features import LoadedModel, Pictures, first_input, unreadable
 from maskvit.keys import sample_keys, stream_keys
 from maskvit.masking import drop, present_counts
 from maskvit.report.attention import share_visible
-from maskvit.report.files import check_out, write
+from maskvit.report.files import add_picture_arguments, picture_command
 from maskvit.scores import random_scores
 from maskvit.types import Batch, Params
 
@@ -160,22 +158,9 @@ def _what_it_reads(loaded: LoadedModel, output: str, attentions: Sequence[np.nda
 
 # The command
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
-    parser.add_argument("--images", required=True, nargs="+", help="image files or folders of them")
-    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
-    parser.add_argument("--crop", type=float, default=0.875, help="image side over the side of the resized picture it is cut from")
+add_arguments = add_picture_arguments
 
 
 def run(checkpoint: str, images: Sequence[str], out: Path, crop: float) -> int:
     """The command; 1 where a file was left out."""
-    check_out(out)
-    paths = find_pictures(images)
-    page, left_out = decoder_page(load(checkpoint), paths, str(checkpoint), crop)
-    write(out, page)
-    print(f"{len(paths) - len(left_out)} picture(s) in {out}")
-    for path, reason in left_out.items():
-        print(f"left out: {path}: {reason}", file=sys.stderr)
-    return 1 if left_out else 0
+    return picture_command(decoder_page, checkpoint, images, out, crop)
