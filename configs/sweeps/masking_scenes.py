@@ -46,6 +46,7 @@ def get_sweep():
 
     return {
         "random": {},
+        "untrained": {"total": "0 steps"},
         "high": guided(dict(name="attention_high")),
         "low": guided(dict(name="attention_low")),
         # A control that hides at random by way of a map: what sets it apart from `random` is chance, and `low` must differ by more.
