@@ -23,8 +23,8 @@ def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_record
 
 def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -> TrainState:
     """Step 0 with given parameters and fresh optimiser moments."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.tx.init(params), objective_state, zero)
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: a step gives each away
+    return TrainState(step, params, optimizer.tx.init(params), objective_state, skipped)
 
 
 def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int) -> tuple[Any, Any, Any, Metrics]:
