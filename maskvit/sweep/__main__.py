@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,14 +52,19 @@ def sweep(
             print(f"{head} ...", flush=True)
             result = carry_out(run)
             results = [r for r in (other.result() for other in runs) if r is not None]
-            seconds = float(np.mean([r["seconds"] for r in results]))
-            left = sum(other.result() is None for other in wanted[number:]) * seconds
+            left = sum(expected_seconds(other.cell, results) for other in wanted[number:] if other.result() is None)
             shown = {k: v for k, v in result["final"].items() if k == "loss" or k in judged(list(result["final"]))}
             figures_of_run = result["failed"] or "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             print(f"{head}: {figures_of_run}  ({result['seconds']:.0f} s; {left / 60:.0f} min left)", flush=True)
         results = [r for r in (other.result() for other in runs) if r is not None]
         text = write_tables(out, results, cells, baseline, controls, command)
     return text
+
+
+def expected_seconds(cell: str, results: Sequence[Mapping[str, Any]]) -> float:
+    """What a run takes: as long as its cell's finished ones, or as any where there are none. `results`: at least one."""
+    own = [r["seconds"] for r in results if r["cell"] == cell]
+    return float(np.mean(own or [r["seconds"] for r in results]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
