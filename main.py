@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
         # Without this the CPU backend would leave every process on its own.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    train.main(_CONFIG.value, _WORKDIR.value, profile=_PROFILE.value)
+    train.main(_CONFIG.value, str(_WORKDIR.value), profile=_PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def build_page(
     knn_rows = [(key.removeprefix("knn/"), before[key], after[key]) for key in sorted(after) if key.startswith("knn/")]
     outputs = list(losses["continued"])
     loss_rows = [(name, losses["imported"][name], losses["continued"][name], losses["mean patch"][name]) for name in outputs]
-    loss_rows.append(("sum", *(sum(losses[who].values()) for who in ("imported", "continued", "mean patch"))))
+    imported, continued, mean_patch = (float(sum(losses[who].values())) for who in ("imported", "continued", "mean patch"))
+    loss_rows.append(("sum", imported, continued, mean_patch))
     speed = np.median([row["images_per_second"] for row in training if "images_per_second" in row])
     objective = config["objective"]
     P, T, F, C, S = figures.Prose, figures.Table, figures.Figure, figures.Commands, figures.Section

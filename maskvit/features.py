@@ -65,7 +65,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     block = dict(config["objective"])
-    constructor = OBJECTIVES.get(block.get("name"))
+    constructor: Callable[..., Any] | None = OBJECTIVES.get(block.get("name", ""))
     if constructor is not None and "num_visible" in inspect.signature(constructor).parameters:
         block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
     objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
@@ -243,10 +243,10 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
             left_out |= {paths[index]: "damaged picture data" for index in bad}
             parts.append(features[feature])
             bar.update(len(good) + len(bad))
-    features = np.concatenate(parts)
+    rows = np.concatenate(parts)
     about = dict(checkpoint=str(checkpoint), feature=feature, modality=first_input(loaded.model).name, crop=str(crop))
-    write_features(out, ids, features, about)
-    print(f"{len(ids)} x {features.shape[1]} features ({feature}) written to {out}")
+    write_features(out, ids, rows, about)
+    print(f"{len(ids)} x {rows.shape[1]} features ({feature}) written to {out}")
     if left_out:
         print(f"{len(left_out)} file(s) left out:", file=sys.stderr)
         for path, reason in left_out.items():

@@ -73,8 +73,7 @@ def standardize_trimmed(
     b = values.shape[0]
     flat = values.reshape(b, -1)
     if valid is None:
-        n = flat.shape[1]
-        low, high = jnp.full((b, 1), int(trim * n)), jnp.full((b, 1), int((1 - trim) * n))
+        low, high = (jnp.full((b, 1), int(share * flat.shape[1])) for share in (trim, 1 - trim))
         ordered = jnp.sort(flat, axis=1)
     else:
         known = jnp.broadcast_to(valid, values.shape).reshape(b, -1)
@@ -161,7 +160,7 @@ def across_views(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], 
     """Per image, mean cross-entropy over all pairs of a teacher's and another student's view, the first t of which are the same views."""
     log_probabilities = jax.nn.log_softmax(logits / temperature, axis=-1)
     pairs = -jnp.einsum("btk,bsk->bts", targets, log_probabilities)
-    different = ~jnp.eye(*pairs.shape[1:], dtype=bool)
+    different = ~jnp.eye(pairs.shape[1], pairs.shape[2], dtype=bool)
     return jnp.where(different, pairs, 0.0).sum(axis=(1, 2)) / different.sum()
 
 

@@ -144,8 +144,9 @@ def adamw(
     """
     if freeze and clip_norm is not None:
         raise ValueError("config.optimizer.clip_norm is a norm of all tensors, of which freeze holds some back: use clip_tensor_norm")
+    held = freeze["parameters"] if freeze else None
     late = jax.tree_util.tree_map_with_path(
-        lambda path, x: bool(freeze) and not x and re.fullmatch(freeze["parameters"], path_name(path)) is not None, frozen
+        lambda path, x: held is not None and not x and re.fullmatch(held, path_name(path)) is not None, frozen
     )
     _check_patterns(params, no_decay, freeze)
     decays = decay_mask(params, frozen, no_decay)

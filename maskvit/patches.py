@@ -53,6 +53,7 @@ def resampling_matrix(size_in: int, size_out: int, method: str, offset: float = 
     add 0.1 so that rounding cannot lose a row, and thereby read their tables at slightly other places.
     """
     centre = (np.arange(size_out) + 0.5) * size_in / (size_out + offset) - 0.5
+    taps: tuple[int, ...]
     if method == "bilinear":
         centre = np.maximum(centre, 0.0)
         taps, kernel = (0, 1), lambda x: np.maximum(1 - np.abs(x), 0.0)

@@ -43,7 +43,7 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
     split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     parts = jax.tree.map(split, (batch, keys))
-    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, *part, state.objective_state, state.step), parts)
+    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, part[0], part[1], state.objective_state, state.step), parts)
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
 
     def of_part(part: Any) -> Any:

@@ -34,7 +34,7 @@ from maskvit.objectives import build_objective
 from maskvit.optim import Cosine, adamw, freeze_block, with_adam_moments
 from maskvit.sharding import check_batch, make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.step import init_state, state_from_params, train_step
-from maskvit.types import TrainState
+from maskvit.types import Batch, TrainState
 
 LOG = logging.getLogger("maskvit")
 PICTURE_SAMPLES = 4
@@ -461,7 +461,7 @@ def run(
         process_index=jax.process_index(), process_count=jax.process_count(), workers=data["workers"], prefetch=data["prefetch"],
         inputs=model.inputs, **loading,
     )  # fmt: skip
-    batch = place_batch(next(batches), mesh)
+    batch: Batch | None = place_batch(next(batches), mesh)
     pure_step = functools.partial(_placed_step, objective=method, optimizer=optim, shardings=shardings, metric_sharding=replicated(mesh))
     # An argument, not a constant: runs that differ in their seed alone share a compilation.
     step_seed = np.int32(seed)
@@ -494,13 +494,13 @@ def run(
             # A resumed run did all that is due at its first step before it stopped.
             fresh = step != resume_step
             due = [name for name, period in evaluations.items() if fresh and is_time(step, period, total_steps)]
-            draws = painter is not None and fresh and is_time(step, every["picture"], total_steps, first=True)
-            if due or draws:
+            draw = painter if painter is not None and fresh and is_time(step, every["picture"], total_steps, first=True) else None
+            if due or draw is not None:
                 with throughput.paused():
                     jax.block_until_ready(state)
                     evaluate(due)
-                    if draws:
-                        log.write_images(step, painter(state))
+                    if draw is not None:
+                        log.write_images(step, draw(state))
             if fresh and is_time(step, every["checkpoint"], total_steps):
                 save()
             if step == total_steps:

@@ -139,6 +139,7 @@ def change(config, path, value):
         ("objective.scores", {"name": "attention_high"}, "needs config.objective.guidance"),
         ("objective.budget", {"name": "dirichlet", "alphas": (1.0, 2.0)}, "alphas has 2 values for 3 modalities"),
         ("image_size", (36, 32), "image height 36 is not a multiple of modality 'rgb'"),
+        ("image_size", (32, 32, 3), r"config.image_size is \(32, 32, 3\); give \(height, width\)"),
         ("modalities.rgb.lose", "mse", "config.modalities.rgb has unknown key 'lose'; known: .*loss"),
         ("modalities.rgb.loss", "huber", "config.modalities.rgb.loss is 'huber'"),
         ("modalities.semseg.num_classes", 5, "num_classes"),

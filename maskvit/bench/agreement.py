@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +83,15 @@ class Learner:
         self.source, self._fits = source, isinstance(source, PredictedAttention)
         self.state = source.init(objective.model, params, num_records)
         self.maps = source.batch_keys != ()
-        every_crop = dataclasses.replace(source, every=1)
+        every_crop: Any = dataclasses.replace(cast(Any, source), every=1)
 
         def learn(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], targets: Float[Array, "b n"]) -> Any:
             request = objective._request(params, {"guidance": state}, batch, keys)
-            return every_crop.update(request, jnp.int32(0), None) if source.whole_every else source.learn(request, targets)
+            return (
+                every_crop.update(request, jnp.int32(0), None)
+                if source.whole_every
+                else cast(PredictedAttention, source).learn(request, targets)
+            )
 
         self._learn = jax.jit(learn)
 
@@ -99,7 +103,7 @@ class Learner:
 
     def solve(self) -> None:
         """The read-out of what was seen."""
-        if self._fits:
+        if isinstance(self.source, PredictedAttention):
             self.state = jax.jit(self.source.solved)(self.state)
 
 
@@ -155,7 +159,7 @@ def agreements(
         common = dict(measurement="guidance_agreement", model=name, option=option_name, visits=option.visits, cost_share=share)
         return common | dict(samples=len(scores), **mean_over_modalities(found), **(parts if len(found) > 1 else {}))
 
-    made = {}
+    made: dict[str, dict[str, Any]] = {}
     for visit in range(visits + 1):
         made |= {key: record_of(key, option) for key, option in options.items() if option.visits == visit}
         for batch, keys in crops(measured, objective, 1, seed + 2 + visit, len(learn), whole and visit == 0) if visit < visits else ():

@@ -35,7 +35,7 @@ def synthetic_views(model: Any, batch: int, local_crops: int, local_size: int) -
 
     rng, grid = np.random.default_rng(0), model.layout.grids[0]
     views = lambda count, side: rng.integers(0, 256, (batch, count, side, side, 3), dtype=np.uint8)  # noqa: E731
-    masks = [block_mask(rng, *grid, 0.3 * grid[0] * grid[1] * (i % 2)) for i in range(GLOBAL_VIEWS * batch)]
+    masks = [block_mask(rng, grid[0], grid[1], 0.3 * grid[0] * grid[1] * (i % 2)) for i in range(GLOBAL_VIEWS * batch)]
     blocks = np.stack(masks).reshape(batch, GLOBAL_VIEWS, *grid).astype(np.float32)
     return {"global/rgb": views(GLOBAL_VIEWS, model.image_size[0]), "local/rgb": views(local_crops, local_size), "guidance": blocks}
 

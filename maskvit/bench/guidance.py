@@ -81,17 +81,19 @@ def bench_cost(
 
     random = build_objective(step_config(size, image, dtype, False, **sizes))
     guided = build_objective(step_config(size, image, dtype, True, **sizes))
-    objectives = {None: random}
+    objectives: dict[Source | None, Any] = {None: random}
     for option in rows.values():
         if option.source is not None:
             objectives[option.source] = dataclasses.replace(guided, guidance=option.source)
     optimizer_of = functools.partial(adamw, schedule=Cosine(peak=1e-4, total=1000, warmup=10))
     params = jax.jit(lambda key: random.init(key)[0])(jax.random.key(0))
     optimizer = optimizer_of(params, frozen_mask(params))
-    shared = {"state": state_from_params(params, {}, optimizer)}
+    shared: dict[str, Any] = {"state": state_from_params(params, {}, optimizer)}
     del params
 
-    own, calls, datas = {}, {}, {}
+    own: dict[Source | None, Any] = {}
+    calls: dict[Source | None, Any] = {}
+    datas: dict[Source | None, Any] = {}
     for source, objective in objectives.items():
         data = jax.tree.map(jax.numpy.asarray, _with_places(synthetic_batch(random.model, batch), source, random.model.inputs))
         memory = objective.init_state(shared["state"].params, batch)
@@ -177,7 +179,7 @@ def bench_guidance(
         keep(bench_cost(chosen(build_objective(config).model), **timed))
     if demo:
         with tempfile.TemporaryDirectory() as folder:
-            convert(demo, Path(folder) / "demo")
+            convert(Path(demo), Path(folder) / "demo")
             loaded = load(Path(folder) / "demo")
         fresh = jax.jit(lambda key: loaded.objective.init(key)[0])(jax.random.key(0))
         data = scenes(0, 64, loaded.model.image_size), scenes(64, 32, loaded.model.image_size)
@@ -185,8 +187,8 @@ def bench_guidance(
             keep(agreements(name, loaded.objective, params, chosen(loaded.model), *data))
     if checkpoint:
         loaded = load(checkpoint)
-        data = (pictures(folder, first_input(loaded.model).name) for folder in (learn_from, images))
-        keep(agreements(Path(checkpoint).name, loaded.objective, loaded.params, chosen(loaded.model), *data))
+        learnt, measured = (pictures(folder, first_input(loaded.model).name) for folder in (learn_from, images))
+        keep(agreements(Path(checkpoint).name, loaded.objective, loaded.params, chosen(loaded.model), learnt, measured))
     return records
 
 

@@ -174,7 +174,9 @@ def bench_objectives(
 
     mesh = make_mesh()
     check_batch(batch, mesh)
-    rgb, records, runs, states = dict(RGB, patch=14 if size == "H" else RGB["patch"]), {}, {}, {}
+    rgb = dict(RGB, patch=14 if size == "H" else RGB["patch"])
+    records: dict[str, dict[str, Any]] = {}
+    runs, states = {}, {}
     common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
     device = jax.devices()[0]
     for name, fields in OBJECTIVES.items():
@@ -211,9 +213,10 @@ def bench_objectives(
 
 def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, flops: float, device: Any, devices: int) -> dict[str, Any]:
     """One measurement: seconds, images/s, GFLOP per image (counted from the sizes), TFLOP/s, MFU, ratios to the others."""
-    record = dict(measurement=name, **summary(seconds[name], batch), gflop_per_image=flops / 1e9)
-    record["tflops_per_s"] = flops * record["images_per_s"] / 1e12
-    record["mfu"] = utilisation(flops * record["images_per_s"], device.device_kind, devices)
+    times = summary(seconds[name], batch)
+    per_second = flops * times["images_per_s"]
+    record = dict(measurement=name, **times, gflop_per_image=flops / 1e9, tflops_per_s=per_second / 1e12)
+    record["mfu"] = utilisation(per_second, device.device_kind, devices)
     record |= {f"ratio_to_{other}": ratio(seconds[name], seconds[other]) for other in seconds if other != name}
     return record
 
@@ -300,7 +303,7 @@ def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
         def forward(self, patches: list[Any], targets: dict[str, Any]) -> Any:
             tokens = torch.cat([embed(x) for embed, x in zip(self.embeds, patches, strict=True)], dim=1)[:, : objective.num_visible]
             encoded = self.encoder(torch.cat([tokens, self.global_tokens.expand(len(tokens), -1, -1)], dim=1))
-            total = 0.0
+            total = torch.zeros((), device=encoded.device)
             for output, head in self.decoders.items():
                 prediction, spec = head(encoded).float(), model.modality(output)
                 if spec.kind == "categorical":

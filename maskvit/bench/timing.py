@@ -85,7 +85,8 @@ def machine() -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
+    precision = getattr(jax.config, "jax_default_matmul_precision", None) or "default"
     return dict(
         measurement="machine", platform=device.platform, device=device.device_kind, devices=jax.device_count(), cpu_threads=cpu_threads(),
-        jax=jax.__version__, python=platform.python_version(), matmul_precision=jax.config.jax_default_matmul_precision or "default",
+        jax=jax.__version__, python=platform.python_version(), matmul_precision=precision,
     )  # fmt: skip

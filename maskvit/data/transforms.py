@@ -75,9 +75,9 @@ def parse_augment(settings: Mapping[str, Any] | None) -> Augment:
         raise ValueError(f"config.data.augment has unknown key {unknown[0]!r}; known: {', '.join(known)}")
     plain = lambda block: {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in block.items()}  # noqa: E731
     values: dict[str, Any] = plain(settings)
-    views = values.pop("views", None) or {}
+    views: dict[str, Any] = plain(values.pop("views", None) or {})
     check_arguments("config.data.augment.views", MultiCrop, views)
-    return Augment(**values, views=MultiCrop(**plain(views)) if views else None)
+    return Augment(**values, views=MultiCrop(**views) if views else None)
 
 
 def check_resize(resize: str, where: str) -> None:

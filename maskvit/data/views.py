@@ -35,8 +35,8 @@ class MultiCrop:
     """
 
     local_crops: int = 8
-    local_size: tuple[int, ...] = (96, 96)
-    local_scale: tuple[float, ...] = (0.05, 0.4)
+    local_size: tuple[int, int] = (96, 96)
+    local_scale: tuple[float, float] = (0.05, 0.4)
     jitter: float | int = 0.8
     brightness: float | int = 0.4
     contrast: float | int = 0.4
@@ -44,7 +44,7 @@ class MultiCrop:
     hue: float | int = 0.1
     grey: float | int = 0.2
     blur: tuple[float, ...] = (1.0, 0.1, 0.5)
-    radius: tuple[float, ...] = (0.1, 2.0)
+    radius: tuple[float, float] = (0.1, 2.0)
     solarize: tuple[float, ...] = (0.0, 0.2, 0.0)
 
     def __post_init__(self) -> None:

@@ -104,11 +104,11 @@ def weighted_knn(
             raise ValueError(f"k-NN: the features of {bad} of {len(features)} {name} examples are not finite")
     rows = min(TRAIN_CHUNK, n)
     train = jnp.asarray(_in_chunks(np.asarray(train_features, np.float32), rows))
-    labels = jnp.asarray(_in_chunks(np.asarray(train_labels, np.int32), rows))
+    classes = jnp.asarray(_in_chunks(np.asarray(train_labels, np.int32), rows))
     tests = _in_chunks(np.asarray(test_features, np.float32), min(TEST_CHUNK, t))
     own = _in_chunks(np.asarray(test_labels, np.int32), min(TEST_CHUNK, t))
     settings = dict(temperature=jnp.float32(temperature), ks=tuple(ks), num_classes=num_classes, num_train=n)
-    rank = functools.partial(_ranks, train, labels, **settings)
+    rank = functools.partial(_ranks, train, classes, **settings)
     ranks = np.concatenate([np.asarray(rank(test=x, test_labels=y)) for x, y in zip(tests, own, strict=True)], axis=1)[:, :t]
     return {f"top{m}_k{k}": 100.0 * int((row < m).sum()) / t for k, row in zip(ks, ranks, strict=True) for m in (1, 5)}
 
@@ -171,7 +171,7 @@ class Knn:
         crop: float | int = 0.875,
         baselines: bool = False,
     ):
-        self._objective, self._image_size, self._mesh = objective, tuple(image_size), mesh
+        self._objective, self._image_size, self._mesh = objective, (image_size[0], image_size[1]), mesh
         self._input = objective.model.inputs[0]
         self._modalities = {self._input: modalities[self._input]}
         if baselines and self._modalities[self._input].kind != "continuous":

@@ -85,7 +85,8 @@ class CoarseAttention(SelfAttention):
         values = {}
         for name, grid in zip(fine.names, fine.grids, strict=True):
             spec = model.modality(name)
-            values[name] = resize_values(request.values[name], tuple(side * spec.patch_pixels for side in self._grid(grid)))
+            rows, columns = self._grid(grid)
+            values[name] = resize_values(request.values[name], (rows * spec.patch_pixels, columns * spec.patch_pixels))
         coarse = model.layout_of(values)
         present = request.tokens.present
         if present is not None:
@@ -219,7 +220,7 @@ class MergedAttention(SelfAttention):
         rest, rest_params = from_block(model, params, self.after)
         queries = slice(part.num_tokens, None) if self.query == "global" else slice(None)
         weights = rest.attention(rest_params, joined, queries, self.block % dict(model.encoder)["depth"] - self.after)
-        counted = None if present is None else joined.present[:, : part.num_tokens]
+        counted = None if joined.present is None else joined.present[:, : part.num_tokens]
         reading = {**self.reading, "renormalise": False}
         scores = read_attention(weights, part, counted, keys=request.keys, **reading)
         spread = [jnp.take_along_axis(scores[:, span], owner, axis=1) for span, owner in zip(part.spans(), owners, strict=True)]
@@ -379,7 +380,7 @@ class PredictedAttention(SelfAttention):
 
     def solved(self, state: dict[str, Array]) -> dict[str, Array]:
         """The memory with the solution of its normal equations."""
-        one_modality = lambda pair: ridge_solution(*pair, self.ridge)  # noqa: E731
+        one_modality = lambda pair: ridge_solution(pair[0], pair[1], self.ridge)  # noqa: E731
         return state | {"solution": jax.lax.map(one_modality, (state["gram"], state["moment"]))}
 
     def learn(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:

@@ -328,7 +328,7 @@ def crossmae_features(
         return (encoder_depth,)
     if isinstance(features, str) and features != "all":
         raise ValueError(f"config.objective.decoder.features is {features!r}; give 'all' or a list of encoder blocks")
-    blocks = range(encoder_depth) if features == "all" else features
+    blocks = range(encoder_depth) if isinstance(features, str) else features
     wrong = [i for i in blocks if not -encoder_depth <= i < encoder_depth]
     if wrong:
         raise ValueError(

@@ -49,6 +49,12 @@ def build_objective(config: Mapping[str, Any]) -> Any:
     constructor = look_up("config.objective.name", OBJECTIVES, name)
     given = ("modalities", "image_size")
     check_arguments("config.objective", constructor, block, given)
-    size = config["image_size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return constructor(parse_modalities(config["modalities"]), size, **block)
+    return constructor(parse_modalities(config["modalities"]), parse_image_size(config["image_size"]), **block)
+
+
+def parse_image_size(size: Any) -> tuple[int, int]:
+    """`config.image_size`, (height, width) or the side of a square. Raises ValueError for anything else."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ValueError(f"config.image_size is {size!r}; give (height, width) in pixels, or one number for a square")
+    return sides[0], sides[1]

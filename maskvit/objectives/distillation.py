@@ -26,7 +26,7 @@ from maskvit.losses import across_views, at_masked_tokens, cosine_between, disti
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.models.vit import drop_path
-from maskvit.objectives.multimae import Duration, ToSteps
+from maskvit.objectives.multimae import Duration, ToSteps, resolved
 from maskvit.objectives.values import Prepared, prepare
 from maskvit.scores import SCORES, hint_reveals
 from maskvit.types import Batch, Guidance, Metrics, Params, TokenLayout
@@ -121,7 +121,7 @@ class Distillation:
 
     model: MultiMaeModel
     masking: Masking | None = None
-    scores: tuple[Any, tuple[tuple[str, Any], ...]] | None = None
+    scores: tuple[Any, tuple[tuple[str, Any], ...]] = (SCORES["random"], ())
     guidance: BlockMask | None = None
     teacher_momentum: float = 0.996
     momentum_over: Duration = "100 percent"
@@ -231,7 +231,7 @@ class Distillation:
     ) -> Any:
         """The teacher moves towards the updated student, the centres towards the whole batch's mean logits."""
         # What is left to 1 and not the momentum itself, which float32 rounds to 1 long before the end.
-        moves = cosine_between(1 - self.teacher_momentum, 0.0, step / self.momentum_over)
+        moves = cosine_between(1 - self.teacher_momentum, 0.0, step / resolved(self.momentum_over))
         new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))
         for name, rows in observed.items():
             new[name] = CENTER_MOMENTUM * state[name] + (1 - CENTER_MOMENTUM) * rows.mean(axis=0)
@@ -275,7 +275,7 @@ class Distillation:
 
     def temperature(self, ends: tuple[float, float], step: Int[Array, ""] | int) -> Float[Array, ""]:
         """The temperature of a step's epoch: evenly spaced over the epochs of the warm-up, the last value from its last epoch on."""
-        epochs = self.temperature_warmup // self.steps_per_epoch
+        epochs = int(resolved(self.temperature_warmup)) // self.steps_per_epoch
         progress = jnp.minimum(jnp.asarray(step) // self.steps_per_epoch / (epochs - 1), 1.0) if epochs > 1 else jnp.ones(())
         return ends[0] + (ends[1] - ends[0]) * progress
 
@@ -327,7 +327,7 @@ class Distillation:
         features = features.astype(jnp.float32)
         features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         spread = features.std(axis=0).mean() * jnp.sqrt(features.shape[-1])
-        late = step >= QUIET_SHARE * self.momentum_over
+        late = step >= QUIET_SHARE * resolved(self.momentum_over)
         alarms = {"uniform_teacher": share > UNIFORM, "constant_features": spread < NO_SPREAD}
         if targets.shape[0] > GLOBAL_VIEWS:  # views of one image should be told the same
             alarms["same_targets"] = information < SAME
@@ -469,7 +469,7 @@ def ibot(
         chosen["guidance"] = source
     else:
         block = scores or {"name": "random"}
-        given = ("keys", "layout", "guidance", "present")
+        given: tuple[str, ...] = ("keys", "layout", "guidance", "present")
         # The amount of hints is drawn as the amount of masking is.
         given += ("ratio", "ratio_var") if block.get("name") == "attention_hint" else ()
         chosen["scores"] = named_function("config.objective.scores", SCORES, block, given)
@@ -479,10 +479,11 @@ def ibot(
         model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, teacher_temperature=teacher_temperature,
         patch_temperature=patch_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path, **chosen,
     )  # fmt: skip
-    if objective.masking is not None:
+    masking_of, scores_of = objective.masking, objective.scores
+    if masking_of is not None:
         # Wrong numbers are found on shapes, before anything is computed.
         keys, tokens = jax.random.split(jax.random.key(0), 1), model.layout.num_tokens
-        jax.eval_shape(lambda: choose_hidden(objective.masking, objective.scores, jnp.zeros((1, tokens)), keys, jnp.int32(0), model.layout))
+        jax.eval_shape(lambda: choose_hidden(masking_of, scores_of, jnp.zeros((1, tokens)), keys, jnp.int32(0), model.layout))
     return objective
 
 
@@ -516,7 +517,7 @@ def _model(
         modalities=tuple(modalities[name] for name in inputs),
         inputs=tuple(inputs),
         outputs=(),
-        image_size=tuple(image_size),
+        image_size=image_size,
         encoder=tuple(sorted(sizes.items())),
         decoder=(),
         compute_dtype=compute_dtype,

@@ -40,6 +40,13 @@ Duration = str | int | float
 ToSteps = Callable[[Duration], int]
 
 
+def resolved(duration: Duration) -> int | float:
+    """A duration that `resolve` has turned into steps. Raises TypeError for one that is still words."""
+    if isinstance(duration, str):
+        raise TypeError(f"the duration {duration!r} is not in steps yet: call the objective's `resolve` first")
+    return duration
+
+
 @dataclasses.dataclass(frozen=True)
 class GuidedShare:
     """Which share of the hidden tokens the scores choose; the rest is hidden at random (`config.objective.guided_share`).
@@ -61,8 +68,9 @@ class GuidedShare:
     def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """The share at a step; durations must be in steps (`resolve`)."""
         first, last = self.share
-        progress = (step - self.start + 1e-6) / max(self.ramp, 1e-6)
-        return jnp.where(step < self.start, 0.0, first + (last - first) * jnp.clip(progress, 0.0, 1.0))
+        start, ramp = resolved(self.start), resolved(self.ramp)
+        progress = (step - start + 1e-6) / max(ramp, 1e-6)
+        return jnp.where(step < start, 0.0, first + (last - first) * jnp.clip(progress, 0.0, 1.0))
 
     def resolve(self, to_steps: ToSteps) -> GuidedShare:
         """Durations in steps."""
@@ -96,7 +104,7 @@ class LossWeight:
         """The temperature at a step; durations must be in steps (`resolve`)."""
         if not isinstance(self.tau, tuple):
             return float(self.tau)
-        return cosine_between(*self.tau, step / self.over)
+        return cosine_between(*self.tau, step / resolved(self.over))
 
     def resolve(self, to_steps: ToSteps) -> LossWeight:
         """Durations in steps."""
@@ -180,10 +188,10 @@ class MultiMae:
         `params`: the updated ones; `errors` per token "b n" where the source observes them; `metrics`: those of this step.
         """
         state = dict(state)
-        if "guidance" in state:
+        if self.guidance is not None and "guidance" in state:
             state["guidance"] = self.guidance.update(self._request(params, state, batch, keys), step, errors)
-        if "averages" in state:
-            momentum = self._budget_momentum
+        momentum = self._budget_momentum
+        if momentum is not None and "averages" in state:
             pairs = [metrics[f"loss/{self._own_output(name)}"] for name in self.model.inputs]
             losses = jnp.stack([total / jnp.maximum(count, 1.0) for total, count in pairs])
             seen = jnp.stack([count > 0 for _, count in pairs])
@@ -256,6 +264,8 @@ class MultiMae:
         plan = drop(scores, counts, tokens.layout, self.num_visible, tokens.present, float(predicted.share), order)
         if self.loss_weight is None:
             return plan
+        if guidance is None:
+            raise ValueError("config.objective.loss_weight weighs by guidance, but there is none: set config.objective.guidance")
         tau, gamma = self.loss_weight.at(step), float(self.loss_weight.gamma)
         return plan._replace(loss_weights=guidance_weights(guidance, tokens.layout, tau, gamma, tokens.present))
 
@@ -440,7 +450,7 @@ class MultiMae:
         errors = None
         if self.model.error_outputs or (self.guidance is not None and self.guidance.observes):
             errors = self.token_errors(predictions, prepared, plan, tokens.layout, queries)
-        if self.model.error_outputs:
+        if self.model.error_outputs and errors is not None:
             expected = predict_errors(self.model, params, memory, plan, tokens.layout, tokens.present is not None)
             known = ~jnp.isnan(errors)
             for name in self.model.error_outputs:
@@ -583,7 +593,7 @@ def multimae(
         modalities=tuple(used),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        image_size=tuple(image_size),
+        image_size=image_size,
         encoder=tuple(sorted(encoder_sizes(encoder).items())),
         decoder=tuple(sorted(sizes.items())),
         num_global_tokens=num_global_tokens,
