@@ -330,7 +330,7 @@ def run(
     *,
     total: str | int,
     global_batch: int,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, ...],
     modalities: Mapping[str, Any],
     objective: Mapping[str, Any],
     optimizer: Mapping[str, Any],
@@ -471,7 +471,7 @@ def run(
     if views is None:
         flops = global_batch * step_flops(method)
     else:
-        flops = global_batch * distillation_flops(method, GLOBAL_VIEWS, views.local_crops, views.local_size)
+        flops = global_batch * distillation_flops(method, GLOBAL_VIEWS, views.local_crops, views.local_image_size)
     if jax.process_index() == 0:
         LOG.info("%s", start_report(
             method, mesh, source, shapes, cosine, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch,

@@ -311,7 +311,7 @@ class _TrainChunks(_Records):
         made: dict[str, list[np.ndarray]] = {}
         for number in range(views.GLOBAL_VIEWS + settings.local_crops):
             large = number < views.GLOBAL_VIEWS
-            size, scale = (self.image_size, self.augment.scale) if large else (settings.local_size, settings.local_scale)
+            size, scale = (self.image_size, self.augment.scale) if large else (settings.local_image_size, settings.local_scale)
             geometry = transforms.draw_crop(rng, height, width, size, scale, self.augment)
             colors = views.draw_colors(rng, min(number, 2), settings)
             view = self.transformed(arrays, self.modalities, geometry, self.augment.resize, size)
@@ -329,7 +329,7 @@ class _TrainChunks(_Records):
         """Raise where views cannot be cut, or something was asked for that belongs to one crop."""
         for modality in self.modalities.values():
             try:
-                modality.size(settings.local_size)
+                modality.size(settings.local_image_size)
             except ValueError as error:
                 raise ValueError(f"{views.WHERE}.local_size: {error}") from error
         asked = {"a stored map": self.maps is not None, "the whole picture": self.whole_every > 0}

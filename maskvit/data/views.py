@@ -35,7 +35,7 @@ class MultiCrop:
     """
 
     local_crops: int = 8
-    local_size: tuple[int, int] = (96, 96)
+    local_size: tuple[int, ...] = (96, 96)
     local_scale: tuple[float, float] = (0.05, 0.4)
     jitter: float | int = 0.8
     brightness: float | int = 0.4
@@ -65,6 +65,11 @@ class MultiCrop:
         for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{WHERE}.{name} is {getattr(self, name)}; it must be between 0 and {most}")
+
+    @property
+    def local_image_size(self) -> tuple[int, int]:
+        """`local_size`, of which `__post_init__` has made sure that it is a pair."""
+        return self.local_size[0], self.local_size[1]
 
 
 def _pair(name: str, value: tuple[float, ...]) -> tuple[float, float]:
