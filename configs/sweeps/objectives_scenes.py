@@ -1,4 +1,4 @@
-"""Smoke experiments: one small model per objective on the depth of rendered scenes, about three minutes each on two CPU cores.
+"""Smoke experiments: one small model per objective on the depth of rendered scenes, about three minutes each on one CPU core.
 
 python -m maskvit.data.builders scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
 python -m maskvit.sweep --config configs/sweeps/objectives_scenes.py --seeds 3 --out runs/objectives_scenes --baseline untrained
@@ -14,20 +14,20 @@ ENCODER = dict(width=64, depth=3, heads=4)
 
 def get_config():
     config = common.scenes()
-    config.total = "2000 steps"
-    config.global_batch = 48
-    config.micro_batch = 48
+    config.total = "500 steps"
+    config.global_batch = 192
+    config.micro_batch = 192
     with config.unlocked():
         config.modalities = dict(depth=config.modalities.depth)
         config.objective = autoencoder("mae", depth=2)
-    config.optimizer.base_lr = 2e-2
+    config.optimizer.base_lr = 3e-3
     config.optimizer.no_decay = (".*bias", r".*norm\w*/scale")
-    config.schedule = dict(total_epochs=33.0, start_epochs=0.0, warmup_epochs=0.5, min_lr=0.0)
+    config.schedule = dict(total_epochs=34.0, start_epochs=0.0, warmup_epochs=3.0, min_lr=0.0)
     config.data.train.data_dir = "data/objectives_scenes"
     config.picture_every = "0 steps"
-    config.log_every = 100
-    config.checkpoint = dict(every="1000 steps", keep=1)
-    config.evaluators = dict(knn=dict(type="knn", every="500 steps", crop=1.0, ks=(20,)))
+    config.log_every = 50
+    config.checkpoint = dict(every="100 steps", keep=1)
+    config.evaluators = dict(knn=dict(type="knn", every="100 steps", crop=1.0, ks=(20,)))
     return config
 
 
