@@ -1,4 +1,4 @@
-"""Smoke experiments: one small model per objective on the depth of rendered scenes, about three minutes each on one CPU core.
+"""Smoke experiments: one small model per objective on the depth of rendered scenes, about four minutes each on one CPU core.
 
 python -m maskvit.data.builders scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
 python -m maskvit.sweep --config configs/sweeps/objectives_scenes.py --seeds 3 --out runs/objectives_scenes --baseline untrained
