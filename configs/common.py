@@ -167,6 +167,7 @@ def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
                 projection=dict(hidden=2048, bottleneck=256, num_prototypes=8192, fixed_scale=False),
                 teacher_momentum=0.996,
                 momentum_over=f"{epochs:g} epochs",
+                center_momentum=0.9,
                 teacher_temperature=(0.04, 0.07),
                 temperature_warmup="30 epochs",
                 drop_path=0.1,

@@ -33,7 +33,6 @@ from maskvit.types import Batch, Guidance, Metrics, Params, TokenLayout
 
 GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
-CENTER_MOMENTUM = 0.9
 
 # A collapsed teacher says the same of every image: all prototypes alike, one prototype at a time (the centre, which lags behind,
 # then hands the role on, and the loss looks splendid), or features without spread. The untrained network looks like that too, so
@@ -111,6 +110,8 @@ class Distillation:
       guidance: the exact block masks of the loader, which then take the place of masking and scores.
       teacher_momentum: share of the teacher that stays at the first step; it rises to 1 on half a cosine.
       momentum_over: duration of that way. A run that may stop early and go on needs it in epochs or steps.
+      center_momentum: share of a centre that stays at a step; 0: it is the mean over the batch before. Beside a fast teacher a slow
+        centre lags behind, and every image is told the same, one prototype after the other.
       teacher_temperature, patch_temperature: of the targets, from the first to the second value.
       temperature_warmup: duration of that way, which is gone in whole epochs.
       drop_path: share of the last block's branches that the student leaves out (stochastic depth).
@@ -125,6 +126,7 @@ class Distillation:
     guidance: BlockMask | None = None
     teacher_momentum: float = 0.996
     momentum_over: Duration = "100 percent"
+    center_momentum: float = 0.9
     teacher_temperature: tuple[float, float] = (0.04, 0.04)
     patch_temperature: tuple[float, float] = (0.04, 0.07)
     temperature_warmup: Duration = 0
@@ -234,7 +236,7 @@ class Distillation:
         moves = cosine_between(1 - self.teacher_momentum, 0.0, step / resolved(self.momentum_over))
         new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))
         for name, rows in observed.items():
-            new[name] = CENTER_MOMENTUM * state[name] + (1 - CENTER_MOMENTUM) * rows.mean(axis=0)
+            new[name] = self.center_momentum * state[name] + (1 - self.center_momentum) * rows.mean(axis=0)
         return new
 
     def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
@@ -409,6 +411,7 @@ def dino(
     projection: Mapping[str, Any] | None = None,
     teacher_momentum: float | int = 0.996,
     momentum_over: Duration = "100 percent",
+    center_momentum: float | int = 0.9,
     teacher_temperature: tuple[float, float] = (0.04, 0.04),
     temperature_warmup: Duration = 0,
     drop_path: float | int = 0.1,
@@ -422,8 +425,8 @@ def dino(
     """
     model = _model(modalities, image_size, inputs, encoder, {"fixed_scale": True, **(projection or {})}, compute_dtype, remat, False)
     return _checked(
-        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, teacher_temperature=teacher_temperature,
-        temperature_warmup=temperature_warmup, drop_path=drop_path,
+        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, center_momentum=center_momentum,
+        teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path,
     )  # fmt: skip
 
 
@@ -439,6 +442,7 @@ def ibot(
     guidance: Mapping[str, Any] | None = None,
     teacher_momentum: float | int = 0.996,
     momentum_over: Duration = "100 percent",
+    center_momentum: float | int = 0.9,
     teacher_temperature: tuple[float, float] = (0.04, 0.07),
     patch_temperature: tuple[float, float] = (0.04, 0.07),
     temperature_warmup: Duration = "30 epochs",
@@ -476,8 +480,9 @@ def ibot(
         check_arguments("config.objective.masking", Masking, masking or {})
         chosen["masking"] = Masking(**{key: hashable(value) for key, value in (masking or {}).items()})
     objective = _checked(
-        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, teacher_temperature=teacher_temperature,
-        patch_temperature=patch_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path, **chosen,
+        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, center_momentum=center_momentum,
+        teacher_temperature=teacher_temperature, patch_temperature=patch_temperature, temperature_warmup=temperature_warmup,
+        drop_path=drop_path, **chosen,
     )  # fmt: skip
     masking_of, scores_of = objective.masking, objective.scores
     if masking_of is not None:
@@ -534,7 +539,7 @@ def _model(
 
 def _checked(model: MultiMaeModel, **fields: Any) -> Distillation:
     """The objective, or an error about a number that cannot be."""
-    for name, low, high in (("teacher_momentum", 0, 1), ("drop_path", 0, 1)):
+    for name, low, high in (("teacher_momentum", 0, 1), ("center_momentum", 0, 1), ("drop_path", 0, 1)):
         if not low <= fields[name] < high:
             raise ValueError(f"config.objective.{name} is {fields[name]}; it must be at least {low} and below {high}")
     for name in ("teacher_temperature", "patch_temperature"):

@@ -236,6 +236,17 @@ def test_teacher_momentum_rises_to_one():
         np.testing.assert_allclose(moved, 1 - expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_centers_follow_the_batch(momentum):
+    objective = tiny("ibot", center_momentum=momentum).resolve(lambda duration: 100)
+    params, state = jax.jit(objective.init)(jax.random.key(0))
+    told = {name: jax.random.normal(jax.random.key(1), (3, *state[name].shape)) for name in ("center", "patch_center")}
+    state |= {name: jnp.ones_like(state[name]) for name in told}
+    new = objective.after_update(state, params, {}, keys_of(3), jnp.int32(0), told, {})
+    for name, rows in told.items():
+        np.testing.assert_allclose(new[name], momentum + (1 - momentum) * rows.mean(axis=0), rtol=1e-6, atol=1e-6)
+
+
 def test_temperature_rises_by_whole_epochs():
     objective = dataclasses.replace(tiny(), steps_per_epoch=10, temperature_warmup=300)
     table = np.concatenate([np.linspace(0.04, 0.07, 30), np.full(70, 0.07)])
@@ -316,6 +327,7 @@ def test_initial_values():
         ("ibot", dict(projection=dict(out=3)), "projection has unknown key 'out'; known: hidden"),
         ("dino", dict(scores=dict(name="random")), "unknown key 'scores'"),
         ("dino", dict(teacher_momentum=1.0), "teacher_momentum is 1.0; it must be at least 0 and below 1"),
+        ("ibot", dict(center_momentum=-0.1), "center_momentum is -0.1; it must be at least 0 and below 1"),
         ("dino", dict(teacher_temperature=(0.0, 0.07)), "teacher_temperature"),
         ("dino", dict(inputs=("thermal",)), "config.objective.inputs is 'thermal'; known: rgb"),
     ],
