@@ -25,7 +25,7 @@ def get_config():
         config.objective.masking = dict()
         config.objective.guidance = dict(name="block_mask", ratio=(0.0, 0.3), ratio_var=(0.0, 0.2))
         # A few hundred steps take a teacher that follows fast, and that one a centre which does not lag behind it: with the
-        # published 0.9 every image is told the same. A teacher at the published temperature of 0.04 ends uniform.
+        # published 0.9 every image is told the same, and at the published temperature of 0.04 the teacher ended uniform.
         config.objective.teacher_momentum = 0.95
         config.objective.center_momentum = 0.0
         config.objective.momentum_over = "1000 steps"
@@ -52,7 +52,7 @@ def get_sweep():
     def masked(scores: str) -> dict:
         return {
             "total": "500 steps",
-            "schedule.warmup_epochs": 12.0,  # after a warm-up of 4 one seed's teacher was uniform by step 100
+            "schedule.warmup_epochs": 12.0,  # after a warm-up of 4 one seed's teacher was uniform by step 150
             "objective.guidance": dict(),
             "objective.scores": dict(name=scores),
             "objective.masking": dict(ratio=0.3, ratio_var=0.2, probability=0.5, per="step"),
