@@ -36,8 +36,12 @@ def shipped_configs() -> list[str]:
 
 
 def distinct_smoke_forms() -> list[str]:
-    """One shipped config of each smoke form: those that differ in sizes alone shrink to the same experiment."""
-    forms = {json.dumps(on_scenes(common.smoke(get_config(path)), "").to_dict(), sort_keys=True): path for path in shipped_configs()[::-1]}
+    """One shipped config of each smoke form: those that differ in sizes, rates and epochs alone shrink to the same experiment."""
+    forms = {}
+    for path in shipped_configs()[::-1]:
+        form = on_scenes(common.smoke(get_config(path)), "").to_dict()
+        del form["schedule"], form["optimizer"]["base_lr"]
+        forms[json.dumps(form, sort_keys=True)] = path
     return sorted(forms.values())
 
 

@@ -13,6 +13,7 @@ import pytest
 from configs import common
 from maskvit import train
 from maskvit.checkpoint import CheckpointError, find_checkpoint
+from maskvit.durations import to_steps
 from maskvit.objectives import build_objective
 from tests.runs import (
     child,
@@ -37,6 +38,11 @@ def data_dir(tmp_path_factory):
 @pytest.mark.parametrize("path", shipped_configs())
 def test_shipped_config_has_its_full_size(path):
     config = get_config(path).to_dict()
+    global_batch, steps_per_epoch = config["global_batch"], 1_281_167 // config["global_batch"]
+    base_lr = config["optimizer"]["base_lr"]
+    schedule = train.make_schedule(base_lr, global_batch, steps_per_epoch, imported_epochs=1600.0, **config["schedule"])
+    steps = to_steps(config["total"], steps_per_epoch=steps_per_epoch, global_batch=global_batch)
+    assert 0 < steps <= schedule.total - schedule.start
     objective = build_objective(config)
     params = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) > 1_000_000
