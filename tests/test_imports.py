@@ -15,7 +15,7 @@ PACKAGE = ROOT / "maskvit"
 
 # A part is a file or a folder of maskvit/; a part may import parts of lower levels, and of its own level what `BESIDE` names.
 LEVELS = {
-    **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "keys"), 0),
+    **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "errors", "keys"), 0),
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops"), 1),
     **dict.fromkeys(("models", "data", "checkpoint"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
@@ -23,7 +23,9 @@ LEVELS = {
     **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo"), 5),
 }
 BESIDE = {
-    "modalities": {"configuration"},
+    "configuration": {"errors"},
+    "modalities": {"configuration", "errors"},
+    "durations": {"errors"},
     "patches": {"modalities"},
     "objectives": {"guidance"},
     "convert": {"objectives"},

@@ -1,0 +1,68 @@
+"""What commands do with mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+from maskvit.errors import FAILED, INTERRUPTED, Mistakes, all_mistakes, message, printable, run_command
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("config.total is 0"), "error: config.total is 0\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.pth"), "error: a.pth: No such file or directory\n"),
+        (OSError("no space left"), "error: no space left\n"),
+        (ValueError("tensor \x1b[2J"), "error: tensor \\x1b[2J\n"),
+        (MemoryError(), "error: MemoryError\n"),
+    ],
+)
+def test_an_error_is_one_line(error, line, capsys):
+    assert run_command(lambda: fail(error)) == FAILED
+    assert capsys.readouterr().err == line
+
+
+def test_a_fault_of_ours_tells_its_type_and_how_to_see_more(capsys):
+    assert run_command(lambda: fail(KeyError("depth"))) == FAILED
+    told = capsys.readouterr().err
+    assert told.startswith("error: KeyError: 'depth'\n") and "--debug" in told and "Traceback" not in told
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(KeyError):
+        run_command(lambda: fail(KeyError("depth")), debug=True)
+
+
+def test_ctrl_c_is_one_word(capsys):
+    assert run_command(lambda: fail(KeyboardInterrupt())) == INTERRUPTED == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_status_of_a_command_is_its_own():
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 1) == 1
+
+
+def test_several_mistakes_are_one_list():
+    with pytest.raises(Mistakes) as told, all_mistakes() as checks:
+        with checks.check():
+            raise ValueError("first")
+        with checks.check(OSError):
+            raise FileNotFoundError(2, "No such file or directory", "x")
+        with checks.check():
+            raise Mistakes(["second", "first"])
+    assert str(told.value) == "3 mistakes:\n  - first\n  - x: No such file or directory\n  - second"
+
+
+def test_one_mistake_needs_no_list():
+    with pytest.raises(Mistakes, match="^only$"), all_mistakes() as checks, checks.check():
+        raise ValueError("only")
+
+
+def test_printable_keeps_lines_and_letters():
+    assert printable("ä\n\tb\x07\u202e") == "ä\n\tb\\x07\\u202e"
+    assert message(KeyError()) == "KeyError"
