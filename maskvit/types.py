@@ -16,8 +16,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 # Modalities by name (continuous: uint8 or float32 "b h w c" in stored units, NaN where missing; categorical: int32
-# "b h w", -1 where missing), and optionally `label` Int "b", `present` Bool "b m" (which input modalities a sample
-# has, in the order of the objective's inputs), `valid` Bool "b" (False for the padding of the last evaluation batch).
+# "b h w", -1 where missing), and optionally `label` Int "b", `present` Bool "b m" (which modalities a sample has: the
+# objective's inputs in their order, then what is an output alone, as in the model's `modalities`), `valid` Bool "b"
+# (False for the padding of the last evaluation batch).
 Batch = dict[str, Array]
 
 # A plain nested dict of arrays with the package's own stable names ("encoder/block_00/attn/qkv/kernel").

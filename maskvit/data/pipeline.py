@@ -153,6 +153,8 @@ class _Records:
         wrong = [name for name in extras if name not in EXTRAS]
         if wrong:
             raise ValueError(f"the extra batch key {wrong[0]!r} is unknown; known: {', '.join(EXTRAS)}")
+        # The inputs come first, in their order, then what is only an output.
+        self.columns = (*self.inputs, *(name for name in self.modalities if name not in self.inputs))
         self.extras = tuple(extras)
         if whole_every < 0 or (whole_every and (rows[1] - rows[0]) % whole_every):
             raise ValueError(
@@ -190,7 +192,7 @@ class _Records:
         made: dict[str, Any] = self.transformed(arrays, self.modalities, geometry, resize)
         made["label"] = np.int32(record.get("label", -1))
         if self.source.may_lack:
-            made["present"] = np.array([name in arrays for name in self.inputs])
+            made["present"] = np.array([name in arrays for name in self.columns])
         height, width = next(iter(arrays.values())).shape[:2]
         box = transforms.visible_share(geometry, height, width, self.image_size)
         made |= self.chosen(index, box, geometry.flip)
@@ -240,7 +242,7 @@ class _Records:
         whole = {name: made[name] for name in self.modalities}
         made["label"] = np.int32(-1)
         if self.source.may_lack:
-            made["present"] = np.ones(len(self.inputs), bool)
+            made["present"] = np.ones(len(self.columns), bool)
         made |= self.chosen(-1, (0.0, 0.0, 1.0, 1.0), False)
         if self.maps is not None:
             made["guidance"] = self.maps.empty()
@@ -322,7 +324,7 @@ class _TrainChunks(_Records):
         stacked: dict[str, Any] = {name: np.stack(pictures) for name, pictures in made.items()}
         stacked["label"] = np.int32(record.get("label", -1))
         if self.source.may_lack:
-            stacked["present"] = np.array([name in arrays for name in self.inputs])
+            stacked["present"] = np.array([name in arrays for name in self.columns])
         return stacked
 
     def _check_views(self, settings: views.MultiCrop) -> None:
@@ -569,7 +571,7 @@ def train_batches(
       augment: keys of `transforms.Augment`.
       workers: processes that decode; 0 decodes in threads of this process.
       prefetch: finished batches kept ready.
-      inputs: the model's input modalities, which order the columns of `present`; the modalities' order if None.
+      inputs: the model's input modalities; all in their order if None.
       extras: further keys of a batch: "index" int32 "b", the number of the record; "box" float32 "b 4", the part of the whole
         picture that the sample shows (top, left, height, width as shares of it); "flip" bool "b", whether it is mirrored after that.
       whole_every: with k > 0 `whole/<input>` holds the whole pictures of the process's rows 0, k, 2k, ..., squeezed to
@@ -579,8 +581,9 @@ def train_batches(
       blocks: (ratio, ratio_var) of `maskvit.data.block.draw_ratio`: `guidance` is then a block mask on that grid, 1 where hidden.
 
     Returns: an iterator of dicts: modalities as `maskvit.types.Batch` says, `label` int32 "b" (-1 where there is none),
-      `present` bool "b m" if the source may lack modalities, and what else was asked for. With `augment.views` in place of the
-      modalities "global/<modality>" (b, 2, ...) and "local/<modality>" (b, local_crops, ...), and of `blocks` one mask per large view.
+      `present` bool "b m" if the source may lack modalities (columns: `inputs` in their order, then the other modalities in
+      theirs), and what else was asked for. With `augment.views` in place of the modalities "global/<modality>" (b, 2, ...) and
+      "local/<modality>" (b, local_crops, ...), and of `blocks` one mask per large view.
 
     Raises:
       ValueError: settings or data that do not fit, before the first batch.

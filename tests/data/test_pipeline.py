@@ -196,6 +196,23 @@ def test_absent_modalities_are_marked():
         np.testing.assert_array_equal(next(batches)["present"][:, 2], np.arange(20) % 2 == 1)
 
 
+def test_what_is_only_an_output_is_marked_behind_the_inputs():
+    records = [record(index) for index in range(20)]
+    for index in range(0, 20, 2):
+        records[index]["semseg"] = b""
+    source = ListSource(records, may_lack=("semseg",))
+    with train_batches(source, MODALITIES, SIZE, seed=0, global_batch=20, inputs=("depth",)) as batches:
+        batch = next(batches)
+    semseg = [number % 2 == 1 for number in numbers(batch)]
+    assert batch["present"].tolist() == [[True, True, there] for there in semseg]  # depth, then rgb and semseg
+    with eval_batches(source, MODALITIES, SIZE, batch_size=16, inputs=("depth",)) as batches:
+        first, last = list(batches)
+    assert first["present"][:, 2].tolist() == [index % 2 == 1 for index in range(16)] and last["present"].shape == (16, 3)
+    views = dict(views=dict(local_crops=1, local_size=(16, 16)))
+    with train_batches(source, MODALITIES, SIZE, seed=0, global_batch=20, inputs=("depth",), augment=views) as batches:
+        np.testing.assert_array_equal(np.sort(next(batches)["present"][:, 2]), np.sort(semseg))
+
+
 @pytest.mark.parametrize(
     ("processes", "batch_size", "limit", "workers"), [(1, 16, None, 0), (2, 16, None, 0), (4, 64, 49, 0), (2, 8, 3, 0), (1, 40, None, 2)]
 )
