@@ -62,7 +62,7 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     from maskvit import convert
-    from maskvit.checkpoint import CheckpointError
+    from maskvit.checkpoints import CheckpointError
 
     heads = (flags.num_heads, flags.decoder_num_heads)
     choices = dict(allow=flags.allow, model=flags.model)

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{CHECKPOINT} is missing: run the demo in the repository's root")
 
     from configs import demo as experiment
-    from maskvit.checkpoint import load_params
+    from maskvit.checkpoints import load_params
     from maskvit.convert import convert
     from maskvit.data.builders import prepare
     from maskvit.objectives import build_objective

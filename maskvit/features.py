@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from maskvit.checkpoint import CheckpointError, load_params, load_teacher
+from maskvit.checkpoints import CheckpointError, load_params, load_teacher
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.modalities import Modality, parse_modalities

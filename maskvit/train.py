@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskvit import checkpoint as checkpoints
+from maskvit import checkpoints
 from maskvit.configuration import check_arguments
 from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches, train_batches

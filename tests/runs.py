@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs import common
-from maskvit.checkpoint import load_params
+from maskvit.checkpoints import load_params
 from maskvit.data.builders import prepare
 from maskvit.types import tree_paths
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maskvit.checkpoint import (
+from maskvit.checkpoints import (
     CheckpointError,
     CheckpointStore,
     check_same_run,
@@ -228,7 +228,7 @@ KILLED = """
 import sys, jax, jax.numpy as jnp
 sys.path.insert(0, {tests!r})
 from test_checkpoint import make_state
-from maskvit.checkpoint import CheckpointStore
+from maskvit.checkpoints import CheckpointStore
 store = CheckpointStore({directory!r}, keep=3)
 start = store.latest_valid() or 0
 print("open", flush=True)
@@ -274,7 +274,7 @@ FULL_DISK = """
 import resource, signal, sys, jax.numpy as jnp
 sys.path.insert(0, {tests!r})
 from test_checkpoint import make_state, assert_same
-from maskvit.checkpoint import CheckpointError, CheckpointStore
+from maskvit.checkpoints import CheckpointError, CheckpointStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = CheckpointStore({directory!r}, keep=1)
 store.save(1, make_state(1), {{}})
@@ -336,7 +336,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, index)
 import jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 sys.path.insert(0, tests)
-from maskvit.checkpoint import CheckpointStore, load_params
+from maskvit.checkpoints import CheckpointStore, load_params
 from maskvit.types import TrainState
 split = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 whole = NamedSharding(split.mesh, PartitionSpec())

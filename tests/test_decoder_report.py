@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit.checkpoint import save_imported
+from maskvit.checkpoints import save_imported
 from maskvit.data import scenes
 from maskvit.modalities import RGB
 from maskvit.objectives import build_objective

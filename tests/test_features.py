@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import maskvit
-from maskvit.checkpoint import CheckpointError, save_imported
+from maskvit.checkpoints import CheckpointError, save_imported
 from maskvit.features import extract, find_pictures, main
 from maskvit.modalities import DEPTH, RGB
 from maskvit.objectives import build_objective

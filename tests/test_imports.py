@@ -17,7 +17,7 @@ PACKAGE = ROOT / "maskvit"
 LEVELS = {
     **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "errors", "keys"), 0),
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops"), 1),
-    **dict.fromkeys(("models", "data", "checkpoint"), 2),
+    **dict.fromkeys(("models", "data", "checkpoints"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
     "step": 4,
     **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo"), 5),
@@ -37,14 +37,14 @@ BESIDE = {
 }
 # Narrower than their level: (part, what of lower levels it must not import).
 FORBIDDEN = {
-    "models": {"data", "checkpoint"},
-    "data": {"models", "checkpoint", "optim", "losses"},
-    "checkpoint": {"models", "data"},
-    "objectives": {"data", "checkpoint", "figures"},
-    "guidance": {"data", "checkpoint", "figures"},
-    "evaluators": {"checkpoint", "masking"},
+    "models": {"data", "checkpoints"},
+    "data": {"models", "checkpoints", "optim", "losses"},
+    "checkpoints": {"models", "data"},
+    "objectives": {"data", "checkpoints", "figures"},
+    "guidance": {"data", "checkpoints", "figures"},
+    "evaluators": {"checkpoints", "masking"},
     "convert": {"data", "figures"},
-    "step": {"data", "checkpoint", "figures", "evaluators", "convert"},
+    "step": {"data", "checkpoints", "figures", "evaluators", "convert"},
 }
 
 

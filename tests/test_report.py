@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit.checkpoint import save_imported
+from maskvit.checkpoints import save_imported
 from maskvit.data import scenes
 from maskvit.data.sources import ListSource
 from maskvit.features import load

@@ -12,7 +12,7 @@ import pytest
 
 from configs import common
 from maskvit import train
-from maskvit.checkpoint import CheckpointError, find_checkpoint
+from maskvit.checkpoints import CheckpointError, find_checkpoint
 from maskvit.durations import to_steps
 from maskvit.objectives import build_objective
 from tests.runs import (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.checkpoint import save_imported
+from maskvit.checkpoints import save_imported
 from maskvit.convert import distillation, multimae, report
 from maskvit.convert.export import LAYOUTS, export
 from maskvit.convert.families import DISTILLED, FRESH_MAE, KNOWN_FAMILIES, Understood, family_of, names_of, understand_state

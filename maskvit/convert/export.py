@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.checkpoint import covering, load_objective_state, load_params
+from maskvit.checkpoints import covering, load_objective_state, load_params
 from maskvit.convert import distillation, mae, multimae, report, vit
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.checkpoint import covering
+from maskvit.checkpoints import covering
 from maskvit.convert import distillation, mae, multimae, resnet, vit
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, allow_flags

@@ -144,7 +144,7 @@ def shapes_of_batch(specs: Mapping[str, Modality], size: tuple[int, int], batch_
 
 def open_network(checkpoint: str, modalities: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Params, dict[str, Any]]:
     """(objective or ResNet that sees only `modalities`, its parameters on the devices, the checkpoint's metadata)."""
-    from maskvit.checkpoint import load_params
+    from maskvit.checkpoints import load_params
     from maskvit.features import load
     from maskvit.sharding import make_mesh, parameter_shardings
 
@@ -447,7 +447,7 @@ class Progress:
 
 def main(config: Any) -> int:
     """Make the maps that a config (plain data or an ml_collections one) asks for; the exit status is 2 where that failed."""
-    from maskvit.checkpoint import CheckpointError
+    from maskvit.checkpoints import CheckpointError
 
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     try:

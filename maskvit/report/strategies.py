@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from maskvit import figures
-from maskvit.checkpoint import load_params
+from maskvit.checkpoints import load_params
 from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches, steps_per_epoch
 from maskvit.durations import to_steps

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskvit.checkpoint import CheckpointError
+from maskvit.checkpoints import CheckpointError
 from maskvit.sweep.cells import load_experiment, make_cells, parse_grid
 from maskvit.sweep.runs import carry_out, make_runs
 from maskvit.sweep.table import judged, write_tables

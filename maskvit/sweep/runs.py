@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvit import train
-from maskvit.checkpoint import check_same_run
+from maskvit.checkpoints import check_same_run
 from maskvit.configuration import check_arguments
 from maskvit.objectives import build_objective
 from maskvit.sweep.cells import overrides

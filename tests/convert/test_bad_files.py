@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert_torch_checkpoint
 from maskvit import convert
-from maskvit.checkpoint import CheckpointError, load_params
+from maskvit.checkpoints import CheckpointError, load_params
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.source import Hints
 from maskvit.types import tree_paths

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import convert_torch_checkpoint
 import maskvit
 from maskvit import convert, features
-from maskvit.checkpoint import load_objective_state, load_params, save_imported
+from maskvit.checkpoints import load_objective_state, load_params, save_imported
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.objectives import build_objective
 from maskvit.types import tree_paths

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import maskvit
 from maskvit import convert
-from maskvit.checkpoint import load_objective_state, load_params, with_stored_teacher
+from maskvit.checkpoints import load_objective_state, load_params, with_stored_teacher
 from maskvit.convert.families import DISTILLED, FAMILIES, family_of, understand_state
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import path_shapes, to_ours

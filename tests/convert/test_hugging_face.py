@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import maskvit
 from maskvit import convert
-from maskvit.checkpoint import load_params
+from maskvit.checkpoints import load_params
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.types import tree_paths
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskvit import convert, train
-from maskvit.checkpoint import CheckpointError, load_params
+from maskvit.checkpoints import CheckpointError, load_params
 from maskvit.types import tree_paths
 from tests.runs import make_scenes, small_run
 

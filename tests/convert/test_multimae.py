@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from maskvit import convert
-from maskvit.checkpoint import load_adam, load_params
+from maskvit.checkpoints import load_adam, load_params
 from maskvit.convert import multimae
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import to_ours, to_torch

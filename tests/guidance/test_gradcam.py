@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from maskvit import convert
-from maskvit.checkpoint import load_params
+from maskvit.checkpoints import load_params
 from maskvit.convert.reader import ConversionError
 from maskvit.guidance.gradcam import class_activation, resnet_gradcam, vit_gradcam
 from maskvit.models.resnet import resnet_of

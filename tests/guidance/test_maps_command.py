@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit.checkpoint import load_params, save_imported
+from maskvit.checkpoints import load_params, save_imported
 from maskvit.convert import resnet
 from maskvit.convert.rules import key_shapes, to_ours
 from maskvit.data import codec

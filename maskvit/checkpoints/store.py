@@ -1,0 +1,275 @@
+"""The checkpoints of one run: asynchronous saves, verification, fall-back, retention."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from maskvit.checkpoints.arrays import plain_tree, read_metadata, shaped_like, stored_shapes
+from maskvit.checkpoints.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    newest_sound,
+    none_sound_message,
+    steps_in,
+    verify,
+    write_manifest,
+)
+from maskvit.types import TrainState, tree_paths
+
+ITEMS = ("state", "metadata")
+
+
+class CheckpointStore:
+    """The checkpoints of one run: asynchronous saves, verification, fall-back, retention.
+
+    Under `jax.distributed` every process must make the same calls in the same order; process 0 writes the manifests,
+    deletes and decides which step is valid.
+
+    Args:
+      directory: the run's checkpoints directory; made if absent. CheckpointError at once where it cannot be written.
+      keep: how many newest verified checkpoints stay. An older one goes only after the new one was verified.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"config.checkpoint.keep is {keep}; at least 1 checkpoint must stay")
+        self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
+        self.keep = keep
+        self._saved: set[int] = set()  # saved or restored by this process: a second save of the same step is the same state
+        self._verified: set[int] = set()  # by `latest_valid`, so that `restore` need not read the files once more
+        self._pending: Future | None = None
+        self._pending_step = -1
+        _require_writable(self.directory)
+        if jax.process_index() == 0:
+            _remove_leftovers(self.directory)
+        _barrier("maskvit_checkpoint_open")
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        # One worker: after Orbax committed a step it writes the manifest, verifies and drops what is too old.
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        """Copy `state` off the devices and write it in the background; `state` may be donated right after.
+
+        `metadata` is JSON data. Waits for the save before, if that still runs, and raises its error. Saving a step
+        again that this store has saved or restored does nothing.
+        """
+        self.save_plain(int(step), plain_tree(state), metadata)
+
+    def save_plain(self, step: int, plain: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """`save` for a state that is a nested dict already (see `plain_tree`)."""
+        self.wait()
+        if step in self._saved:
+            return
+        if (self.directory / str(step)).exists():
+            raise CheckpointError(
+                f"{self.directory / str(step)} exists already and was not written by this process; choose another directory, or resume "
+                "from its newest checkpoint"
+            )
+        metadata = json.loads(json.dumps({"format": FORMAT, "step": step, **metadata}))  # what is no JSON data fails here, not in a thread
+        try:
+            if jax.process_index() == 0:
+                (self.directory / f".unfinished-{step}").touch()
+            items = ocp.args.Composite(state=ocp.args.StandardSave(plain), metadata=ocp.args.JsonSave(metadata))
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+        self._pending_step = step
+        self._pending = self._finisher.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            step_dir = self.directory / str(step)
+            write_manifest(step_dir)
+            problems = verify(step_dir)
+            if problems:
+                raise CheckpointError("; ".join(problems))
+            (self.directory / f".unfinished-{step}").unlink()
+            for old in self._sound_looking()[: -self.keep]:
+                _remove(self.directory / str(old))
+        self._saved.add(step)
+
+    def _sound_looking(self) -> list[int]:
+        """Steps that have a manifest: the ones that retention counts. Unverified ones are nobody's to delete."""
+        return [step for step in steps_in(self.directory) if (self.directory / str(step) / MANIFEST).exists()]
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk and verified. Raises CheckpointError if it failed; older ones are kept."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except Exception as error:
+            # Orbax raises a failed save once in every thread that waits for it: here too, or the next save would fail with it.
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _remove_unfinished(self.directory, self._pending_step)
+            raise self._not_saved(self._pending_step, error) from error
+
+    def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+        kept = ", ".join(str(other) for other in self._sound_looking() if other != step) or "none"
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({_root_cause(error)}); free space or repair the "
+            f"disk and start the same command again. Sound checkpoints kept: {kept}"
+        )
+
+    def latest_valid(self) -> int | None:
+        """The newest step whose files all match their manifest; None if there is no checkpoint at all.
+
+        A newer one that does not match is logged as an error, file by file, and moved to `STEP.damaged`, so that its
+        step can be saved again. Raises CheckpointError if there are checkpoints and none is sound: starting from
+        scratch over somebody's checkpoints is not a fall-back.
+        """
+        self.wait()
+        found, message = -1, ""
+        if jax.process_index() == 0:
+            steps = steps_in(self.directory)
+            step, skipped = newest_sound(self.directory, steps)
+            if step is None and steps:
+                found, message = -2, none_sound_message(self.directory, skipped)
+            elif step is not None:
+                found = step
+                self._verified.add(step)
+                for damaged in skipped:
+                    aside = _free_name(self.directory / f"{damaged}.damaged")
+                    os.rename(self.directory / str(damaged), aside)
+                    logging.error("going back to step %d; the damaged checkpoint of step %d was moved to %s", step, damaged, aside)
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found == -2:
+            raise CheckpointError(message or f"process 0 found no sound checkpoint in {self.directory}; see its log")
+        if found < 0:
+            return None
+        self._saved = {step for step in self._saved if step <= found}
+        self._manager.reload()
+        return found
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """Read the state of `step` into the structure, dtypes and shardings of `abstract_state`.
+
+        Leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s; the sharding of each is honoured, whatever
+        the devices the checkpoint was written on, and a leaf without one goes to the first local device.
+        Raises CheckpointError for damaged files and for any tensor that is missing, left over or of another shape.
+        """
+        step_dir = self.directory / str(step)
+        if not step_dir.is_dir():
+            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {steps_in(self.directory) or 'none'}")
+        if jax.process_index() == 0 and step not in self._verified:
+            problems = verify(step_dir)
+            if problems:
+                raise CheckpointError(f"the checkpoint {step_dir} is damaged: " + "; ".join(problems))
+        abstract = jax.tree.map(_abstract_leaf, plain_tree(abstract_state))
+        differences = _shape_differences(stored_shapes(step_dir), abstract)
+        if differences:
+            raise CheckpointError(
+                f"the checkpoint {step_dir} does not fit this run's state:\n" + "\n".join(f"  {line}" for line in differences)
+            )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        self._saved.add(step)
+        return shaped_like(abstract_state, restored.state)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The JSON data saved with `step`."""
+        return read_metadata(self.directory / str(step))
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads. Raises CheckpointError if that save failed."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown(wait=True)
+            self._manager.close()
+
+
+def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=sharding)
+
+
+def _shape_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line per path where the two trees of shaped leaves differ in presence or shape."""
+    have = {path: tuple(leaf.shape) for path, leaf in tree_paths(stored).items()}
+    want = {path: tuple(leaf.shape) for path, leaf in tree_paths(wanted).items()}
+    lines = []
+    for path in sorted(have.keys() | want.keys()):
+        if path not in have:
+            lines.append(f"{path}: {want[path]} in this run, not in the checkpoint")
+        elif path not in want:
+            lines.append(f"{path}: {have[path]} in the checkpoint, not in this run")
+        elif have[path] != want[path]:
+            lines.append(f"{path}: {have[path]} in the checkpoint, {want[path]} in this run")
+    return lines
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _require_writable(directory: Path) -> None:
+    probe = directory / f".probe-{jax.process_index()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"writable")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {directory} ({error.strerror}: {error.filename}); "
+            "choose another --workdir or make this one a writable directory"
+        ) from error
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left: unfinished saves, Orbax's temporaries, half-deleted checkpoints."""
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".unfinished-"):
+            logging.warning("the save of step %s was cut short; its remains are removed", path.name.removeprefix(".unfinished-"))
+            _remove_unfinished(directory, int(path.name.removeprefix(".unfinished-")))
+        elif path.name.startswith(".deleted-"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_unfinished(directory: Path, step: int) -> None:
+    """Remove a save that did not come to its end; one that did, but for the removal of its mark, stays."""
+    for path in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+    step_dir = directory / str(step)
+    if step_dir.is_dir() and verify(step_dir):
+        _remove(step_dir)
+    (directory / f".unfinished-{step}").unlink(missing_ok=True)
+
+
+def _remove(step_dir: Path) -> None:
+    """Delete a checkpoint so that a kill in between never leaves half of one under its name."""
+    doomed = _free_name(step_dir.with_name(f".deleted-{step_dir.name}"))
+    os.rename(step_dir, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
