@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from maskvit.keys import sample_keys
 from maskvit.objectives import Objective
@@ -63,17 +63,30 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, objective: Objective, optimizer: Optimizer, seed: int | Int[Array, ""], micro_batches: int = 1
+    state: TrainState,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    seed: int | Int[Array, ""],
+    micro_batches: int = 1,
+    loss_limit: Float[Array, ""] | None = None,
+    void: Bool[Array, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
 
-    `batch`: a global batch. Step, data position and schedule advance on skipped steps too.
+    `batch`: a global batch. Step, data position and schedule advance on skipped steps too. `loss_limit`: a loss above it is
+    skipped like one that is not finite. `void`: where it is True the state comes back unchanged, its step and count included.
     """
     batch_size = next(value.shape[0] for name, value in batch.items() if not name.startswith("whole/"))
     keys = sample_keys(seed, state.step, batch_size)
     loss, grads, observed, metrics = gradients(state, batch, keys, objective, micro_batches)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if loss_limit is not None:
+        accepted &= loss <= loss_limit
+    advance = jnp.ones((), jnp.int32) if void is None else 1 - void.astype(jnp.int32)
+    accepted &= advance > 0
 
     learning_rate = optimizer.schedule(state.step)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, step=state.step)
@@ -81,10 +94,10 @@ def train_step(
     objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics)
     new = (params, opt_state, objective_state)
     old = (state.params, state.opt_state, state.objective_state)
-    params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
     one = jnp.ones(())
     metrics = dict(metrics, loss=(loss, one), learning_rate=(learning_rate, one), grad_norm=(grad_norm, one))
-    metrics["skipped"] = (1.0 - finite, one)
-    skipped = state.skipped + (1 - finite.astype(jnp.int32))
-    return TrainState(state.step + 1, params, opt_state, objective_state, skipped), metrics
+    metrics["skipped"] = (1.0 - accepted, one)
+    skipped = state.skipped + advance - accepted.astype(jnp.int32)
+    return TrainState(state.step + advance, params, opt_state, objective_state, skipped), metrics

@@ -74,9 +74,12 @@ class Guided:
         self.optimizer = optimizer_for(self.objective)
         self.state = fresh_state(self.objective, self.optimizer)
         step, self.traces = counting(
-            lambda state, batch: train_step(state, batch, objective=self.objective, optimizer=self.optimizer, seed=0, micro_batches=2)
+            lambda state, batch, **limits: train_step(
+                state, batch, objective=self.objective, optimizer=self.optimizer, seed=0, micro_batches=2, **limits
+            )
         )
-        self.step = jax.jit(step)
+        jitted = jax.jit(step)
+        self.step = lambda state, batch, limit=np.inf, void=False: jitted(state, batch, loss_limit=np.float32(limit), void=np.bool_(void))
 
     @staticmethod
     def batch(seed: int) -> dict[str, np.ndarray]:
@@ -104,6 +107,17 @@ def test_a_non_finite_batch_changes_nothing_but_the_step(guided):
     assert np.isfinite(metrics["loss"][0])
     assert not np.array_equal(again.params["global_tokens"], after.params["global_tokens"])
     np.testing.assert_allclose(metrics["learning_rate"][0], guided.optimizer.schedule(2), rtol=1e-6)
+
+
+def test_a_loss_above_the_limit_is_skipped_and_a_void_step_never_was(guided):
+    batch = on_device(guided.batch(0))
+    limited, metrics = guided.step(guided.state, batch, limit=1e-6)
+    assert metrics["skipped"][0] == 1 and int(limited.step) == 1 and int(limited.skipped) == 1
+    for ours, theirs in zip(jax.tree.leaves(limited.params), jax.tree.leaves(guided.state.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    void, _ = guided.step(guided.state, batch, void=True)
+    for ours, theirs in zip(jax.tree.leaves(void), jax.tree.leaves(guided.state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 # What a step reports and changes
