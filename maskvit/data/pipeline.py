@@ -8,6 +8,7 @@ batch. Grain supplies worker processes and ordered prefetch; its own iterator st
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import logging
 import math
@@ -15,8 +16,11 @@ import multiprocessing
 import multiprocessing.util
 import os
 import queue
+import re
 import signal
+import sys
 import threading
+import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +32,7 @@ from maskvit.data import transforms, views
 from maskvit.data.block import block_mask, draw_ratio
 from maskvit.data.maps import MapSet
 from maskvit.data.sources import Source
+from maskvit.data.workers import LoaderError, Noted, Worker, WorkerTable, initializer
 from maskvit.modalities import Modality
 
 CHUNK = 16  # records that one worker prepares at a time: batches of thousands then neither stall the start nor fill the memory
@@ -174,6 +179,11 @@ class _Records:
         """(step, this process's rows, counted from 0, that are in the chunk)."""
         step, part = divmod(int(number), self.chunks_per_batch)
         return step, range(part * CHUNK, min((part + 1) * CHUNK, self.rows[1] - self.rows[0]))
+
+    def name(self, number: int) -> str:
+        """What chunk `number` is, for messages."""
+        step, rows = self.chunk(number)
+        return f"rows {self.rows[0] + rows.start} to {self.rows[0] + rows.stop - 1} of batch {step}"
 
     def decode(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
         arrays = transforms.decode_record(record, self.modalities)
@@ -402,40 +412,96 @@ class Batches(Iterator[dict[str, Any]]):
 
     `bad_samples` counts the records of the batches handed out so far that could not be used: training replaced them by the
     next in order, evaluation marked them invalid. Above 1 % and 10 of them the next batch raises RuntimeError, with examples.
+    Where a worker process dies, or no batch comes for `timeout` seconds, it raises LoaderError naming the worker.
     `close()` (or the end of a `with` block) ends threads and worker processes.
     """
 
-    def __init__(self, chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, workers: int, prefetch: int):
+    def __init__(
+        self, chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, workers: int, prefetch: int, timeout: float
+    ):
         for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
             if value < least:
                 raise ValueError(f"config.data {name} is {value}; it must be at least {least}")
         self.bad_samples = 0
         self._seen = 0
-        self._workers = workers
-        self._describe = chunks.source.describe()
+        if not timeout > 0:
+            raise ValueError(f"config.data timeout is {timeout}; it must be above 0 seconds")
+        self._timeout = timeout
+        self._table = WorkerTable(workers)
+        self._chunks = chunks
         self._error: BaseException | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
-        pipeline = _grain_iterator(chunks, first_step, end_step, workers)
+        pipeline = _grain_iterator(chunks, first_step, end_step, self._table)
         # the thread holds no reference to this object, so that dropping the last one ends it
         self._thread = threading.Thread(target=_prepare, args=(pipeline, self._queue, self._stop), name="maskvit-batches", daemon=True)
         self._thread.start()
         # at the interpreter's end before grain's own clean-up, which fails on a worker that is just being started
-        self._finalizer = multiprocessing.util.Finalize(self, _end, args=(self._stop, self._thread), exitpriority=100)
+        self._finalizer = multiprocessing.util.Finalize(self, _end, args=(self._stop, self._thread, self._table), exitpriority=100)
 
     def __next__(self) -> dict[str, Any]:
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
             raise ValueError("these batches were closed")
-        batch, error = self._queue.get()
+        batch, error = self._take()
         if error is None:
             error = self._count_bad(batch.pop("bad"), len(batch["label"]))
         if error is not None:
-            self._error = self._explain(error)
+            self._error = error
             self.close()
-            raise self._error
+            raise error
         return batch
+
+    def _take(self) -> tuple[Any, BaseException | None]:
+        """The next (batch, error); the error is a LoaderError where a worker is gone or nothing comes in time."""
+        end = time.monotonic() + self._timeout
+        missed: list[Worker] = []
+        while True:
+            try:
+                batch, error = self._queue.get(timeout=max(0.0, min(1.0, end - time.monotonic())))
+            except queue.Empty:
+                # Gone at two looks in a row: what a worker delivered before it ended was used up by then.
+                dead = self._table.dead()
+                if gone := [worker for worker in dead if worker in missed]:
+                    return None, self._died(gone[0])
+                missed = dead
+                if time.monotonic() >= end:
+                    return None, self._hangs()
+                continue
+            if error is not None and "Worker process was terminated" in str(error):  # grain saw it first
+                died = self._died(next(iter(self._table.dead()), None), str(error))
+                died.__cause__ = error
+                return None, died
+            return batch, error
+
+    def _died(self, worker: Worker | None, said: str = "") -> LoaderError:
+        which = f"loader worker {worker.number} of {self._table.count} (process {worker.pid})" if worker else "a loader worker process"
+        at = f" while it prepared {self._chunks.name(worker.chunk)}" if worker and worker.chunk >= 0 else ""
+        code = re.search(r"exit code (-?\d+)", said)
+        return LoaderError(
+            f"{which} died{at}{f', exit code {code[1]}' if code else ''}. When the system runs out of memory it kills such processes (exit "
+            f"code -9): lower config.data workers (now {self._table.count}) or prefetch"
+        )
+
+    def _hangs(self) -> LoaderError:
+        """Name what hangs, write the stacks of everything to standard error, and end the workers, which will not end by themselves."""
+        worker = self._table.hanging()
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        self._table.dump_stacks()
+        self._table.kill()
+        if worker is None:
+            which = "a thread that reads records hangs" if not self._table.count else "its workers wait for something"
+        else:
+            at = f" over {self._chunks.name(worker.chunk)}" if worker.chunk >= 0 else ""
+            which = (
+                f"worker {worker.number} of {self._table.count} (process {worker.pid}) hangs{at} and has told nothing for "
+                f"{time.time() - worker.since:.0f} s"
+            )
+        return LoaderError(
+            f"the loader gave no batch for {self._timeout:g} s (config.data.timeout): {which}. The stacks of all threads and workers are "
+            f"in the lines above; look at the disk or network that holds {self._chunks.source.describe()}"
+        )
 
     def _count_bad(self, bad: list[str], rows: int) -> RuntimeError | None:
         for complaint in bad[: max(0, 20 - self.bad_samples)]:
@@ -445,19 +511,9 @@ class Batches(Iterator[dict[str, Any]]):
         if self.bad_samples <= MAX_BAD_COUNT or self.bad_samples <= MAX_BAD_SHARE * self._seen:
             return None
         return RuntimeError(
-            f"{self.bad_samples} of {self._seen} records could not be used, more than {MAX_BAD_SHARE:.0%}: {self._describe}. "
-            f"The latest: {'; '.join(bad[:3])}"
+            f"{self.bad_samples} of {self._seen} records could not be used, more than {MAX_BAD_SHARE:.0%}: "
+            f"{self._chunks.source.describe()}. The latest: {'; '.join(bad[:3])}"
         )
-
-    def _explain(self, error: BaseException) -> BaseException:
-        if "Worker process was terminated" not in str(error):
-            return error
-        explained = RuntimeError(
-            f"a loader worker process died ({error}). Exit code -9 is most often the system's answer to a lack of memory: lower "
-            f"config.data workers (now {self._workers}) or prefetch. Starting the same command again goes on from the last checkpoint"
-        )
-        explained.__cause__ = error
-        return explained
 
     def close(self) -> None:
         """End the background thread and the worker processes; may be called twice."""
@@ -470,9 +526,10 @@ class Batches(Iterator[dict[str, Any]]):
         self.close()
 
 
-def _end(stop: threading.Event, thread: threading.Thread) -> None:
+def _end(stop: threading.Event, thread: threading.Thread, table: WorkerTable) -> None:
     stop.set()
-    thread.join(timeout=30)
+    thread.join(timeout=30 if table.count else 2)  # workers end when they are told to, or are killed; a thread that hangs stays
+    table.close()
 
 
 def _prepare(pipeline: Any, batches: queue.Queue[Any], stop: threading.Event) -> None:
@@ -500,7 +557,7 @@ def _prepare(pipeline: Any, batches: queue.Queue[Any], stop: threading.Event) ->
         pipeline.close()
 
 
-def _grain_iterator(chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, workers: int) -> Any:
+def _grain_iterator(chunks: _TrainChunks | _EvalChunks, first_step: int, end_step: int | None, table: WorkerTable) -> Any:
     import grain
     from absl import flags
 
@@ -509,31 +566,15 @@ def _grain_iterator(chunks: _TrainChunks | _EvalChunks, first_step: int, end_ste
     per_batch = chunks.chunks_per_batch
     stop = 2**62 if end_step is None else end_step * per_batch
     numbers = grain.MapDataset.range(first_step * per_batch, stop)
-    if workers:
+    if table.count:
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, math.ceil(per_batch / workers)))
-        data = numbers.map(chunks).to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=_start_worker)
+        options = grain.MultiprocessingOptions(num_workers=table.count, per_worker_buffer_size=max(1, math.ceil(per_batch / table.count)))
+        data = numbers.map(Noted(chunks)).to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=initializer(table))
     else:
         # Pillow and zstd release the interpreter lock, so a few threads do help
         threads = min(4, os.cpu_count() or 1)
         data = numbers.map(chunks).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     return iter(data.batch(per_batch, drop_remainder=False, batch_fn=_join))
-
-
-def _start_worker(index: int, count: int) -> None:
-    """In each worker process: leave signals to the main process, and end with it."""
-    del index, count
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="maskvit-parent-watch", daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def _process_rows(size: int, name: str, process_index: int, process_count: int) -> tuple[int, int]:
@@ -558,6 +599,7 @@ def train_batches(
     process_count: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    timeout: float = 600.0,
     inputs: Sequence[str] | None = None,
     extras: Sequence[str] = (),
     whole_every: int = 0,
@@ -571,6 +613,7 @@ def train_batches(
       augment: keys of `transforms.Augment`.
       workers: processes that decode; 0 decodes in threads of this process.
       prefetch: finished batches kept ready.
+      timeout: seconds to wait for one batch before LoaderError.
       inputs: the model's input modalities; all in their order if None.
       extras: further keys of a batch: "index" int32 "b", the number of the record; "box" float32 "b 4", the part of the whole
         picture that the sample shows (top, left, height, width as shares of it); "flip" bool "b", whether it is mirrored after that.
@@ -599,7 +642,7 @@ def train_batches(
         source, modalities, image_size, rows, augment=settings, seed=int(seed), global_batch=global_batch,
         inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
     )  # fmt: skip
-    return Batches(chunks, int(start_step), None, workers, prefetch)
+    return Batches(chunks, int(start_step), None, workers, prefetch, timeout)
 
 
 def eval_batches(
@@ -612,6 +655,7 @@ def eval_batches(
     process_count: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    timeout: float = 600.0,
     resize: str = "pil",
     crop: float | int | None = 0.875,
     limit: int | None = None,
@@ -645,4 +689,4 @@ def eval_batches(
         source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,
         inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
     )  # fmt: skip
-    return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch)
+    return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch, timeout)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from maskvit.data import codec, pipeline
 from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.sources import ListSource
+from maskvit.data.workers import LoaderError
 from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 
 SIZE = (32, 32)
@@ -431,8 +434,45 @@ def test_killed_worker_is_an_error_that_says_so():
     )
     out, err = process.communicate(timeout=60)
     assert process.returncode == 7, err
-    assert "a loader worker process died" in out and "exit code -9" in out and "lower config.data workers (now 2)" in out
+    assert re.search(rf"loader worker \d of 2 \(process {out.split()[1]}\) died", out) and "lower config.data workers (now 2)" in out
     assert time.monotonic() - start < 30
+
+
+@linux
+def test_a_worker_that_hangs_is_named_and_ended():
+    process = child(
+        "batches._timeout = 3\nos.kill(workers[1].pid, signal.SIGSTOP)\n"
+        "try:\n    for _ in range(100): next(batches)\n"
+        "except RuntimeError as error: print('said', error); sys.exit(7)"
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7, err
+    stopped = int(out.split()[2])
+    assert re.search(rf"worker \d of 2 \(process {stopped}\) hangs", out) and "no batch for 3 s (config.data.timeout)" in out
+    assert "in _put_dataset_elements_in_buffer" in err  # the stacks of the other worker
+    assert not any(alive(int(word)) for word in out.splitlines()[0].split()[1:])
+
+
+class Waiting(ListSource):
+    """Its record 20 comes when `event` is set."""
+
+    event = threading.Event()
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 20:
+            self.event.wait()
+        return super().__getitem__(index)
+
+
+def test_a_thread_that_hangs_is_an_error_in_time(source, capfd, monkeypatch):
+    monkeypatch.setattr(pipeline, "probe", lambda source, modalities: dict(rgb=np.uint8, depth=np.float32, semseg=np.int32))
+    batches = train_batches(Waiting(source.records), MODALITIES, SIZE, seed=0, global_batch=50, timeout=1.0)
+    try:
+        with pytest.raises(LoaderError, match="a thread that reads records hangs.*look at the disk"):
+            next(batches)
+        assert "in wait" in capfd.readouterr().err
+    finally:
+        Waiting.event.set()
 
 
 @linux
