@@ -105,7 +105,7 @@ class SpatialDecoder(nn.Module):
             span = layout.span(self.modality.name)
             queries = fill_hidden(visible, mask_token, plan.masked, span) + place[span]
         else:
-            place = places(table, {}, (self.modality.name,), (query_grid,)).astype(self.dtype)
+            place = places(table, embeds, (self.modality.name,), (query_grid,)).astype(self.dtype)
             queries = jnp.broadcast_to(mask_token + place, (visible.shape[0], *place.shape))
 
         x = CrossAttention(self.width, self.heads, self.dtype, name="cross_attn")(
@@ -162,7 +162,7 @@ class MaeDecoder(nn.Module):
         if self.modality.name in layout.names:
             span = layout.span(self.modality.name)
         else:
-            place = places(self.table, {}, (self.modality.name,), (query_grid,)).astype(self.dtype)
+            place = places(self.table, embeds, (self.modality.name,), (query_grid,)).astype(self.dtype)
             parts.append(jnp.broadcast_to(mask_token + place, (tokens.shape[0], *place.shape)))
             span = slice(layout.num_tokens, layout.num_tokens + place.shape[0])
         return jnp.concatenate([*parts, projected[:, num_visible:]], axis=1), span
@@ -285,10 +285,9 @@ class CrossMaeDecoder(nn.Module):
         """What norm and head make of the queries after each block."""
         name, b = self.modality.name, memory[0].shape[0]
         embeds = self.modality_embed() if len(self.inputs) > 1 else {}
-        token = self.mask_token + embeds[name] if embeds and name in layout.names else self.mask_token
-        place = places(self.table, {}, (name,), (query_grid,))
+        place = places(self.table, embeds, (name,), (query_grid,))
         place = jnp.broadcast_to(place, (b, *place.shape)) if queries is None else place[queries.ids]
-        x = (token + place).astype(self.dtype)
+        x = (self.mask_token + place).astype(self.dtype)
         mask = context_mask(plan, memory[0].shape[1], masks_keys)
         query_mask = None if queries is None else queries.valid
 

@@ -122,6 +122,31 @@ def test_an_absent_modality_is_a_batch_without_it(params):
     np.testing.assert_allclose(predictions["rgb"], alone["rgb"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["spatial", "mae", "crossmae"])
+def test_an_output_that_is_not_in_the_batch_is_one_that_is_absent(decoder):
+    # Depth rebuilt from rgb alone: its queries carry the depth embedding whether the batch lacks depth or each sample does.
+    objective = tiny_objective(
+        inputs=("rgb", "depth"), outputs=("depth", "rgb"), decoder=dict(name=decoder, width=16, depth=1, heads=4), num_visible=8
+    )
+    model, params = objective.model, jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    # Position and modality count for much in this test: fresh embeddings are small.
+    for output in model.outputs:
+        params["outputs"][output]["modality_embed"] = {name: x + 1 for name, x in params["outputs"][output]["modality_embed"].items()}
+    batch = tiny_batch(2)
+    batch["present"] = np.array([[1, 0]] * 2, bool)
+    plan, predictions, _ = everything(objective)(params, on_device(batch), sample_keys(0, 0, 2))
+
+    def without(params, batch):
+        tokens = model.embed(params, objective.prepare(batch).values_of(("rgb",)))
+        hidden = jnp.argsort(~plan.masked[:, :16], axis=1, stable=True)[:, :8]
+        shorter = plan._replace(masked=plan.masked[:, :16], predicted_ids=hidden, predicted_valid=jnp.ones((2, 8), bool))
+        return objective.reconstruct(params, tokens, shorter)
+
+    alone = jax.jit(without)(params, on_device({"rgb": batch["rgb"]}))
+    for name in ("rgb", "depth") if decoder != "mae" else ("depth",):  # MAE's decoder lets rgb attend to depth's mask tokens
+        np.testing.assert_allclose(predictions[name], alone[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 # Pixels without a value
 
 
