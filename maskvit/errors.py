@@ -31,10 +31,11 @@ class Checks:
 
     @contextlib.contextmanager
     def check(self, *expected: type[Exception]) -> Iterator[None]:
-        """Note a ValueError, or one of `expected`, and go on behind the block."""
+        """Note a ValueError, or one of `expected`, and continue after the block."""
+        noted: tuple[type[Exception], ...] = (ValueError, *expected)
         try:
             yield
-        except (ValueError, *expected) as error:
+        except noted as error:
             self.mistakes += error.mistakes if isinstance(error, Mistakes) else [message(error)]
 
 

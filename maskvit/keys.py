@@ -14,6 +14,11 @@ def stream_keys(keys: Key[Array, "*b"], name: str) -> Key[Array, "*b"]:
     return fold(keys) if keys.ndim == 0 else jax.vmap(fold)(keys)
 
 
+def step_key(seed: Int[Array, ""] | int, step: Int[Array, ""] | int) -> Key[Array, ""]:
+    """The key of a step: for draws that all samples of its batch share."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def sample_keys(seed: Int[Array, ""] | int, step: Int[Array, ""] | int, batch_size: int) -> Key[Array, " b"]:
     """One key per sample of the global batch of `step`."""
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
+    return jax.random.split(step_key(seed, step), batch_size)

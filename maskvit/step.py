@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from maskvit.keys import sample_keys
+from maskvit.keys import sample_keys, step_key
 from maskvit.objectives import Objective
 from maskvit.optim import Optimizer
 from maskvit.types import Batch, Metrics, TrainState
@@ -27,8 +27,10 @@ def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -
     return TrainState(step, params, optimizer.tx.init(params), objective_state, skipped)
 
 
-def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, micro_batches: int) -> tuple[Any, Any, Any, Metrics]:
-    """(loss, gradients, what the objective observed per sample, metrics) of a batch worked off in `micro_batches` equal parts.
+def gradients(
+    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int
+) -> tuple[Any, Any, Any, Metrics]:
+    """(loss, gradients, what the objective observed per sample, metrics) of a batch processed in `micro_batches` equal parts.
 
     Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:
     then the number of samples behind each loss is known, and the parts' gradients add up to the whole batch's exactly.
@@ -37,7 +39,8 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
     # Whole pictures come with some samples only; they serve `after_update`.
     batch = {name: value for name, value in batch.items() if not name.startswith("whole/")}
     if micro_batches == 1:
-        (loss, (observed, metrics)), grads = value_and_grad(state.params, state.objective_state, batch, keys, state.step)
+        result = value_and_grad(state.params, state.objective_state, batch, keys, state.step, shared_key=shared_key)
+        (loss, (observed, metrics)), grads = result
         return loss, grads, observed, metrics
 
     split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
@@ -48,7 +51,7 @@ def gradients(state: TrainState, batch: Batch, keys: Any, objective: Objective, 
 
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
-        result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts)
+        result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts, shared_key)
         (loss, (observed, metrics)), grads = result
         return (loss, grads, metrics), observed
 
@@ -80,7 +83,7 @@ def train_step(
     """
     batch_size = next(value.shape[0] for name, value in batch.items() if not name.startswith("whole/"))
     keys = sample_keys(seed, state.step, batch_size)
-    loss, grads, observed, metrics = gradients(state, batch, keys, objective, micro_batches)
+    loss, grads, observed, metrics = gradients(state, batch, keys, step_key(seed, state.step), objective, micro_batches)
     grad_norm = optax.tree.norm(grads)
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if loss_limit is not None:

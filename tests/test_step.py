@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import GUIDED, RANDOM, counting, on_device, tiny_batch, tiny_objective
 
-from maskvit.keys import sample_keys
+from maskvit.keys import sample_keys, step_key
 from maskvit.models import frozen_mask
 from maskvit.objectives.multimae import MultiMae
 from maskvit.optim import Cosine, Optimizer, adamw
@@ -50,7 +50,7 @@ def test_accumulated_gradients_are_the_large_batchs(masking):
     objective = small_objective(**masking)
     state = fresh_state(objective, optimizer_for(objective))
     batch, keys = on_device(tiny_batch(8, present=True)), sample_keys(0, 0, 8)
-    results = {n: jax.jit(lambda s, b, n=n: gradients(s, b, keys, objective, n))(state, batch) for n in (1, 2, 4)}
+    results = {n: jax.jit(lambda s, b, n=n: gradients(s, b, keys, step_key(0, 0), objective, n))(state, batch) for n in (1, 2, 4)}
     whole_loss, whole, _, whole_metrics = results[1]
     assert {float(count) for name, (_, count) in whole_metrics.items()} == {6.0, 5.0}
     for n in (2, 4):
@@ -156,7 +156,7 @@ def test_randomness_follows_seed_and_step():
 
 
 def gradients_of(objective: MultiMae, state: TrainState) -> tuple[float, dict[str, np.ndarray]]:
-    compiled = jax.jit(lambda state, batch: gradients(state, batch, sample_keys(0, 0, 8), objective, 1))
+    compiled = jax.jit(lambda state, batch: gradients(state, batch, sample_keys(0, 0, 8), step_key(0, 0), objective, 1))
     loss, grads, _, _ = compiled(state, on_device(tiny_batch(8)))
     return float(loss), {name: np.asarray(value) for name, value in tree_paths(grads).items()}
 

@@ -76,8 +76,11 @@ class Masking:
         as_tuple = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
         return as_tuple(self.ratio), as_tuple(self.ratio_var)
 
-    def draw(self, keys: Key[Array, " r"], step: Int[Array, ""], name: str) -> Float[Array, " r"]:
-        """The share of every view; `name` tells independent draws apart."""
+    def draw(self, keys: Key[Array, " r"], shared_key: Key[Array, ""], name: str) -> Float[Array, " r"]:
+        """The share of every view; `name` tells independent draws apart.
+
+        `shared_key` is the step's: micro-batches of one step must draw the same where `per` is "step".
+        """
         ratios, variations = (jnp.array(values, jnp.float32) for values in self.ranges)
 
         def one(key: Key[Array, ""]) -> Float[Array, ""]:
@@ -87,9 +90,7 @@ class Masking:
 
         if self.per == "view":
             return jax.vmap(one)(stream_keys(keys, name))
-        # A function of the step alone: parts of a batch that are worked off one after the other must draw the same.
-        shared = one(stream_keys(jax.random.fold_in(jax.random.key(0), step), name))
-        return jnp.broadcast_to(shared, keys.shape)
+        return jnp.broadcast_to(one(stream_keys(shared_key, name)), keys.shape)
 
 
 class Views(NamedTuple):
@@ -184,10 +185,12 @@ class Distillation:
         step: Int[Array, ""],
         plan: Any = None,
         counts: Mapping[str, Float[Array, ""]] | None = None,
+        shared_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Metrics]]:
         """Mean over images of the losses between views and on masked patches; observed: the teacher's mean logits per image.
 
-        `counts` (from `plan`): images of the whole batch where it is worked off in parts.
+        `counts` (from `plan`): images of the whole batch where it is processed in micro-batches; `shared_key`: the step's key
+        (`maskvit.keys.step_key`), for what all of them draw alike. Without it the batch is the whole one.
         """
         model, b = self.model, keys.shape[0]
         counts = self.plan(params, batch, keys)[1] if counts is None else counts
@@ -198,7 +201,7 @@ class Distillation:
         # The teacher first: targets and masks come out of this one pass.
         teacher = jax.lax.stop_gradient(self.look(state["teacher"], large))
         told = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, n]))
-        masked = self.hide(teacher.attention, view_keys, jnp.asarray(step), batch, large.present)
+        masked = self.hide(teacher.attention, view_keys, keys[0] if shared_key is None else shared_key, batch, large.present)
 
         encoded = self._student(params, large, view_keys, masked)
         said = [self.by_image(model.project(params, encoded[:, n]), b)]
@@ -260,7 +263,7 @@ class Distillation:
         """For pictures: "inputs", the "guidance" (the teacher's attention) and what would be "masked"; nothing is rebuilt."""
         prepared = prepare(self.model, batch)
         attention = self.look(state["teacher"], prepared).attention
-        masked = self.hide(attention, keys, jnp.asarray(step), batch, prepared.present)
+        masked = self.hide(attention, keys, keys[0], batch, prepared.present)
         masked = jnp.zeros(attention.shape, bool) if masked is None else masked
         layout = self.model.layout_of(prepared.values_of(self.model.inputs))
         on_grid = lambda flat: {  # noqa: E731
@@ -289,7 +292,7 @@ class Distillation:
         return Views(encoded, weights.mean(axis=1)[:, 0, :n])
 
     def hide(
-        self, attention: Guidance, keys: Key[Array, " r"], step: Int[Array, ""], batch: Batch, present: Bool[Array, "r n"] | None
+        self, attention: Guidance, keys: Key[Array, " r"], shared_key: Key[Array, ""], batch: Batch, present: Bool[Array, "r n"] | None
     ) -> Bool[Array, "r n"] | None:
         """What the student does not see of each view: True = hidden; None where nothing is ever hidden."""
         layout = self.model.layout
@@ -299,7 +302,7 @@ class Distillation:
             return masked if present is None else masked & present
         if self.masking is None:
             return None
-        return choose_hidden(self.masking, self.scores, attention, keys, step, layout, present)
+        return choose_hidden(self.masking, self.scores, attention, keys, shared_key, layout, present)
 
     def _student(
         self, params: Params, prepared: Prepared, keys: Key[Array, " r"], masked: Bool[Array, "r n"] | None = None
@@ -371,7 +374,7 @@ def choose_hidden(
     scores: tuple[Any, tuple[tuple[str, Any], ...]],
     attention: Guidance,
     keys: Key[Array, " r"],
-    step: Int[Array, ""],
+    shared_key: Key[Array, ""],
     layout: TokenLayout,
     present: Bool[Array, "r n"] | None = None,
 ) -> Bool[Array, "r n"]:
@@ -390,11 +393,11 @@ def choose_hidden(
         order = function(score_keys, layout, attention, present, **options)
     exists = jnp.ones(order.shape, bool) if present is None else present
     # 1e-5: a rounding error is not a token.
-    count = jnp.floor(exists.sum(axis=1) * masking.draw(keys, step, "ratio") + 1e-5)
+    count = jnp.floor(exists.sum(axis=1) * masking.draw(keys, shared_key, "ratio") + 1e-5)
     rank = jnp.argsort(jnp.argsort(jnp.where(exists, -order, jnp.inf), axis=1), axis=1)
     masked = rank < count[:, None]
     if hints:
-        masked &= ~hint_reveals(score_keys, layout, attention, present, amounts=masking.draw(keys, step, "hint ratio"), **options)
+        masked &= ~hint_reveals(score_keys, layout, attention, present, amounts=masking.draw(keys, shared_key, "hint ratio"), **options)
     kept = jax.vmap(jax.random.uniform)(stream_keys(keys, "masked at all")) < masking.probability
     return masked & kept[:, None]
 
@@ -488,7 +491,7 @@ def ibot(
     if masking_of is not None:
         # Wrong numbers are found on shapes, before anything is computed.
         keys, tokens = jax.random.split(jax.random.key(0), 1), model.layout.num_tokens
-        jax.eval_shape(lambda: choose_hidden(masking_of, scores_of, jnp.zeros((1, tokens)), keys, jnp.int32(0), model.layout))
+        jax.eval_shape(lambda: choose_hidden(masking_of, scores_of, jnp.zeros((1, tokens)), keys, keys[0], model.layout))
     return objective
 
 

@@ -433,11 +433,12 @@ class MultiMae:
         step: Int[Array, ""],
         plan: MaskPlan | None = None,
         counts: Mapping[str, Float[Array, ""]] | None = None,
+        shared_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], tuple[Any, Metrics]]:
         """The sum over outputs of their masked losses, and ((errors per token or None), metrics).
 
-        `plan` and `counts` (from `plan`) are given where a batch is worked off in parts: the parts' losses then add up
-        to the whole batch's.
+        `plan` and `counts` (from `plan`) are given where a batch is processed in micro-batches: the parts' losses then add up
+        to the whole batch's. Every sample draws for itself: `shared_key` is not used.
         """
         prepared = self.prepare(batch)
         tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present)

@@ -13,7 +13,7 @@ import pytest
 
 from configs import common
 from maskvit import features, train
-from maskvit.keys import sample_keys
+from maskvit.keys import sample_keys, step_key
 from maskvit.models import MultiMaeModel, count_parameters, frozen_mask
 from maskvit.models.vit import drop_path
 from maskvit.objectives import build_objective
@@ -117,7 +117,7 @@ def test_high_and_low_hide_what_the_published_code_hides(which, ratio, fixtures)
     with np.load(fixtures / "attmask_selection.npz") as file:
         attention, expected = jnp.asarray(file["attention"]), file[f"attmask_{which}_{ratio}"]
     masking = Masking(ratio=ratio, ratio_var=0.0, probability=1.0)
-    masked = choose_hidden(masking, (SCORES[f"attention_{which}"], ()), attention, keys_of(8), jnp.int32(0), GRID)
+    masked = choose_hidden(masking, (SCORES[f"attention_{which}"], ()), attention, keys_of(8), step_key(0, 0), GRID)
     np.testing.assert_array_equal(np.asarray(masked), expected.reshape(8, -1))
     assert (masked.sum(axis=1) == int(196 * ratio)).all()
 
@@ -126,7 +126,7 @@ def test_hints_are_random_tokens_of_the_top_tenth():
     masking = Masking(ratio=0.3, ratio_var=0.0, probability=1.0)
     attention = jax.random.uniform(jax.random.key(5), (64, 196))
     hidden = lambda name: np.asarray(  # noqa: E731
-        choose_hidden(masking, (SCORES[name], ()), attention, keys_of(64), jnp.int32(0), GRID)
+        choose_hidden(masking, (SCORES[name], ()), attention, keys_of(64), step_key(0, 0), GRID)
     )
     high, hint = hidden("attention_high"), hidden("attention_hint")
     shown = high & ~hint
@@ -137,9 +137,9 @@ def test_hints_are_random_tokens_of_the_top_tenth():
     as_published = Masking(probability=1.0)
     share = jax.jit(
         jax.vmap(
-            lambda step: choose_hidden(as_published, (SCORES["attention_hint"], ()), attention[:8], keys_of(8), step, GRID).mean(
-                dtype=jnp.float32
-            )
+            lambda step: choose_hidden(
+                as_published, (SCORES["attention_hint"], ()), attention[:8], keys_of(8), step_key(0, step), GRID
+            ).mean(dtype=jnp.float32)
         )
     )
     np.testing.assert_allclose(share(jnp.arange(400)).mean(), 0.2675, atol=0.012)
@@ -148,7 +148,8 @@ def test_hints_are_random_tokens_of_the_top_tenth():
 def test_one_ratio_for_a_step_or_one_for_each_view():
     attention = jax.random.uniform(jax.random.key(1), (64, 196))
     hide = jax.jit(
-        lambda masking, step: choose_hidden(masking, (SCORES["random"], ()), attention, keys_of(64), step, GRID), static_argnums=0
+        lambda masking, step: choose_hidden(masking, (SCORES["random"], ()), attention, keys_of(64), step_key(0, step), GRID),
+        static_argnums=0,
     )
     by_step = np.stack([np.asarray(hide(Masking(), jnp.int32(step))).sum(axis=1) for step in range(30)])
     assert all(len(set(row) - {0}) == 1 for row in by_step) and len(set(by_step.max(axis=1))) > 15
@@ -159,10 +160,22 @@ def test_one_ratio_for_a_step_or_one_for_each_view():
 
 
 def test_the_parts_of_a_batch_draw_the_same_ratio():
-    masking, step = Masking(), jnp.int32(11)
-    whole = masking.draw(keys_of(8), step, "ratio")
-    np.testing.assert_array_equal(masking.draw(keys_of(8)[::2], step, "ratio"), whole[:4])
-    assert masking.draw(keys_of(8), step, "hint ratio")[0] != whole[0]
+    masking, shared = Masking(), step_key(0, 11)
+    whole = masking.draw(keys_of(8), shared, "ratio")
+    np.testing.assert_array_equal(masking.draw(keys_of(8)[::2], shared, "ratio"), whole[:4])
+    assert masking.draw(keys_of(8), shared, "hint ratio")[0] != whole[0]
+
+
+def test_the_ratio_of_a_step_follows_the_seed():
+    objective = tiny(**ATTMASK)
+    params, state = objective.init(jax.random.key(0))
+    share = jax.jit(
+        lambda seed: objective.loss(
+            params, state, views(), sample_keys(seed, 0, 4), jnp.int32(0), shared_key=step_key(seed, 0)
+        )[1][1]["masked_share"][0]
+    )  # fmt: skip
+    ratios = {float(Masking().draw(keys_of(4), step_key(seed, 0), "ratio")[0]) for seed in range(3)}
+    assert len(ratios) == 3 and len({float(share(seed)) for seed in range(6)}) > 3
 
 
 def test_stochastic_depth_drops_more_in_later_blocks():
