@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,10 +22,14 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec(
 HOST_ONLY = ("id",)
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices on the data axis."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices on the data axis, process by process.
+
+    So the rows of a global batch lie as the loader deals them out, and which record gets which mask does not depend on the machine.
+    `jax.make_mesh` orders devices by the network between them, and refuses those of several nodes of GPUs.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices).reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,37 @@ def test_nan_of_absent_modalities_reaches_nothing():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True))
 
 
+@pytest.mark.parametrize("name", ["depth", "normals", "semseg"])
+@pytest.mark.parametrize("missing", [None, 255])
+def test_an_output_that_some_samples_lack_counts_where_it_is(name, missing):
+    # Only an output: its stand-ins (NaN, black, class -1) are no targets.
+    specs = {"rgb": MODALITIES["rgb"], "depth": MODALITIES["depth"], "semseg": MODALITIES["semseg"]}
+    specs["normals"] = dict(channels=3, patch=8, loss="l1", scale=1 / 255)
+    specs = {"rgb": specs["rgb"], name: {**specs[name], "missing": missing}}
+    objective = tiny_objective(specs, inputs=("rgb",), outputs=("rgb", name), num_visible=4)
+    batch = tiny_batch(8)
+    batch["normals"] = batch["rgb"][:, ::-1].copy()
+    batch = {key: batch[key] for key in ("rgb", name)}
+    lacks = np.arange(8) % 2 == 1
+    stand_in = {"depth": np.nan, "normals": 0, "semseg": -1}[name]
+    batch[name][lacks] = stand_in
+    batch["present"] = np.stack([np.ones(8, bool), ~lacks], axis=1)
+    params = objective.init(jax.random.key(0))[0]
+    keys = sample_keys(0, 0, 8)
+
+    @jax.jit
+    def loss_of(params, batch, keys):
+        plan, counts = objective.plan(params, batch, keys)
+        (loss, (_, metrics)), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, (), batch, keys, jnp.int32(0), plan)
+        return loss, grads, metrics[f"loss/{name}"], counts[name]
+
+    loss, grads, (total, count), planned = loss_of(params, on_device(batch), keys)
+    assert np.isfinite(loss) and all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert count == planned == 4
+    only = {key: value[~lacks] for key, value in batch.items()}
+    assert np.isclose(total, loss_of(params, on_device(only), keys[~lacks])[2][0], rtol=1e-5)
+
+
 def test_nan_in_a_modality_that_declares_none_missing():
     depth = np.ones((32, 32), np.float32)
     depth[3, 4] = np.nan

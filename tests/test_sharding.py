@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,25 @@ def test_four_devices_give_the_losses_of_one(masking, tolerance):
     np.testing.assert_array_equal(masked_one, masked_four)
     np.testing.assert_allclose(four, one, rtol=tolerance)
     assert len(set(one)) == STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh looks at."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_mesh_over_several_nodes_goes_process_by_process():
+    # Every node of GPUs is a slice of its own, and nothing says that devices are listed node by node.
+    listed = [Device(id=i, process_index=i % 3, slice_index=i % 3) for i in range(6)]
+    mesh = make_mesh(listed)
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == (6, 1, 1)
+    assert [(d.process_index, d.id) for d in mesh.devices.flat] == [(0, 0), (0, 3), (1, 1), (1, 4), (2, 2), (2, 5)]
 
 
 def test_batches_that_do_not_divide_are_errors():

@@ -40,45 +40,50 @@ def prepare(model: MultiMaeModel, batch: Batch) -> Prepared:
     for spec in model.modalities:
         if spec.name not in batch:
             continue
-        stored = batch[spec.name]
-        if "present" in batch and spec.name in model.inputs:
+        stored, has = batch[spec.name], _samples_with(model, batch, spec.name)
+        if has is not None:
             # Whatever stands in for an absent modality (NaN) must not reach a product, not even one with weight 0.
-            has = batch["present"][:, model.inputs.index(spec.name)]
-            stored = jnp.where(has.reshape(-1, *(1,) * (stored.ndim - 1)), stored, jnp.zeros_like(stored))
+            has = has[:, None, None, None]
+            nothing = -1 if spec.kind == "categorical" else jnp.zeros((), stored.dtype)
+            stored = jnp.where(has[..., 0] if spec.kind == "categorical" else has, stored, nothing)
+        there = None
+        if spec.missing is not None:
+            there = (stored >= 0)[..., None] if spec.kind == "categorical" else jnp.isfinite(stored).all(axis=-1, keepdims=True)
+        if has is not None:
+            there = jnp.broadcast_to(has, (*stored.shape[:3], 1)) if there is None else there & has
+        if there is not None:
+            valid[spec.name] = there
         if spec.kind == "categorical":
             values[spec.name] = stored
-            if spec.missing is not None:
-                valid[spec.name] = (stored >= 0)[..., None]
             continue
-        if spec.missing is not None:
-            valid[spec.name] = jnp.isfinite(stored).all(axis=-1, keepdims=True)
-            stored = jnp.where(valid[spec.name], stored, 0)
-        if "present" in batch and spec.name in model.inputs:
-            # Loaders fill what a sample lacks with NaN: no attention weight of zero would take that out again.
-            there = batch["present"][:, model.inputs.index(spec.name)]
-            stored = jnp.where(there[:, None, None, None], stored, 0)
+        stored = stored if there is None else jnp.where(there, stored, 0)
         scaled = stored.astype(jnp.float32) * spec.scale
         scaled = (scaled - jnp.array(spec.mean)) / jnp.array(spec.std)
         if spec.standardize:
-            scaled, mean, deviation = standardize_trimmed(scaled, valid.get(spec.name))
+            scaled, mean, deviation = standardize_trimmed(scaled, there)
             restore[spec.name] = mean, deviation
-        values[spec.name] = jnp.where(valid[spec.name], scaled, 0) if spec.name in valid else scaled
-    return Prepared(values, valid, restore, _present_tokens(model, batch, values, valid))
+        values[spec.name] = scaled if there is None else jnp.where(there, scaled, 0)
+    return Prepared(values, valid, restore, _present_tokens(model, values, valid))
 
 
-def _present_tokens(model: MultiMaeModel, batch: Batch, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:
-    """Tokens of modalities that a sample has, with at least one valid pixel."""
+def _samples_with(model: MultiMaeModel, batch: Batch, name: str) -> Bool[Array, " b"] | None:
+    """Which samples have a modality; None where all do."""
+    if "present" not in batch:
+        return None
+    columns = (*model.inputs, *(spec.name for spec in model.modalities if spec.name not in model.inputs))
+    column = columns.index(name)
+    return batch["present"][:, column] if column < batch["present"].shape[1] else None
+
+
+def _present_tokens(model: MultiMaeModel, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:
+    """Tokens of the inputs that have at least one valid pixel."""
     names = [name for name in model.inputs if name in values]
-    if "present" not in batch and not any(name in valid for name in names):
+    if not any(name in valid for name in names):
         return None
     parts = []
     for name in names:
         patch = model.modality(name).patch_pixels
         b, height, width = values[name].shape[:3]
-        tokens = jnp.ones((b, height * width // patch**2), bool)
-        if name in valid:
-            tokens = patchify(valid[name], patch).any(axis=-1)
-        if "present" in batch:
-            tokens &= batch["present"][:, model.inputs.index(name), None]
-        parts.append(tokens)
+        everything = jnp.ones((b, height * width // patch**2), bool)
+        parts.append(patchify(valid[name], patch).any(axis=-1) if name in valid else everything)
     return jnp.concatenate(parts, axis=1)
