@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
 
-from maskvit.types import Batch, path_name
+from maskvit.types import Batch, path_name, tree_paths
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -67,3 +70,48 @@ def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     sharding = batch_sharding(mesh)
     arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_ONLY and not key.startswith("_")}
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in arrays.items()}
+
+
+class ReplicaError(RuntimeError):
+    """Devices that must hold the same parameters do not: a device or its memory is faulty."""
+
+
+@jax.jit
+def _checksums(leaves: list[Array]) -> UInt32[Array, " l"]:
+    """One number per array that any flipped bit changes; sums of integers are the same in every order."""
+
+    def one(leaf: Array) -> UInt32[Array, ""]:
+        bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        words = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").reshape(-1).astype(jnp.uint32)
+        # An odd factor per place: no flipped bit is lost, and values that swapped places are seen.
+        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in leaves])
+
+
+def check_replicas(tree: Any) -> None:
+    """Compare the copies that devices hold of every replicated array of `tree`. Every process must call it.
+
+    Raises ReplicaError naming the devices whose copies differ from those of the majority, and the first array concerned.
+    """
+    named = {name: leaf for name, leaf in tree_paths(tree).items() if leaf.sharding.is_fully_replicated and leaf.size}
+    if not named or jax.device_count() == 1:
+        return
+    # Nothing is communicated: each device sums its own copy, and its shard of the "replicated" result is that sum.
+    shards = sorted(_checksums(list(named.values())).addressable_shards, key=lambda shard: shard.device.id)
+    ids = np.array([shard.device.id for shard in shards])
+    sums = np.stack([np.asarray(shard.data) for shard in shards])
+    if jax.process_count() > 1:
+        ids, sums = (np.concatenate(part) for part in multihost_utils.process_allgather((ids, sums)))
+    rows, counts = np.unique(sums, axis=0, return_counts=True)
+    if len(rows) == 1:
+        return
+    sound = rows[counts.argmax()]
+    wrong = (sums != sound).any(axis=1)
+    first = list(named)[int(np.flatnonzero((sums[wrong] != sound).any(axis=0))[0])]
+    devices = {device.id: device for device in jax.devices()}
+    faulty = ", ".join(f"{devices[i]} of process {devices[i].process_index}" for i in ids[wrong].tolist())
+    raise ReplicaError(
+        f"the copies of {first} that the devices hold differ: {faulty} against {(~wrong).sum()} of {len(ids)} devices that agree. "
+        "A device or its memory is faulty; take it out and resume from the last checkpoint"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
@@ -13,7 +14,16 @@ from maskvit.keys import sample_keys
 from maskvit.models import frozen_mask
 from maskvit.objectives.multimae import MultiMae
 from maskvit.optim import Cosine, adamw
-from maskvit.sharding import batch_sharding, check_batch, make_mesh, parameter_shardings, place_batch, replicated
+from maskvit.sharding import (
+    ReplicaError,
+    batch_sharding,
+    check_batch,
+    check_replicas,
+    make_mesh,
+    parameter_shardings,
+    place_batch,
+    replicated,
+)
 from maskvit.step import init_state, train_step
 
 STEPS = 20
@@ -93,3 +103,40 @@ def test_parameters_are_replicated_whatever_their_path():
     mesh = make_mesh()
     shardings = parameter_shardings({"a": {"kernel": 1}, "b": [2, 3]}, mesh)
     assert all(sharding == replicated(mesh) for sharding in jax.tree.leaves(shardings))
+
+
+def copies(*values):
+    """A replicated array whose devices hold these."""
+    sharding = replicated(make_mesh())
+    parts = [jax.device_put(value, device) for value, device in zip(values, sharding.mesh.devices.flat, strict=True)]
+    return jax.make_array_from_single_device_arrays(values[0].shape, sharding, parts)
+
+
+def test_copies_that_agree_are_fine():
+    rng = np.random.default_rng(0)
+    same = {
+        "kernel": copies(*[rng.standard_normal((8, 4)).astype(np.float32)] * 4),
+        "half": copies(*[np.arange(6, dtype=jnp.bfloat16)] * 4),
+        "flag": copies(*[np.array(True)] * 4),
+        "step": copies(*[np.int32(7)] * 4),
+        "nan": copies(*[np.full(3, np.nan, np.float32)] * 4),
+    }
+    check_replicas(same)
+    sharded = jax.device_put(np.arange(8), batch_sharding(make_mesh()))
+    check_replicas({"rows": sharded})  # each device holds its own rows: nothing to compare
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32])
+@pytest.mark.parametrize("fault", ["bit", "swap"])
+def test_a_device_with_another_copy_is_named(dtype, fault):
+    sound = np.arange(1, 25).reshape(4, 6).astype(dtype)
+    faulty = sound.copy()
+    if fault == "bit":
+        faulty.view(np.uint8).reshape(-1)[5] ^= 1
+    else:
+        faulty[0, 0], faulty[3, 3] = sound[3, 3], sound[0, 0]
+    tree = {"encoder": {"kernel": copies(sound, sound, faulty, sound), "bias": copies(*[np.zeros(3, np.float32)] * 4)}}
+    name = str(make_mesh().devices.flat[2])
+    with pytest.raises(ReplicaError, match="encoder/kernel") as told:
+        check_replicas(tree)
+    assert name in str(told.value) and "3 of 4 devices" in str(told.value)
