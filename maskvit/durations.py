@@ -1,13 +1,14 @@
-"""Durations as people write them ("100 epochs", "1M examples", "5%") to training steps, and when something is due."""
+"""Durations as people write them ("100 epochs", "1M examples", "5%", "20") to training steps, and when something is due."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-FORMS = '"2000 steps", "1.5 epochs", "1M examples" (also K and B), "5 percent" or "5%", or an integer of steps'
+FORMS = '"2000 steps", "1.5 epochs", "1M examples" (also K and B), "5 percent" or "5%", or a number of steps alone'
 
 _DURATION = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kKmMbB])?\s*(%|[a-zA-Z]+)\s*")
+_STEPS = re.compile(r"\s*(\d+(?:_\d+)*)\s*", re.ASCII)  # what a whole number becomes on a command line
 _UNITS = {
     "step": "steps",
     "steps": "steps",
@@ -22,7 +23,7 @@ _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def to_steps(duration: object, *, steps_per_epoch: int, global_batch: int, total_steps: int | None = None) -> int:
-    """The number of optimiser steps that `duration` means, rounded to the nearest, at least 1 unless it is zero.
+    """The number of optimizer steps that `duration` means, rounded to the nearest, at least 1 unless it is zero.
 
     Args:
       duration: one of `FORMS`.
@@ -38,6 +39,8 @@ def to_steps(duration: object, *, steps_per_epoch: int, global_batch: int, total
         if duration < 0:
             raise ValueError(f"a duration of {duration} steps is negative; write {FORMS}")
         return duration
+    if _STEPS.fullmatch(duration):
+        return int(duration)
     match = _DURATION.fullmatch(duration)
     unit = _UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None:

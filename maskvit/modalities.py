@@ -7,8 +7,12 @@ semseg are three such declarations (`RGB`, `DEPTH`, `SEMSEG`), and nothing else 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from maskvit.configuration import check_arguments, hashable
+from maskvit.errors import all_mistakes
 
 KINDS = ("continuous", "categorical")
 LOSSES = {"continuous": ("mse", "l1"), "categorical": ("cross_entropy",)}
@@ -96,14 +100,14 @@ DEPTH = dict(kind="continuous", channels=1, patch=16, loss="l1", scale=1 / 65536
 SEMSEG = dict(kind="categorical", num_classes=133, patch=16, stride=4, loss="cross_entropy", embed_dim=64)
 
 
-def parse_modalities(declared: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
+def parse_modalities(declared: Mapping[str, Any]) -> dict[str, Modality]:
     """Turn `config.modalities` into specs, in name order. Raises on unknown fields, listing the known ones."""
-    known = {field.name for field in dataclasses.fields(Modality)} - {"name"}
     specs = {}
-    for name, fields in declared.items():
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"config.modalities.{name} has unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in fields.items()}
-        specs[name] = Modality(name=name, **values)
+    with all_mistakes() as checks:
+        for name, fields in declared.items():
+            with checks.check():
+                if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
+                    raise ValueError(f"config.modalities names {name!r}; a name is made of letters, digits and underscores")
+                check_arguments(f"config.modalities.{name}", Modality, fields, given=("name",))
+                specs[name] = Modality(name=name, **{key: hashable(value) for key, value in fields.items()})
     return specs

@@ -10,6 +10,8 @@ from maskvit.durations import is_time, to_steps
     [
         (7, 7),
         (0, 0),
+        ("20", 20),
+        (" 1_000 ", 1000),
         ("2000 steps", 2000),
         ("1 step", 1),
         ("1_000 steps", 1000),
@@ -30,7 +32,9 @@ def test_to_steps(duration, steps):
     assert to_steps(duration, steps_per_epoch=10, global_batch=32, total_steps=400) == steps
 
 
-@pytest.mark.parametrize("duration", ["ten epochs", "10", "10 weeks", "", "-5 steps", -1, 1.5, True, "1.2.3 steps", None])
+@pytest.mark.parametrize(
+    "duration", ["ten epochs", "1.5", "1__0", "10_", "²", "10 weeks", "", "-5 steps", -1, 1.5, True, "1.2.3 steps", None]
+)
 def test_bad_duration_lists_the_forms(duration):
     with pytest.raises(ValueError, match="epochs.*examples.*percent"):
         to_steps(duration, steps_per_epoch=10, global_batch=32, total_steps=400)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from maskvit.configuration import check_arguments, look_up
 from maskvit.data.sources import Source, TfdsSource
 from maskvit.modalities import Modality
 
@@ -19,10 +19,6 @@ def open_source(source: str, modalities: Mapping[str, Modality], **kwargs: Any) 
       ValueError: an unknown source or argument, listing the known ones, or data that do not fit the modalities.
       FileNotFoundError: the data are not there.
     """
-    if source not in SOURCES:
-        raise ValueError(f"config.data source is {source!r}; known: {', '.join(sorted(SOURCES))}")
-    known = [name for name in inspect.signature(SOURCES[source]).parameters if name != "modalities"]
-    unknown = sorted(set(kwargs) - set(known))
-    if unknown:
-        raise ValueError(f"config.data has unknown key {unknown[0]!r} for source {source!r}; known: {', '.join(known)}")
-    return SOURCES[source](modalities, **kwargs)
+    constructor = look_up("config.data source", SOURCES, source)
+    check_arguments("config.data", constructor, kwargs, given=("modalities",))
+    return constructor(modalities, **kwargs)

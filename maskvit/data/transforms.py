@@ -69,10 +69,7 @@ class Augment:
 def parse_augment(settings: Mapping[str, Any] | None) -> Augment:
     """Turn `config.data.augment` into `Augment`. Raises ValueError on an unknown key, listing the known ones."""
     settings = dict(settings or {})
-    known = [field.name for field in dataclasses.fields(Augment)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"config.data.augment has unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    check_arguments("config.data.augment", Augment, settings)
     plain = lambda block: {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in block.items()}  # noqa: E731
     values: dict[str, Any] = plain(settings)
     views: dict[str, Any] = plain(values.pop("views", None) or {})

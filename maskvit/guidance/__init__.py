@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from maskvit.configuration import hashable, look_up
+from maskvit.configuration import named_function
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
 from maskvit.guidance.bipartition import Bipartition
 from maskvit.guidance.canvas import AverageError, ReusedAttention
@@ -35,17 +34,8 @@ GUIDANCE: dict[str, type[Source]] = {
 __all__ = ["GUIDANCE", "Request", "Source", "build_source"]
 
 
-def build_source(block: Mapping[str, Any], where: str = "config.objective.guidance") -> Source:
+def build_source(block: Any, where: str = "config.objective.guidance") -> Source:
     """`{"name": ..., **fields}` to a source. A field that is itself such a block (`of`) is built the same way."""
-    if "name" not in block:
-        raise ValueError(f"{where} lacks the key 'name'; known names: {', '.join(GUIDANCE)}")
-    constructor = look_up(f"{where}.name", GUIDANCE, block["name"])
-    known = [field.name for field in dataclasses.fields(constructor)]
-    fields = {}
-    for key, value in block.items():
-        if key == "name":
-            continue
-        if key not in known:
-            raise ValueError(f"{where} has unknown key {key!r} for {block['name']!r}; known: {', '.join(known) or 'none'}")
-        fields[key] = build_source(value, f"{where}.{key}") if isinstance(value, Mapping) else hashable(value)
+    constructor, arguments = named_function(where, GUIDANCE, block, given=())
+    fields = {key: build_source(value, f"{where}.{key}") if isinstance(value, Mapping) else value for key, value in arguments}
     return constructor(**fields)

@@ -46,12 +46,17 @@ OBJECTIVES = {"multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": di
 
 def build_objective(config: Mapping[str, Any]) -> Any:
     """The objective of a config with `modalities`, `image_size` and `objective` blocks (plain data)."""
+    check_arguments("config", _model_blocks, {key: config[key] for key in ("modalities", "image_size", "objective") if key in config})
     block = {key: hashable(value) for key, value in config["objective"].items()}
     name = block.pop("name", None)
     constructor = look_up("config.objective.name", OBJECTIVES, name)
     given = ("modalities", "image_size")
     check_arguments("config.objective", constructor, block, given)
     return constructor(parse_modalities(config["modalities"]), parse_image_size(config["image_size"]), **block)
+
+
+def _model_blocks(*, modalities: Mapping[str, Any], image_size: int | tuple[int, ...], objective: Mapping[str, Any]) -> None:
+    """What `build_objective` needs of a config; its signature is the reference."""
 
 
 def parse_image_size(size: Any) -> tuple[int, int]:

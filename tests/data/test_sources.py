@@ -160,7 +160,7 @@ def test_travels_by_pickle_and_opens_lazily(root):
         (dict(name="packed", label="klass"), ValueError, "label is 'klass', but packed/1.0.0 has the features depth, id, label, rgb"),
         (dict(name="packed", features={"rbg": "x"}), ValueError, "features names modality 'rbg'; declared .*: rgb, depth"),
         (dict(name="packed", may_lack=("x",)), ValueError, "may_lack names 'x'; declared modalities: rgb, depth"),
-        (dict(name="packed", splt="train"), ValueError, "unknown key 'splt' for source 'tfds'; known: data_dir, name, split, features"),
+        (dict(name="packed", splt="train"), ValueError, "unknown key 'splt'; known: data_dir, name, split, features"),
     ],
 )
 def test_errors_name_the_thing_and_the_remedy(root, kwargs, error, text):
