@@ -103,8 +103,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
             continue
         negated, key, value = match.groups()
         if not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
-            hint = ": set the whole tuple, --config.key='(a, b)'" if "[" in key else ""
-            raise ValueError(f"{word!r} names no key of the config: write --config.block.key=value{hint}")
+            form = f"set the whole tuple, --config.{key.partition('[')[0]}='(a, b)'" if "[" in key else "write --config.block.key=value"
+            raise ValueError(f"{word!r} names no key of the config: {form}")
         if negated and value is not None:
             raise ValueError(f"{word!r} sets a value and denies it: write --config.{key}=false")
         if value is None:

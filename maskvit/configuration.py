@@ -59,7 +59,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (None, type(None), str, bool):
         return value is None if hint in (None, type(None)) else isinstance(value, hint)
     if _is(origin or hint, Mapping):
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
     if _is(origin or hint, Sequence):
         if not isinstance(value, (list, tuple)):
             return False
@@ -111,9 +111,7 @@ def hashable(value: Any) -> Any:
     return tuple(hashable(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def named_function(
-    where: str, table: Mapping[str, Any], block: Any, given: tuple[str, ...]
-) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+def named_function(where: str, table: Mapping[str, Any], block: Any, given: tuple[str, ...]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
     """`{"name": ..., **arguments}` to (function, its arguments as sorted pairs), checked; `given` as in `check_arguments`."""
     if not isinstance(block, Mapping):
         raise ValueError(f"{where} is {shown(block)}; it must be a block such as {{'name': {next(iter(table))!r}}}")

@@ -7,6 +7,7 @@ semseg are three such declarations (`RGB`, `DEPTH`, `SEMSEG`), and nothing else 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -62,11 +63,19 @@ class Modality:
             raise ValueError(f"{where}.loss is {self.loss!r}; for a {self.kind} modality: {', '.join(LOSSES[self.kind])}")
         if self.kind == "categorical" and self.num_classes < 1:
             raise ValueError(f"{where}.num_classes is {self.num_classes}; a categorical modality needs at least 1")
+        for field in ("channels", "patch", "stride", "embed_dim"):
+            if not 1 <= getattr(self, field) <= 2**16:
+                raise ValueError(f"{where}.{field} is {getattr(self, field)}; it must be at least 1 and at most {2**16}")
         if self.stride < 1 or self.patch % self.stride:
             raise ValueError(f"{where}.patch ({self.patch}) must be a multiple of its stride ({self.stride})")
         for field in ("mean", "std"):
             if len(getattr(self, field)) not in (1, self.channels):
                 raise ValueError(f"{where}.{field} has {len(getattr(self, field))} values for {self.channels} channels")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"{where}.mean is {self.mean}; it must be finite")
+        for field, values in (("scale", (self.scale,)), ("std", self.std), ("metres_per_count", (self.metres_per_count or 1,))):
+            if not all(math.isfinite(value) and value > 0 for value in values):
+                raise ValueError(f"{where}.{field} is {getattr(self, field)}; it must be finite and above 0")
 
     @property
     def patch_pixels(self) -> int:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Key, Num
 
+from maskvit.configuration import check_arguments
 from maskvit.masking import show_all
 from maskvit.modalities import Modality
 from maskvit.models.adapters import InputAdapter
 from maskvit.models.decoders import DECODERS, CrossMaeDecoder, MaeDecoder, Memory, SpatialDecoder
 from maskvit.models.projection import Projection, redraw
-from maskvit.models.vit import VARIANTS, Dense, Encoder, apply, layer_norm
+from maskvit.models.vit import VARIANTS, Dense, Encoder, apply, check_sizes, layer_norm, transformer_sizes
 from maskvit.types import MaskPlan, Params, Queries, TokenBatch, TokenLayout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -25,11 +26,14 @@ POSITIONS = ("rows_first", "columns_first", "learned")
 
 
 def encoder_sizes(encoder: str | Mapping[str, Any]) -> dict[str, Any]:
-    """`"B"` or `{"width": ..., "depth": ..., "heads": ..., "mlp_ratio": ...}` to the arguments of `Encoder`."""
+    """`"B"` or `{"width": ..., "depth": ..., "heads": ..., "mlp_ratio": ...}` to the arguments of `Encoder`, checked."""
+    where = "config.objective.encoder"
     if isinstance(encoder, str):
         if encoder not in VARIANTS:
-            raise ValueError(f"config.objective.encoder is {encoder!r}; known: {', '.join(VARIANTS)}, or a block of sizes")
+            raise ValueError(f"{where} is {encoder!r}; known: {', '.join(VARIANTS)}, or a block of sizes")
         return dict(VARIANTS[encoder])
+    check_arguments(where, transformer_sizes, encoder)
+    check_sizes(where, encoder)
     return dict(encoder)
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from maskvit.configuration import hashable, look_up
+from maskvit.configuration import check_arguments, hashable, look_up
 from maskvit.modalities import Modality
 from maskvit.models.adapters import frozen_position_table
-from maskvit.models.vit import Block, Dense, Mlp, SelfAttention, attend, layer_norm, xavier_uniform
+from maskvit.models.vit import Block, Dense, Mlp, SelfAttention, attend, check_sizes, layer_norm, xavier_uniform
 from maskvit.patches import resample_pos_embed
 from maskvit.types import MaskPlan, Queries, TokenLayout
 
@@ -341,9 +341,20 @@ def crossmae_features(
 
 
 DECODERS = {"spatial": SpatialDecoder, "mae": MaeDecoder, "crossmae": CrossMaeDecoder}
-SIZES = ("width", "depth", "heads", "mlp_ratio")
-# What a decoder's block may hold beside its sizes.
-OPTIONS = {"spatial": (), "mae": (), "crossmae": ("features", "use_input", "weighted", "self_attention")}
+
+
+def _sizes(*, width: int = 0, depth: int = 0, heads: int = 0, mlp_ratio: float | int = 4.0) -> None:
+    """What every decoder's block may hold; the signature is the reference."""
+
+
+def _crossmae(
+    *, width: int = 0, depth: int = 0, heads: int = 0, mlp_ratio: float | int = 4.0, features: str | tuple[int, ...] = "all",
+    use_input: bool | None = None, weighted: bool = True, self_attention: bool = False,
+) -> None:  # fmt: skip
+    """What the block of a `crossmae` decoder may hold."""
+
+
+BLOCKS = {"spatial": _sizes, "mae": _sizes, "crossmae": _crossmae}
 
 
 def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str, dict[str, Any]]:
@@ -351,14 +362,10 @@ def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str
     given = {key: hashable(value) for key, value in block.items()}
     name = given.pop("name", "spatial")
     decoder = look_up("config.objective.decoder.name", DECODERS, name)
-    known = (*SIZES, *OPTIONS[name])
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"config.objective.decoder has unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    check_arguments("config.objective.decoder", BLOCKS[name], given)
     arguments = {key: getattr(decoder, key) for key in ("width", "depth", "heads")} | given
     if name == "crossmae":
         chosen = {key: arguments.pop(key) for key in ("features", "use_input") if key in arguments}
         arguments["features"] = crossmae_features(encoder_depth, arguments.get("weighted", True), **chosen)
-    if arguments["depth"] < 1 and name != "spatial":
-        raise ValueError(f"config.objective.decoder.depth is {arguments['depth']}; the {name} decoder needs at least one block")
+    check_sizes("config.objective.decoder", arguments, least_depth=0 if name == "spatial" else 1)
     return name, arguments

@@ -7,6 +7,7 @@ and softmax stay in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,23 @@ VARIANTS = {
     "L": dict(width=1024, depth=24, heads=16),
     "H": dict(width=1280, depth=32, heads=16),
 }
+MOST = {"width": 2**16, "depth": 2**10, "heads": 2**10}  # far beyond any ViT: what exceeds it is a slip, or a file that means harm
+
+
+def transformer_sizes(*, width: int, depth: int, heads: int, mlp_ratio: float | int = 4.0) -> None:
+    """The sizes of a stack of blocks as a config gives them; the signature is the reference."""
+
+
+def check_sizes(where: str, sizes: Mapping[str, Any], least_depth: int = 1) -> None:
+    """Raise ValueError, naming `where`.key, for widths, depths and heads that cannot be a stack of blocks."""
+    for key, most in MOST.items():
+        least = least_depth if key == "depth" else 1
+        if not least <= sizes[key] <= most:
+            raise ValueError(f"{where}.{key} is {sizes[key]}; it must be at least {least} and at most {most}")
+    if sizes["width"] % sizes["heads"] or sizes["width"] % 4:
+        raise ValueError(f"{where}.width {sizes['width']} must divide by its {sizes['heads']} heads and by 4")
+    if not 0 < sizes.get("mlp_ratio", 4) <= 64:
+        raise ValueError(f"{where}.mlp_ratio is {sizes['mlp_ratio']}; it must be above 0 and at most 64")
 
 
 def xavier_uniform(parts: int = 1):

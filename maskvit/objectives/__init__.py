@@ -61,7 +61,11 @@ def _model_blocks(*, modalities: Mapping[str, Any], image_size: int | tuple[int,
 
 def parse_image_size(size: Any) -> tuple[int, int]:
     """`config.image_size`, (height, width) or the side of a square. Raises ValueError for anything else."""
+    most = 2**16
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        raise ValueError(f"config.image_size is {size!r}; give (height, width) in pixels, or one number for a square")
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= most for side in sides):
+        raise ValueError(
+            f"config.image_size is {size!r}; give both sides in pixels, (height, width), or for a square a number without parentheses "
+            f"(from 1 to {most})"
+        )
     return sides[0], sides[1]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.configuration import check_arguments, hashable, look_up, named_function
+from maskvit.configuration import check_arguments, hashable, named_function
 from maskvit.guidance import build_source
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
 from maskvit.keys import stream_keys
@@ -26,7 +26,7 @@ from maskvit.losses import across_views, at_masked_tokens, cosine_between, disti
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.models.vit import drop_path
-from maskvit.objectives.multimae import Duration, ToSteps, resolved
+from maskvit.objectives.multimae import Duration, ToSteps, check_inputs, resolved
 from maskvit.objectives.values import Prepared, prepare
 from maskvit.scores import SCORES, hint_reveals
 from maskvit.types import Batch, Guidance, Metrics, Params, TokenLayout
@@ -505,22 +505,12 @@ def _model(
     remat: bool,
     mask_embed: bool,
 ) -> MultiMaeModel:
-    if not inputs:
-        raise ValueError("config.objective.inputs must name at least one modality")
-    for name in inputs:
-        look_up("config.objective.inputs", modalities, name)
+    check_inputs(modalities, inputs)
     if compute_dtype not in DTYPES:
         raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     sizes = encoder_sizes(encoder)
-    unknown = set(sizes) - {"width", "depth", "heads", "mlp_ratio"}
-    if unknown:
-        raise ValueError(f"config.objective.encoder has unknown key {sorted(unknown)[0]!r}; known: width, depth, heads, mlp_ratio")
-    if sizes["width"] % sizes["heads"]:
-        raise ValueError(f"config.objective.encoder.width {sizes['width']} must divide by its {sizes['heads']} heads")
-    head = {"hidden": 2048, "bottleneck": 256, "num_prototypes": 65536, "num_patch_prototypes": 0, "fixed_scale": False}
-    unknown = set(projection) - set(head)
-    if unknown:
-        raise ValueError(f"config.objective.projection has unknown key {sorted(unknown)[0]!r}; known: {', '.join(head)}")
+    check_arguments("config.objective.projection", projection_sizes, projection)
+    head = projection_sizes(**projection)
     model = MultiMaeModel(
         modalities=tuple(modalities[name] for name in inputs),
         inputs=tuple(inputs),
@@ -533,11 +523,23 @@ def _model(
         final_norm=True,
         positions="learned",
         mask_embed=mask_embed,
-        projection=tuple(sorted({**head, **projection}.items())),
+        projection=tuple(sorted(head.items())),
     )
     for spec in model.modalities:
         spec.size(model.image_size)
     return model
+
+
+def projection_sizes(
+    *, hidden: int = 2048, bottleneck: int = 256, num_prototypes: int = 65536, num_patch_prototypes: int = 0, fixed_scale: bool = False
+) -> dict[str, Any]:
+    """`config.objective.projection`."""
+    sizes = dict(hidden=hidden, bottleneck=bottleneck, num_prototypes=num_prototypes, num_patch_prototypes=num_patch_prototypes)
+    for key, size in sizes.items():
+        least = 0 if key == "num_patch_prototypes" else 1
+        if not least <= size <= 2**24:
+            raise ValueError(f"config.objective.projection.{key} is {size}; it must be at least {least} and at most {2**24}")
+    return {**sizes, "fixed_scale": fixed_scale}
 
 
 def _checked(model: MultiMaeModel, **fields: Any) -> Distillation:

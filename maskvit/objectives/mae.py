@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskvit.modalities import Modality
-from maskvit.objectives.multimae import MultiMae, multimae
+from maskvit.objectives.multimae import MultiMae, check_inputs, multimae
 
 
 def mae(
@@ -122,11 +122,12 @@ def crossmae(
 
 
 def _count(modalities: Mapping[str, Modality], image_size: tuple[int, int], inputs: tuple[str, ...]) -> int:
-    """All tokens of the declared inputs; `multimae` says which are not declared."""
-    return sum(math.prod(modalities[name].grid(image_size)) for name in inputs if name in modalities)
+    """All tokens of the inputs."""
+    return sum(math.prod(modalities[name].grid(image_size)) for name in inputs)
 
 
 def _shown(modalities: Mapping[str, Modality], image_size: tuple[int, int], inputs: tuple[str, ...], mask_ratio: float) -> int:
+    check_inputs(modalities, inputs)
     tokens = _count(modalities, image_size, inputs)
     shown = int(tokens * (1 - mask_ratio))
     if tokens and not 0 < shown < tokens:

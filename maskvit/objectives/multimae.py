@@ -7,7 +7,7 @@ that continues it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -568,9 +568,7 @@ def multimae(
     `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
     of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
     """
-    for name in inputs:
-        if name not in modalities:
-            raise ValueError(f"config.objective.inputs names {name!r}; declared in config.modalities: {', '.join(modalities)}")
+    check_inputs(modalities, inputs)
     for name in outputs:
         base = name if name in modalities else name.removeprefix("norm_")
         if base not in modalities:
@@ -578,18 +576,10 @@ def multimae(
             raise ValueError(f"config.objective.outputs names {name!r}; known: {known}")
         if name != base and modalities[base].kind == "categorical":
             raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalised per patch")
-    if not inputs:
-        raise ValueError("config.objective.inputs must name at least one modality")
     if compute_dtype not in DTYPES:
         raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
-    unknown = set(encoder_sizes(encoder)) - {"width", "depth", "heads", "mlp_ratio"}
-    if unknown:
-        raise ValueError(f"config.objective.encoder has unknown key {sorted(unknown)[0]!r}; known: width, depth, heads, mlp_ratio")
     decoder_name, sizes = decoder_arguments(decoder or {}, encoder_sizes(encoder)["depth"])
-    for where, block in (("encoder", encoder_sizes(encoder)), ("decoder", sizes)):
-        if block["width"] % block["heads"] or block["width"] % 4:
-            raise ValueError(f"config.objective.{where}.width {block['width']} must divide by its {block['heads']} heads and by 4")
     model = MultiMaeModel(
         modalities=tuple(used),
         inputs=tuple(inputs),
@@ -636,6 +626,17 @@ def multimae(
     objective = MultiMae(model, num_visible, score, spend, source, share, weight, _part("predicted", Predicted, predicted))
     _check_arguments_of_functions(objective)
     return objective
+
+
+def check_inputs(modalities: Mapping[str, Modality], inputs: Sequence[str]) -> None:
+    """Raise ValueError where `config.objective.inputs` is empty, or names what is not declared, or something twice."""
+    if not inputs:
+        raise ValueError("config.objective.inputs must name at least one modality")
+    for name in inputs:
+        if name not in modalities:
+            raise ValueError(f"config.objective.inputs names {name!r}; declared in config.modalities: {', '.join(modalities)}")
+    if len(set(inputs)) < len(inputs):
+        raise ValueError(f"config.objective.inputs is {tuple(inputs)}: each modality is named once")
 
 
 def _part(key: str, constructor: Any, block: Mapping[str, Any] | None) -> Any:

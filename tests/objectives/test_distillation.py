@@ -342,7 +342,7 @@ def test_initial_values():
         ("dino", dict(teacher_momentum=1.0), "teacher_momentum is 1.0; it must be at least 0 and below 1"),
         ("ibot", dict(center_momentum=-0.1), "center_momentum is -0.1; it must be at least 0 and below 1"),
         ("dino", dict(teacher_temperature=(0.0, 0.07)), "teacher_temperature"),
-        ("dino", dict(inputs=("thermal",)), "config.objective.inputs is 'thermal'; known: rgb"),
+        ("dino", dict(inputs=("thermal",)), "config.objective.inputs names 'thermal'; declared in config.modalities: rgb"),
     ],
 )  # fmt: skip
 def test_bad_config(name, block, message):

@@ -284,7 +284,7 @@ def test_hard_patches_train_on_a_mae():
         ("mae", dict(mask_ratio=0.0), "config.objective.mask_ratio is 0.0: of 16 tokens it shows 16"),
         ("mae", dict(num_visible=4), "config.objective has unknown key 'num_visible'; known: inputs, outputs, mask_ratio"),
         ("mae", dict(inputs=("depth",)), "config.objective.inputs names 'depth'; declared in config.modalities: rgb"),
-        ("mae", dict(decoder=dict(depth=0)), "config.objective.decoder.depth is 0; the mae decoder needs at least one block"),
+        ("mae", dict(decoder=dict(depth=0)), "config.objective.decoder.depth is 0; it must be at least 1"),
         ("crossmae", dict(kept_mask_ratio=0.8), "config.objective.kept_mask_ratio is 0.8: it is a share of all tokens"),
         ("crossmae", dict(decoder=dict(features=(3,))), "features names block 3, but the encoder has blocks 0 to 2"),
         ("crossmae", dict(decoder=dict(features="last")), "config.objective.decoder.features is 'last'; give 'all' or a list"),
