@@ -65,7 +65,7 @@ def parse_image_size(size: Any) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= most for side in sides):
         raise ValueError(
-            f"config.image_size is {size!r}; give both sides in pixels, (height, width), or for a square a number without parentheses "
+            f"config.image_size is {size!r}; give (height, width) in pixels, or for a square a number without parentheses "
             f"(from 1 to {most})"
         )
     return sides[0], sides[1]
