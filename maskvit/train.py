@@ -49,18 +49,14 @@ class Stopped(SystemExit):
 
 
 def main(config: Any, workdir: str, profile: str | None = None) -> None:
-    """`run` a ConfigDict, with log lines on standard error and config mistakes as one line instead of a traceback."""
+    """`run` a ConfigDict, with log lines on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     plain = config.to_dict()
-    try:
-        with _config_errors():
-            check_arguments("config", run, plain, given=("workdir", "profile"))
-        run(workdir, profile=profile, **plain)
-    except (ConfigError, checkpoints.CheckpointError, FileNotFoundError, ImportError) as error:
-        LOG.error("error: %s", error)
-        raise SystemExit(2) from error
+    with _config_errors():
+        check_arguments("config", run, plain, given=("workdir", "profile"))
+    run(workdir, profile=profile, **plain)
 
 
 @contextlib.contextmanager
