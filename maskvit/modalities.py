@@ -38,6 +38,8 @@ class Modality:
         categorical the id that means "no label".
       metres_per_count: what one stored unit is in metres where the modality is a distance; for pictures and metrics.
       embed_dim: width of the class embedding, categorical only.
+      mirrored_channels: channels that point to the left or right (of surface normals the x channel): where a picture is mirrored
+        their model value changes its sign, so `mean` must be the value (after `scale`) of no direction. Continuous only.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Modality:
     missing: float | int | None = None
     metres_per_count: float | None = None
     embed_dim: int = 64
+    mirrored_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"config.modalities.{self.name}"
@@ -76,6 +79,12 @@ class Modality:
         for field, values in (("scale", (self.scale,)), ("std", self.std), ("metres_per_count", (self.metres_per_count or 1,))):
             if not all(math.isfinite(value) and value > 0 for value in values):
                 raise ValueError(f"{where}.{field} is {getattr(self, field)}; it must be finite and above 0")
+        if self.kind == "categorical" and self.missing is not None and not float(self.missing).is_integer():
+            raise ValueError(f"{where}.missing is {self.missing}; class ids are whole numbers")
+        if self.mirrored_channels and (self.kind != "continuous" or self.standardize):
+            raise ValueError(f"{where}.mirrored_channels needs a continuous modality without standardize")
+        if len(set(self.mirrored_channels)) < len(self.mirrored_channels) or not set(self.mirrored_channels) <= set(range(self.channels)):
+            raise ValueError(f"{where}.mirrored_channels is {self.mirrored_channels}; channels are 0 ... {self.channels - 1}, each once")
 
     @property
     def patch_pixels(self) -> int:

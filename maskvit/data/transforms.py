@@ -7,7 +7,6 @@ Pure functions of numpy and Pillow. The sampling is that of torchvision's Random
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,17 +17,16 @@ from PIL import Image
 
 from maskvit.configuration import check_arguments
 from maskvit.data import codec
+from maskvit.data.codec import RecordError
 from maskvit.data.views import MultiCrop
 from maskvit.modalities import Modality
+from maskvit.pictures import misaligned
 
 CROPS = ("random_resized", "center", "none")
 RESIZES = ("pil", "cv2")
 TRIES = 10  # of the crop sampler before it falls back to the central crop
+MIN_SIDE = 8  # pixels of a picture's shorter side: what is smaller is a placeholder
 MIN_VALID = 0.5  # share of a resized pixel's support that must have been measured
-
-
-class RecordError(ValueError):
-    """One record cannot be used: undecodable, sizes that differ, values that its modality does not allow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,37 +95,40 @@ def decode_record(record: Mapping[str, Any], modalities: Mapping[str, Modality])
     Returns: continuous "h w c" (any number type), categorical "h w" (integers), all of one height and width.
 
     Raises:
-      RecordError: undecodable, other channels than declared, sizes that differ, or no modality at all.
+      RecordError: undecodable, other channels than declared, smaller than `MIN_SIDE`, sizes that differ, pictures turned by their
+        EXIF orientation that may not lie over the others, or no modality at all.
     """
-    arrays = {}
+    arrays, orientations = {}, {}
     for name, modality in modalities.items():
         data = record.get(name)
         if data is None or len(data) == 0:
             continue
         try:
-            arrays[name] = _check_array(_decode(data, modality), modality)
-        except ValueError as error:
+            array, orientations[name] = _decode(data, modality)
+            arrays[name] = _check_array(array, modality)
+        except RecordError as error:
             raise RecordError(f"modality {name!r}: {error}") from error
     if not arrays:
         raise RecordError(f"has none of the modalities {', '.join(modalities)}")
     sizes = {name: array.shape[:2] for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
+        listed = ", ".join(
+            f"{name} {height} x {width}{' after turning it' if orientations[name] != 1 else ''}" for name, (height, width) in sizes.items()
+        )
         raise RecordError(f"modalities differ in height x width ({listed}); store them at one size")
+    if reason := misaligned(orientations, sizes):
+        raise RecordError(reason)
     return arrays
 
 
-def _decode(data: bytes | np.ndarray, modality: Modality) -> np.ndarray:
+def _decode(data: bytes | np.ndarray, modality: Modality) -> tuple[np.ndarray, int]:
+    """(array, the EXIF orientation that was followed)."""
     if isinstance(data, np.ndarray):
-        return data
-    if modality.kind == "continuous" and modality.channels == 3 and data[:4] != codec.MAGIC:
-        try:  # the indices of a palette picture are ids of colours, not grey values
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode in ("P", "PA"):
-                    return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            pass  # `codec.decode` says what is wrong
-    return codec.decode(data)
+        return data, 1
+    if data[:4] == codec.MAGIC:
+        return codec.unpack_array(data), 1
+    picture = codec.decode_picture(data, modality)
+    return picture.array, picture.orientation
 
 
 def _check_array(array: np.ndarray, modality: Modality) -> np.ndarray:
@@ -135,16 +136,20 @@ def _check_array(array: np.ndarray, modality: Modality) -> np.ndarray:
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[..., 0]
         if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"class ids must be integers of shape height x width, not {array.dtype} {array.shape}")
-        return array
-    if array.ndim == 2:
-        # grey pictures occur in every colour data set (ImageNet has some)
-        grey = modality.channels == 3 and array.dtype == np.uint8
-        array = np.repeat(array[..., None], 3, axis=2) if grey else array[..., None]
-    if array.ndim != 3 or array.shape[2] != modality.channels or 0 in array.shape:
-        raise ValueError(f"has shape {array.shape}; config declares {modality.channels} channels, so height x width x {modality.channels}")
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"has dtype {array.dtype}, which is no number")
+            raise RecordError(f"class ids must be integers of shape height x width, not {array.dtype} {array.shape}")
+    else:
+        if array.ndim == 2:
+            # gray pictures occur in every color data set (ImageNet has some)
+            gray = modality.channels == 3 and array.dtype == np.uint8
+            array = np.repeat(array[..., None], 3, axis=2) if gray else array[..., None]
+        if array.ndim != 3 or array.shape[2] != modality.channels or 0 in array.shape:
+            raise RecordError(
+                f"has shape {array.shape}; config declares {modality.channels} channels, so height x width x {modality.channels}"
+            )
+        if array.dtype.kind not in "iuf":
+            raise RecordError(f"has dtype {array.dtype}, which is no number")
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise RecordError(f"is {array.shape[0]} x {array.shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
     return array
 
 
@@ -286,10 +291,25 @@ def apply_geometry(
     top, left = geometry.offset
     picture = picture[top : top + image_size[0], left : left + image_size[1]]
     if geometry.flip:
-        picture = picture[:, ::-1]
+        picture = mirror(picture, modality)
     if final != tuple(image_size):
         picture = resize_continuous(picture, final, None, resize)  # missing values are NaN by now
     return np.ascontiguousarray(picture)
+
+
+def mirror(picture: Shaped[np.ndarray, "h w c"], modality: Modality) -> Shaped[np.ndarray, "h w c"]:
+    """Left to right, in stored units: what points to the left points to the right then (`Modality.mirrored_channels`)."""
+    mirrored = picture[:, ::-1]
+    if not modality.mirrored_channels:
+        return mirrored
+    mirrored = mirrored.copy()
+    for channel in modality.mirrored_channels:
+        mean = modality.mean[channel if len(modality.mean) > 1 else 0]
+        values = 2 * mean / modality.scale - mirrored[..., channel].astype(np.float32)
+        if mirrored.dtype == np.uint8:
+            values = np.clip(np.rint(values), 0, 255)
+        mirrored[..., channel] = values
+    return mirrored
 
 
 def _source_indices(axis: int, geometry: Geometry, image_size: tuple[int, int], final: tuple[int, int]) -> Int[np.ndarray, " size"]:

@@ -59,12 +59,6 @@ def test_images():
     np.testing.assert_array_equal(decode(image_bytes(colour, "PNG")), colour)
     assert decode(image_bytes(colour, "JPEG")).shape == (20, 30, 3)
     assert decode(image_bytes(colour, "PNG", "RGBA")).shape == (20, 30, 3)
-    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    palette = Image.fromarray(ids, "L").convert("P")
-    palette.putdata(ids.reshape(-1).tolist())
-    out = io.BytesIO()
-    palette.save(out, "PNG")
-    np.testing.assert_array_equal(decode(out.getvalue()), ids)  # indices, not colours
 
 
 @pytest.mark.parametrize("make", [encode_array, lambda a: image_bytes(a, "PNG")], ids=["packed", "png"])
@@ -89,5 +83,5 @@ def test_what_cannot_be_coded():
         encode_array(np.zeros(3))
     with pytest.raises(ValueError, match="absent"):
         decode(b"")
-    with pytest.raises(ValueError, match="not a readable image"):
+    with pytest.raises(ValueError, match="not a readable picture"):
         decode(b"hello world, I am no picture")

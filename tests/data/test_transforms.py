@@ -249,11 +249,11 @@ def test_decode_record():
         transforms.decode_record({"rgb": record["rgb"], "semseg": encoded(np.zeros((10, 30), np.uint8))}, MODALITIES)
     with pytest.raises(RecordError, match="modality 'rgb': .*truncated"):
         transforms.decode_record({"rgb": record["rgb"][:100]}, MODALITIES)
-    with pytest.raises(RecordError, match=r"modality 'depth': has shape \(20, 30, 3\); config declares 1 channels"):
+    with pytest.raises(RecordError, match="modality 'depth': has 3 channels .mode RGB., where 1 is expected"):
         transforms.decode_record({"depth": record["rgb"]}, MODALITIES)
     with pytest.raises(RecordError, match=r"modality 'rgb': has shape \(20, 30, 1\)"):  # 16-bit grey is no colour picture
         transforms.decode_record({"rgb": record["depth"]}, MODALITIES)
-    with pytest.raises(RecordError, match="class ids must be integers of shape height x width, not uint8"):
+    with pytest.raises(RecordError, match="is JPEG, whose compression changes class ids"):
         transforms.decode_record({"semseg": record["rgb"]}, MODALITIES)
     with pytest.raises(RecordError, match="none of the modalities rgb, depth, semseg"):
         transforms.decode_record({"rgb": b""}, MODALITIES)
