@@ -290,10 +290,10 @@ def test_command_line(tmp_path, capsys):
     assert main([*command, "--modalities", "rgb", "depth,missing=0", "semseg,num_classes=5"]) == 0
     assert len(source(tmp_path)) == 2
     capsys.readouterr()
-    assert main([*command, "--modalities", "rgb", "semseg,num_classes=2"]) == 1
+    assert main([*command, "--modalities", "rgb", "semseg,num_classes=2"]) == 2
     assert "mine/1.0.0 was made with" in capsys.readouterr().err
     command[-1] = "other"
-    assert main([*command, "--modalities", "semseg,num_classes=2"]) == 1
+    assert main([*command, "--modalities", "semseg,num_classes=2"]) == 2
     assert "class ids out of range (2)" in capsys.readouterr().err
     assert parse_modality("depth,metres_per_count=1/1000,kind=continuous")[1]["metres_per_count"] == 0.001
 

@@ -10,61 +10,116 @@ from typing import Any
 
 from maskvit import modalities as known
 from maskvit.data.builders import prepare
+from maskvit.data.sources import STATED
+from maskvit.errors import add_debug, run_command
 
 DECLARED: dict[str, Mapping[str, Any]] = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}
 
+LAYOUT = """
+Pack a folder of pictures:
+
+    <root>/<modality>/<class>/<file>           <class> is "all" where there are no classes
+    <root>/<split>/<modality>/<class>/<file>   with splits: train, val, ...
+
+Files of one sample have one class and one name in all modalities; their suffixes may differ. Pictures are JPEG, PNG, TIFF, WebP,
+BMP, GIF, PNM and AVIF files, arrays .npy or .npz with one array. Everything that is wrong is told as one list before anything is
+kept; what is passed over (hidden files, other suffixes) is counted and named. docs/data.md says what is read as what.
+"""
+
+EXAMPLES = """
+examples of --modalities:
+  rgb                                             pictures of 3 channels and 8 bits
+  depth,metres_per_count=1/1000,missing=0         16-bit PNG in millimetres, 0 where nothing was measured; .npy and float .tif hold metres
+  semseg,num_classes=40,missing=255               class ids 0 ... 39, 255 = no label; PNG or other files without loss in one channel
+  normals,channels=3                              any other name: kind=continuous, channels=3 unless stated
+  parts,kind=categorical,num_classes=7
+"""
+
 
 def parse_modality(text: str) -> tuple[str, dict[str, Any]]:
-    """Turn "depth,missing=0,metres_per_count=1/1000" into (name, fields); rgb, depth and semseg start from their declarations."""
+    """Turn "depth,missing=0,metres_per_count=1/1000" into (name, fields); rgb, depth and semseg start from their declarations.
+
+    Raises ValueError for text that is not of that form and for fields that a builder does not know.
+    """
     name, *settings = text.split(",")
-    fields = dict(DECLARED.get(name, {}))
+    fields = {key: value for key, value in DECLARED.get(name, {}).items() if key in (*STATED, "loss")}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--modalities {text}: {setting!r} is not field=value")
+        if not equals or key not in STATED:
+            raise ValueError(f"--modalities {text}: {setting!r} is not FIELD=VALUE with one of the fields {', '.join(STATED)}")
         try:
             top, slash, bottom = value.partition("/")
             fields[key] = float(top) / float(bottom) if slash else ast.literal_eval(value)
-        except (ValueError, SyntaxError, ZeroDivisionError):
-            fields[key] = value  # a word: kind=categorical
+        except (ValueError, SyntaxError, ZeroDivisionError) as error:
+            if key != "kind":
+                raise ValueError(f"--modalities {text}: {key} is {value!r}; write a number, a fraction such as 1/1000, or None") from error
+            fields[key] = value
+    fields["loss"] = known.LOSSES.get(fields.get("kind", "continuous"), ("mse",))[0]
     return name, fields
+
+
+def parse_modalities(texts: list[str]) -> tuple[dict[str, known.Modality], list[str]]:
+    """The modalities of `--modalities`, and those whose `metres_per_count` is a default. Raises ValueError for one named twice."""
+    parsed = [parse_modality(text) for text in texts]
+    names = [name for name, _ in parsed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--modalities names {twice[0]!r} twice: write all its fields behind one name, separated by commas")
+    specs = known.parse_modalities(dict(parsed))
+    assumed = [text.split(",")[0] for text in texts if "metres_per_count=" not in text]
+    return specs, [name for name in assumed if specs[name].metres_per_count]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    suppress: Any = argparse.SUPPRESS
+    top = argparse.ArgumentParser(prog="python -m maskvit.data.builders", description="Prepare a data set as TFDS array_record files.")
+    commands = top.add_subparsers(dest="builder", required=True)
+    scenes = commands.add_parser("scenes", help="render the embedded data", description="Render scenes: rgb, depth, semseg and a class.")
+    scenes.add_argument("--name", default=suppress, help="folder below --data_dir (scenes)")
+    scenes.add_argument("--num_train", type=int, default=suppress, help="scenes of the split train (3000)")
+    scenes.add_argument("--num_val", type=int, default=suppress, help="scenes of the split val (500)")
+    scenes.add_argument("--size", type=int, default=suppress, help="pixels per side (64)")
+    scenes.add_argument("--seed", type=int, default=suppress, help="which scenes (0)")
+    folder = commands.add_parser(
+        "folder", help='pack <root>/[<split>/]<modality>/<class or "all">/<file>', description=LAYOUT, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    folder.add_argument("--root", required=True, help="the folder to pack; nothing in it is changed")
+    folder.add_argument("--name", required=True, help="name of the data set, a folder below --data_dir: config.data.train.name")
+    folder.add_argument(
+        "--modalities", nargs="+", default=["rgb", "depth", "semseg"], metavar="NAME[,FIELD=VALUE...]",
+        help=f"folders to read and what they hold; fields: {', '.join(STATED)} (rgb depth semseg)",
+    )  # fmt: skip
+    folder.add_argument(
+        "--val_fraction", type=float, default=suppress, metavar="SHARE",
+        help="share of the samples that becomes the split val, where the folder has no splits (0)",
+    )  # fmt: skip
+    folder.add_argument("--seed", type=int, default=suppress, help="which samples --val_fraction takes (0)")
+    folder.add_argument(
+        "--allow_missing", nargs="+", default=suppress, metavar="NAME", help="modalities that samples may lack; else that is an error"
+    )
+    folder.add_argument(
+        "--short_side", type=int, default=suppress, metavar="PIXELS",
+        help="make larger pictures smaller, to so many pixels on the shorter side (JPEG stays JPEG, of quality 95)",
+    )  # fmt: skip
+    folder.add_argument("--skip_bad", action="store_true", default=suppress, help="leave out samples with a problem and list them")
+    for command in (scenes, folder):
+        command.add_argument("--data_dir", required=True, help="where data sets lie: config.data.train.data_dir")
+        command.add_argument("--workers", type=int, default=suppress, help="processes that read and encode; 0 does it in this one (0)")
+        add_debug(command)
+    return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.data.builders", description="Prepare a data set as TFDS array_record files.")
-    commands = parser.add_subparsers(dest="builder", required=True)
-    scenes = commands.add_parser("scenes", help="render the embedded data")
-    scenes.add_argument("--name", default=argparse.SUPPRESS)
-    for name in ("num_train", "num_val", "size", "seed"):
-        scenes.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
-    folder = commands.add_parser("folder", help='pack <root>/[<split>/]<modality>/<class or "all">/<file>')
-    folder.add_argument("--root", required=True)
-    folder.add_argument("--name", required=True)
-    folder.add_argument(
-        "--modalities",
-        nargs="+",
-        default=["rgb", "depth", "semseg"],
-        metavar="NAME[,FIELD=VALUE...]",
-        help="folders to read and what they hold: rgb depth,missing=0,metres_per_count=1/1000 semseg,num_classes=40 "
-        "normals,channels=3 (fields: maskvit.modalities.Modality)",
-    )
-    folder.add_argument("--val_fraction", type=float, default=argparse.SUPPRESS)
-    folder.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-    folder.add_argument("--allow_missing", nargs="+", default=argparse.SUPPRESS, metavar="NAME")
-    folder.add_argument("--short_side", type=int, default=argparse.SUPPRESS)
-    for command in (scenes, folder):
-        command.add_argument("--data_dir", required=True)
-        command.add_argument("--workers", type=int, default=argparse.SUPPRESS, help="processes; 0 does all in this one")
-    settings = vars(parser.parse_args(arguments))
-    try:
+    settings = vars(parser().parse_args(arguments))
+
+    def command() -> None:
         if "modalities" in settings:
-            settings["modalities"] = known.parse_modalities(dict(map(parse_modality, settings["modalities"])))
+            settings["modalities"], settings["assumed"] = parse_modalities(settings["modalities"])
         prepare(**settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(command, settings.pop("debug"))
 
 
 if __name__ == "__main__":

@@ -1,256 +1,48 @@
 """The TFDS builder of a folder of pictures: <root>/[<split>/]<modality>/<class or "all">/<file>, paired by name.
 
-Everything that is wrong with the folder is told at once, by file name. 8-bit JPEG and PNG pictures keep their bytes; depth
-and other arrays are packed so that they decode fast; distances in metres (float arrays) become counts.
+Everything that is wrong with the folder is told at once, by file name, and so is what was passed over and what was assumed.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
-import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from maskvit.data import codec
+from maskvit.data.builders.layout import NO_CLASS, READ, Task, find_splits, folders_in, key_of, list_modality
 from maskvit.data.builders.records import RecordBuilder, in_processes, progress
+from maskvit.data.builders.samples import Found, read_sample
+from maskvit.data.files import tell
 from maskvit.data.sources import STATED
-from maskvit.data.transforms import nearest_indices, resize_continuous
 from maskvit.modalities import Modality
 
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jpx")
-ARRAYS = (".npy", ".npz")
-NO_CLASS = "all"  # the class folder of data without labels
 SHOWN = 20  # files listed per kind of problem
-JPEG_QUALITY = 95  # of JPEG pictures that `short_side` makes smaller
+LOOKED_AT = 4  # files read before the others, to ask for a unit that nobody stated
+MISSING, UNIT = "missing files", "unit not stated"
 
 
 class FolderError(ValueError):
-    """What is wrong with a folder, all of it."""
+    """What is wrong with a folder, all of it: `problems` per kind; the text shows some of each."""
 
-    def __init__(self, root: str, problems: Mapping[str, Sequence[str]]):
-        lines = [f"{root} cannot be built; {sum(map(len, problems.values()))} problems:"]
-        for kind, found in problems.items():
-            lines.append(f"{kind} ({len(found)}):")
-            lines += [f"  {problem}" for problem in found[:SHOWN]]
-            if len(found) > SHOWN:
-                lines.append(f"  ... and {len(found) - SHOWN} more")
-        super().__init__("\n".join(lines))
+    def __init__(self, root: str, problems: Mapping[str, Sequence[str]], remedy: str = ""):
+        lines = [f"{root} cannot be built; {sum(map(len, problems.values()))} problems:", *show(problems)]
+        super().__init__("\n".join(lines) + remedy)
         self.problems = {kind: list(found) for kind, found in problems.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One sample to read: modality -> file."""
-
-    key: str
-    files: dict[str, str]
-
-
-class _Unfit(ValueError):
-    """A file that cannot be used: (kind of problem, what exactly)."""
-
-
-MISSING, UNREADABLE, SIZE, IDS, CONTENT = "missing files", "unreadable files", "wrong size", "class ids out of range", "wrong content"
-
-
-# --- one file ---------------------------------------------------------------------------------------------------------
-
-
-def _load(path: str, modality: Modality) -> tuple[np.ndarray, bytes | None]:
-    """(array, the file's own bytes where they can be stored as they are)."""
-    extension = os.path.splitext(path)[1].lower()
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        if extension in ARRAYS:
-            loaded = np.load(io.BytesIO(data), allow_pickle=False)
-            if extension == ".npz":
-                if len(loaded.files) != 1:
-                    raise _Unfit(CONTENT, f"holds the arrays {', '.join(loaded.files)}; store one array per file")
-                loaded = loaded[loaded.files[0]]
-            return loaded, None
-        if modality.kind == "continuous" and modality.channels == 3:
-            with Image.open(io.BytesIO(data)) as image:
-                kind, mode = image.format, image.mode
-                image.load()
-                if mode in ("L", "RGB"):
-                    return np.array(image), data if kind in ("JPEG", "PNG") else None
-                if mode in ("I", "F") or mode.startswith("I;16"):
-                    raise _Unfit(CONTENT, f"is a picture of mode {mode}; modality {modality.name!r} has 3 channels of 8 bits")
-                return np.array(image.convert("RGB")), None  # palette, alpha, CMYK
-        array = codec.decode(data)
-    except _Unfit:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, Image.DecompressionBombError) as error:
-        raise _Unfit(UNREADABLE, str(error).splitlines()[0]) from error
-    own = data if data[:2] == b"\xff\xd8" or data[:4] == b"\x89PNG" else None
-    return array, own if modality.kind == "continuous" and array.dtype == np.uint8 else None
-
-
-def _class_ids(array: np.ndarray, modality: Modality) -> np.ndarray:
-    """Class ids in the smallest type that holds them."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 or array.dtype.kind not in "iu":
-        raise _Unfit(CONTENT, f"is {array.dtype} of shape {array.shape}; class ids are integers in one channel")
-    outside = (array < 0) | (array >= modality.num_classes)
-    if modality.missing is not None:
-        outside &= array != modality.missing
-    if outside.any():
-        found = ", ".join(map(str, np.unique(array[outside])[:5]))
-        allowed = f"0 ... {modality.num_classes - 1}" + ("" if modality.missing is None else f" and {modality.missing} (missing)")
-        raise _Unfit(IDS, f"has {found} on {int(outside.sum())} pixels; allowed: {allowed}")
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    return array.astype(np.int16 if low < 0 else np.uint8 if high < 256 else np.uint16)
-
-
-def _numbers(array: np.ndarray, modality: Modality) -> np.ndarray:
-    """Values of a continuous modality in a type that can be packed: "h w" or "h w c"."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    grey = array.ndim == 2 and modality.channels == 3 and array.dtype == np.uint8
-    channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else None
-    if (channels != modality.channels and not grey) or array.dtype.kind not in "iuf":
-        raise _Unfit(CONTENT, f"is {array.dtype} of shape {array.shape}; modality {modality.name!r} has {modality.channels} channel(s)")
-    if array.dtype.kind == "f":
-        return _counts(array, modality) if modality.metres_per_count else array.astype(np.float32)
-    if array.dtype in (np.uint8, np.uint16, np.int16):
-        return array
-    low, high = int(array.min()), int(array.max())
-    for dtype in (np.uint16, np.int16):
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return array.astype(dtype)
-    return array.astype(np.float32)
-
-
-def _counts(metres: np.ndarray, modality: Modality) -> np.ndarray:
-    """Metres to uint16 counts; NaN, infinity, values <= 0 and beyond the range become the code for missing."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        counts = np.rint(metres / modality.metres_per_count)
-        valid = np.isfinite(counts) & (metres > 0) & (counts <= 65535)
-    if modality.missing is None and not valid.all():
-        raise _Unfit(
-            CONTENT,
-            f"{int((~valid).sum())} pixels hold no distance, and modality {modality.name!r} declares no code for that: set its missing (0)",
-        )
-    code = 0 if modality.missing is None else modality.missing
-    if not 0 <= code <= 65535 or code != int(code):
-        raise _Unfit(CONTENT, f"modality {modality.name!r} has missing = {code}, which uint16 cannot hold")
-    return np.where(valid, counts, code).astype(np.uint16)
-
-
-def _shrink(array: np.ndarray, modality: Modality, size: tuple[int, int]) -> np.ndarray:
-    """Resize to `size` (height, width): nearest for class ids; missing values do not bleed into their neighbours."""
-    if modality.kind == "categorical":
-        return array[np.ix_(*(nearest_indices(old, new) for old, new in zip(array.shape[:2], size, strict=True)))]
-    bands = array if array.ndim == 3 else array[..., None]
-    result = resize_continuous(bands, size, modality.missing)
-    if modality.missing is not None and array.dtype.kind != "f":
-        result = np.where(np.isnan(result), modality.missing, result)
-    if array.dtype.kind != "f":
-        result = np.rint(result).astype(array.dtype)
-    return result if array.ndim == 3 else result[..., 0]
-
-
-def _encode(array: np.ndarray, modality: Modality, path: str) -> bytes:
-    picture = array.dtype == np.uint8 and (array.ndim == 2 or array.shape[2] == 3)
-    if modality.kind == "categorical" or not picture:
-        return codec.encode_array(array)
-    jpeg = path.lower().endswith((".jpg", ".jpeg"))
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, **(dict(format="JPEG", quality=JPEG_QUALITY) if jpeg else dict(format="PNG")))
-    return out.getvalue()
-
-
-def read_sample(
-    task: Task, modalities: Mapping[str, Modality], short_side: int | None
-) -> tuple[dict[str, bytes], dict[str, tuple[int, int]], list[tuple[str, str]]]:
-    """Read and encode one sample.
-
-    Returns: (modality -> bytes, modality -> (pixels missing, pixels), problems as (kind, text)).
-    """
-    arrays, own, problems = {}, {}, []
-    for name, path in task.files.items():
-        modality = modalities[name]
-        try:
-            array, own[name] = _load(path, modality)
-            array = _class_ids(array, modality) if modality.kind == "categorical" else _numbers(array, modality)
-            if 0 in array.shape:
-                raise _Unfit(CONTENT, f"is empty: shape {array.shape}")
-            arrays[name] = array
-        except _Unfit as error:
-            kind, text = error.args
-            problems.append((kind, f"{path}: {text}"))
-    sizes = {name: array.shape[:2] for name, array in arrays.items()}
-    if len(set(sizes.values())) > 1:
-        reference = next(iter(sizes))
-        for name, (height, width) in sizes.items():
-            if sizes[name] != sizes[reference]:
-                rows, columns = sizes[reference]
-                problems.append((SIZE, f"{task.files[name]}: {height} x {width}, but {task.files[reference]}: {rows} x {columns}"))
-    if problems:
-        return {}, {}, problems
-
-    encoded, missing = {}, {}
-    for name, array in arrays.items():
-        modality = modalities[name]
-        if short_side and min(array.shape[:2]) > short_side:
-            factor = short_side / min(array.shape[:2])
-            size = tuple(max(short_side, round(side * factor)) for side in array.shape[:2])
-            array, own[name] = _shrink(array, modality, size), None
-        absent = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
-        if modality.missing is not None:
-            absent |= array == modality.missing
-        missing[name] = (int(absent.sum()), absent.size)
-        encoded[name] = own[name] or _encode(array, modality, task.files[name])
-    return encoded, missing, []
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def _list_files(root: str, folder: str, problems: dict[str, list[str]]) -> dict[str, str]:
-    """Class/name without extension -> file, of one modality. Two files for one name are a problem."""
-    found: dict[str, str] = {}
-    top = os.path.join(root, folder)
-    for directory, below, files in os.walk(top, followlinks=True):
-        below.sort()
-        for file in sorted(files):
-            stem, extension = os.path.splitext(file)
-            if file.startswith(".") or extension.lower() not in IMAGES + ARRAYS:
-                continue
-            path = os.path.join(directory, file)
-            key = os.path.relpath(os.path.join(directory, stem), top).replace(os.sep, "/")
-            key = key if "/" in key else f"{NO_CLASS}/{key}"
-            if key in found:
-                problems.setdefault("two files for one name", []).append(f"{found[key]} and {path}")
-            found[key] = path
-    return found
-
-
-def _find_splits(root: str, modalities: Sequence[str]) -> dict[str, str]:
-    """Split -> its folder: `root` itself as "train", or those of its folders that hold a modality."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"no folder {root}")
-    if any(os.path.isdir(os.path.join(root, name)) for name in modalities):
-        return {"train": root}
-    splits = {
-        entry: os.path.join(root, entry)
-        for entry in sorted(os.listdir(root))
-        if any(os.path.isdir(os.path.join(root, entry, name)) for name in modalities)
-    }
-    if not splits:
-        raise FileNotFoundError(
-            f"{root} holds none of the modalities {', '.join(modalities)}: expected {root}/<modality>/<class or all>/<file>, "
-            f"or one such tree per split ({root}/train/..., {root}/val/...)"
-        )
-    return splits
+def show(problems: Mapping[str, Sequence[str]], shown: int = SHOWN) -> list[str]:
+    """Lines that list problems per kind, at most `shown` of each."""
+    lines = []
+    for kind, found in problems.items():
+        lines.append(f"{kind} ({len(found)}):")
+        lines += [f"  {problem}" for problem in found[:shown]]
+        if len(found) > shown:
+            lines.append(f"  ... and {len(found) - shown} more")
+    return lines
 
 
 class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -259,11 +51,17 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
     Args:
       root: the folder; a tree without split folders is the split "train".
       data_dir, name: where TFDS stores it.
-      modalities: what to read, by folder name. A modality with `metres_per_count` may be stored as float metres (.npy, .npz).
+      modalities: what to read, by folder name. A modality with `metres_per_count` may be stored as float metres (.npy, .npz, .tif).
       val_fraction: share of the samples of a tree without split folders that becomes the split "val", drawn by `seed`.
       allow_missing: modalities that a sample may lack; any other absence is an error.
       short_side: make larger pictures smaller, so that the shorter side has this many pixels.
+      skip_bad: leave out the samples that have a problem, and list them, in place of an error.
+      assumed: modalities whose `metres_per_count` is a default that nobody stated; files of whole numbers are then an error.
       workers: processes that read and encode; 0 does it in this one.
+
+    Raises:
+      FileNotFoundError: no such folder, or nothing of that layout in it.
+      ValueError: settings that do not fit.
     """
 
     def __init__(
@@ -277,11 +75,13 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         seed: int = 0,
         allow_missing: Sequence[str] = (),
         short_side: int | None = None,
+        skip_bad: bool = False,
+        assumed: Sequence[str] = (),
         workers: int = 0,
     ):
-        unknown = sorted(set(allow_missing) - set(modalities))
-        if unknown:
-            raise ValueError(f"allow_missing names {unknown[0]!r}; modalities: {', '.join(modalities)}")
+        for argument, names in (("allow_missing", allow_missing), ("assumed", assumed)):
+            if unknown := sorted(set(names) - set(modalities)):
+                raise ValueError(f"{argument} names {unknown[0]!r}; modalities: {', '.join(modalities)}")
         reserved = sorted({"id", "label"} & set(modalities))
         if reserved or not modalities:
             raise ValueError(f"modality {reserved[0]!r}: the name is taken by the record's own" if reserved else "no modalities given")
@@ -291,12 +91,13 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             raise ValueError(f"short_side is {short_side}; give a positive number of pixels, or leave it out")
         self.root = os.path.abspath(os.path.expanduser(root))
         self.specs = dict(modalities)
-        self.short_side, self.workers = short_side, workers
-        self.allowed = tuple(allow_missing)
+        self.short_side, self.workers, self.skip_bad = short_side, workers, skip_bad
+        self.allowed, self.assumed = tuple(allow_missing), tuple(assumed)
         self.problems: dict[str, list[str]] = {}
+        self.passed_over: list[str] = []
+        self.left_out = 0
         self.tasks = self._list_tasks(val_fraction, seed)
-        self.missing_pixels: collections.Counter[str] = collections.Counter()
-        self.pixels: collections.Counter[str] = collections.Counter()
+        self.found: dict[str, list[Found]] = {modality: [] for modality in self.specs}
         classes = sorted({task.key.split("/")[0] for tasks in self.tasks.values() for task in tasks})
         stated = {
             modality: {field: getattr(spec, field) for field in STATED if _says(spec, field)} for modality, spec in self.specs.items()
@@ -316,27 +117,16 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
                 seed=seed,
                 allow_missing=self.allowed,
                 short_side=short_side,
-            ),
+            )
+            | ({"skip_bad": True} if skip_bad else {}),
         )
 
     def _list_tasks(self, val_fraction: float, seed: int) -> dict[str, list[Task]]:
-        tasks: dict[str, list[Task]] = {}
-        for split, root in _find_splits(self.root, list(self.specs)).items():
-            files = {name: _list_files(root, name, self.problems) for name in self.specs}
-            keys = sorted(set().union(*files.values()))
-            for name, found in files.items():
-                if name in self.allowed:
-                    continue
-                for key in keys:
-                    if key not in found:
-                        self.problems.setdefault(MISSING, []).append(os.path.join(root, name, key) + ".*")
-            tasks[split] = [Task(key, {name: found[key] for name, found in files.items() if key in found}) for key in keys]
-            if not keys:
-                raise FileNotFoundError(
-                    f"{root} holds no files for {', '.join(self.specs)}: expected <modality>/<class or all>/<file> with one of "
-                    f"{', '.join(IMAGES + ARRAYS)}"
-                )
-        if val_fraction and set(tasks) == {"train"}:
+        splits = find_splits(self.root, list(self.specs))
+        if val_fraction and set(splits) != {"train"}:
+            raise ValueError(f"val_fraction is {val_fraction}, but {self.root} has the splits {', '.join(splits)} already: leave it out")
+        tasks = {split: self._list_split(root) for split, root in splits.items()}
+        if val_fraction:
             everything = tasks["train"]
             count = round(val_fraction * len(everything))
             chosen = set(np.random.default_rng(seed).permutation(len(everything))[:count].tolist())
@@ -349,13 +139,74 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
                     raise ValueError(f"val_fraction {val_fraction} of {len(everything)} samples leaves the split {split!r} empty")
         return tasks
 
+    def _list_split(self, root: str) -> list[Task]:
+        """The samples below `root`. Notes problems and what is passed over; with `skip_bad` samples with a problem are left out."""
+        files: dict[str, dict[str, str]] = {}
+        bad: set[str] = set()
+        unread: dict[tuple[str, str], str] = {}
+        for name in self.specs:
+            folder = os.path.join(root, name)
+            if not os.path.isdir(folder):
+                files[name] = {}
+                continue
+            files[name], problems, passed_over = list_modality(folder)
+            self.passed_over += [f"{os.path.relpath(folder, self.root)}: {line}" for line in tell(passed_over, folder)]
+            unread |= {(name, key_of(path, folder)): f"{path}: {reason}" for path, reason in passed_over.items() if reason != "hidden"}
+            for kind, text, key in problems:
+                self.problems.setdefault(kind, []).append(text)
+                bad.add(key)
+        others = [name for name in folders_in(root) if name not in self.specs]
+        if others:
+            self.passed_over.append(f"passed over the folders {', '.join(others)} (not among the modalities)")
+        keys = sorted(set().union(*files.values()))
+        if not keys:
+            raise FileNotFoundError(
+                "\n  ".join(
+                    [
+                        f"{root} holds no files for {', '.join(self.specs)}: expected <modality>/<class or all>/<file> with one of "
+                        f"{', '.join(READ)}",
+                        *self.passed_over,
+                    ]
+                )
+            )
+        for name in (name for name in self.specs if name not in self.allowed):
+            lacking = [key for key in keys if key not in files[name]]
+            bad.update(lacking)
+            if len(lacking) == len(keys) and not any((name, key) in unread for key in lacking):
+                self.problems.setdefault(MISSING, []).append(f"{os.path.join(root, name)}: no file at all for {name!r}")
+                continue
+            for key in lacking:
+                text = unread.get((name, key), os.path.join(root, name, key) + ".*")
+                self.problems.setdefault(MISSING, []).append(text)
+        if self.skip_bad:
+            self.left_out += len(bad & set(keys))
+            keys = [key for key in keys if key not in bad]
+        return [Task(key, {name: found[key] for name, found in files.items() if key in found}) for key in keys]
+
     def prepare(self) -> str:
-        """As `RecordBuilder.prepare`; prints the share of missing pixels. Raises FolderError with all that is wrong."""
+        """As `RecordBuilder.prepare`; prints what was passed over, found and assumed. Raises FolderError with all that is wrong."""
+        for line in self.passed_over:
+            print(f"{self.name}: {line}")
+        self._ask_for_units()
         directory = super().prepare()
-        for name in self.pixels:
-            if self.specs[name].missing is not None or self.missing_pixels[name]:
-                print(f"{self.name}: {name} is missing on {self.missing_pixels[name] / self.pixels[name]:.1%} of its pixels")
+        for name, found in self.found.items():
+            if found:
+                for line in describe(self.specs[name], found):
+                    print(f"{self.name}: {line}")
+        if self.skip_bad and self.problems:
+            lines = show(self.problems)
+            print("\n".join([f"{self.name}: {self.left_out} samples were left out:", *lines]) + self._all_listed())
         return directory
+
+    def _ask_for_units(self) -> None:
+        """Raise where distances are whole numbers of a unit that nobody stated, before all files are read."""
+        for name in self.assumed:
+            tasks = [task for tasks in self.tasks.values() for task in tasks if name in task.files]
+            for number in sorted({len(tasks) * i // LOOKED_AT for i in range(LOOKED_AT)} if tasks else ()):
+                task = Task(tasks[number].key, {name: tasks[number].files[name]})
+                for found in read_sample(task, self.specs, None)[1].values():
+                    if found.whole:
+                        raise ValueError(f"{task.files[name]}: {_asks_for_unit(self.specs[name], found)}")
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         # All is read before anything is raised, so that one run tells everything: the last split's end raises.
@@ -364,29 +215,87 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         self.unread.remove(split)
+        written = 0
         for number, (task, encoded) in enumerate(self._read(split)):
             if encoded:
                 fields: dict[str, Any] = {"id": f"{split}/{task.key}", **{name: encoded.get(name, b"") for name in self.specs}}
                 if self.label_names:
                     fields["label"] = task.key.split("/")[0]
+                written += 1
                 yield number, fields
-        if self.problems:
+        if self.problems and not (self.skip_bad and written):
             for other in self.unread:
                 for _ in self._read(other):
                     pass
-            raise FolderError(self.root, self.problems)
+            remedy = "" if self.skip_bad else "\nMend them, or leave these samples out with --skip_bad"
+            raise FolderError(self.root, self.problems, self._all_listed() + remedy)
 
     def _read(self, split: str) -> Iterator[tuple[Task, dict[str, bytes]]]:
         tasks = self.tasks[split]
         read = functools.partial(read_sample, modalities=self.specs, short_side=self.short_side)
         results = progress(in_processes(read, tasks, self.workers), len(tasks), f"{self.name} {split}")
-        for task, (encoded, missing, problems) in zip(tasks, results, strict=True):
+        for task, (encoded, found, problems) in zip(tasks, results, strict=True):
+            problems += [
+                (UNIT, f"{task.files[name]}: {_asks_for_unit(self.specs[name], facts)}")
+                for name, facts in found.items()
+                if facts.whole and name in self.assumed
+            ]
             for kind, text in problems:
                 self.problems.setdefault(kind, []).append(text)
-            for name, (absent, pixels) in missing.items():
-                self.missing_pixels[name] += absent
-                self.pixels[name] += pixels
-            yield task, encoded
+            for name, facts in found.items():
+                self.found[name].append(facts)
+            self.left_out += bool(problems)
+            yield task, {} if problems else encoded
+
+    def _all_listed(self) -> str:
+        """Where all problems are listed, if they are too many to show."""
+        if all(len(found) <= SHOWN for found in self.problems.values()):
+            return ""
+        path = os.path.join(os.path.dirname(os.path.dirname(str(self.data_path))), f"{self.name}_problems.txt")
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(show(self.problems, shown=sum(map(len, self.problems.values())))) + "\n")
+        return f"\nAll of them are listed in {path}"
+
+
+def _asks_for_unit(spec: Modality, found: Found) -> str:
+    return (
+        f"holds whole numbers ({found.low:.0f} ... {found.high:.0f}), and their unit was not stated: give "
+        f"--modalities {spec.name},metres_per_count=1/1000 for millimetres (most sensors), 1/512 for Omnidata's, or what they are"
+    )
+
+
+def describe(spec: Modality, found: Sequence[Found]) -> list[str]:
+    """What was found in the files of a modality and how it was read, with the setting that changes it, line by line."""
+    low = min((f.low for f in found if not math.isnan(f.low)), default=math.nan)
+    high = max((f.high for f in found if not math.isnan(f.high)), default=math.nan)
+    missing, pixels, beyond = (sum(getattr(f, field) for f in found) for field in ("missing", "pixels", "beyond"))
+    name, lines = spec.name, []
+    if spec.kind == "categorical":
+        lines.append(f"{name} has class ids {low:.0f} ... {high:.0f} of {spec.num_classes} ({name},num_classes=N)")
+    elif spec.metres_per_count:
+        unit = spec.metres_per_count
+        whole = sum(f.whole for f in found)
+        how = (
+            "whole numbers"
+            if whole == len(found)
+            else "float metres"
+            if not whole
+            else f"whole numbers in {whole} files, else float metres"
+        )
+        reach = f"{name} reaches from {low * unit:.4g} to {high * unit:.4g} m"
+        lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m ({name},metres_per_count=X)")
+        if spec.missing is None and low == 0:
+            lines.append(f"{name} has distances of 0 m; if 0 means that nothing was measured, add {name},missing=0")
+    if spec.missing is not None or missing:
+        lines.append(f"{name} is missing on {missing / pixels:.1%} of its pixels")
+    if beyond:
+        lines.append(f"{name} has {beyond} distances that the counts cannot hold; they count as missing")
+    turned, dropped = sum(f.turned for f in found), sum(f.dropped for f in found)
+    if turned:
+        lines.append(f"{name}: {turned} of {len(found)} pictures were turned upright, as their EXIF orientation says")
+    if dropped:
+        lines.append(f"{name}: the alpha or further channel of {dropped} of {len(found)} pictures was dropped")
+    return lines
 
 
 def _says(spec: Modality, field: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -108,6 +109,12 @@ def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: 
     if workers < 1:
         yield from map(function, items)
         return
-    # spawned, not forked: the parent may run threads (JAX's)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    # Workers inherit that Ctrl-C is not theirs: it goes to the whole process group, and this process ends them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(workers)  # spawned, not forked: the parent may run threads (JAX's)
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with pool:
         yield from pool.imap(function, items, chunksize=16)
