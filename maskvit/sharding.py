@@ -22,7 +22,7 @@ AXES = ("data", "fsdp", "tensor")
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
 
 # Keys of a host batch that describe it but do not go to the devices.
-HOST_ONLY = ("id",)
+HOST_ONLY = ("id", "reason")
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:

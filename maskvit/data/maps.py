@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from maskvit.data import codec
-from maskvit.data.sources import Source, TfdsSource
+from maskvit.data.codec import RecordError
+from maskvit.data.sources import Source, TfdsSource, open_directory
 from maskvit.modalities import Modality
 
 REMEDY = "make the maps with python -m maskvit.guidance.maps for these data, or set config.objective.guidance.path to another map set"
@@ -98,7 +99,7 @@ class MapSet:
         for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):
             try:
                 identity = source[int(index)]["id"]
-            except (ValueError, OSError, RuntimeError):
+            except (RecordError, OSError):
                 continue  # a damaged record: the loader deals with those
             self._record(int(index), identity)
 
@@ -166,9 +167,7 @@ def _open(path: str) -> TfdsSource:
 
 def read_manifest(directory: str) -> dict[str, Any]:
     """What the map set in `directory` (that of a version) was made from, and how. Raises ValueError where it does not say."""
-    import tensorflow_datasets as tfds
-
-    manifest = dict(tfds.builder_from_directory(directory).info.metadata or {}).get("recipe", {})
+    manifest = dict(open_directory(directory).info.metadata or {}).get("recipe", {})
     lacking = [key for key in ("data", "modalities", "maps", "grid", "without_map") if key not in manifest]
     if lacking:
         raise ValueError(f"{directory} is no map set: its metadata lack {lacking[0]!r}")

@@ -40,7 +40,7 @@ PROBES = 64  # records looked at, at most, before the first batch
 MAX_BAD_SHARE, MAX_BAD_COUNT = 0.01, 10  # a run stops where both are exceeded
 REPLACEMENTS = 10  # records tried in place of a bad one
 EXTRAS = ("index", "box", "flip")  # keys that a batch holds when asked for
-READ_ERRORS = (ValueError, OSError, RuntimeError)  # what decoders and record readers raise on damaged data
+READ_ERRORS = (transforms.RecordError, OSError)  # a bad sample; anything else is a fault of ours and ends the run
 
 _log = logging.getLogger(__name__)
 
@@ -290,10 +290,10 @@ class _TrainChunks(_Records):
     def __call__(self, number: int) -> dict[str, Any]:
         step, rows = self.chunk(number)
         epoch, step = divmod(step, self.epoch_steps)
-        bad: list[str] = []
+        bad: list[tuple[str, str]] = []
         return {**self.stack([self._row(epoch, step * self.global_batch, row, bad) for row in rows]), "bad": bad}
 
-    def _row(self, epoch: int, batch_start: int, row: int, bad: list[str]) -> dict[str, Any]:
+    def _row(self, epoch: int, batch_start: int, row: int, bad: list[tuple[str, str]]) -> dict[str, Any]:
         position = batch_start + self.rows[0] + row
         order = epoch_order(self.seed, epoch, len(self.source))
         for attempt in range(REPLACEMENTS):
@@ -301,7 +301,7 @@ class _TrainChunks(_Records):
             identity = f"record {index}"
             try:
                 record = self.source[index]
-                identity = repr(record["id"])
+                identity = str(record["id"])
                 arrays = self.decode(record)
                 height, width = next(iter(arrays.values())).shape[:2]
                 rng = record_rng(self.seed, epoch, index)
@@ -312,8 +312,8 @@ class _TrainChunks(_Records):
                 made = self.example(index, record, arrays, geometry, self.augment.resize, row)
                 return made | self.block_guidance(self.seed, epoch, index)
             except READ_ERRORS as error:
-                bad.append(f"{identity}: {error}")
-        raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {bad[-1]}")
+                bad.append((identity, str(error)))
+        raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {_complaint(bad[-1])}")
 
     def cut_views(
         self, rng: np.random.Generator, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], settings: views.MultiCrop
@@ -328,7 +328,8 @@ class _TrainChunks(_Records):
             colors = views.draw_colors(rng, min(number, 2), settings)
             view = self.transformed(arrays, self.modalities, geometry, self.augment.resize, size)
             for name, picture in view.items():
-                if self.dtypes[name] == np.uint8 and self.modalities[name].channels == 3:
+                # directions are no colors, though they are stored like them
+                if self.dtypes[name] == np.uint8 and self.modalities[name].channels == 3 and not self.modalities[name].mirrored_channels:
                     picture = views.apply_colors(picture, colors)
                 made.setdefault(f"{'global' if large else 'local'}/{name}", []).append(picture)
         stacked: dict[str, Any] = {name: np.stack(pictures) for name, pictures in made.items()}
@@ -360,8 +361,8 @@ class _EvalChunks(_Records):
 
     def __call__(self, number: int) -> dict[str, Any]:
         step, numbers = self.chunk(number)
-        bad: list[str] = []
-        rows, ids = [], []
+        bad: list[tuple[str, str]] = []
+        rows, ids, reasons = [], [], []
         for row_number in numbers:
             slot = step * self.batch_size + self.rows[0] + row_number
             real = slot < self.num_records
@@ -369,6 +370,7 @@ class _EvalChunks(_Records):
             index = slot * len(self.source) // self.num_records if real else -1
             identity, row = self._row(index, row_number, bad) if real else ("", None)
             ids.append(identity)
+            reasons.append(bad[-1][1] if real and row is None else "")
             rows.append(
                 {
                     **(self.padding(row_number) if row is None else row),
@@ -376,9 +378,9 @@ class _EvalChunks(_Records):
                     "index": np.int32(index),
                 }
             )
-        return {**self.stack(rows), "id": ids, "bad": bad}
+        return {**self.stack(rows), "id": ids, "reason": reasons, "bad": bad}
 
-    def _row(self, index: int, row: int, bad: list[str]) -> tuple[str, dict[str, Any] | None]:
+    def _row(self, index: int, row: int, bad: list[tuple[str, str]]) -> tuple[str, dict[str, Any] | None]:
         identity = f"record {index}"
         try:
             record = self.source[index]
@@ -391,8 +393,13 @@ class _EvalChunks(_Records):
                 geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
             return identity, self.example(index, record, arrays, geometry, self.resize, row) | self.block_guidance(0, 0, index)
         except READ_ERRORS as error:
-            bad.append(f"{identity!r}: {error}")
+            bad.append((identity, str(error)))
             return identity, None
+
+
+def _complaint(bad: tuple[str, str]) -> str:
+    """One line about a record that cannot be used: its id, and why."""
+    return f"{bad[0]!r}: {bad[1]}"
 
 
 def _join(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -503,16 +510,16 @@ class Batches(Iterator[dict[str, Any]]):
             f"in the lines above; look at the disk or network that holds {self._chunks.source.describe()}"
         )
 
-    def _count_bad(self, bad: list[str], rows: int) -> RuntimeError | None:
+    def _count_bad(self, bad: list[tuple[str, str]], rows: int) -> RuntimeError | None:
         for complaint in bad[: max(0, 20 - self.bad_samples)]:
-            _log.warning("bad sample %s", complaint)
+            _log.warning("bad sample %s", _complaint(complaint))
         self.bad_samples += len(bad)
         self._seen += rows
         if self.bad_samples <= MAX_BAD_COUNT or self.bad_samples <= MAX_BAD_SHARE * self._seen:
             return None
         return RuntimeError(
             f"{self.bad_samples} of {self._seen} records could not be used, more than {MAX_BAD_SHARE:.0%}: "
-            f"{self._chunks.source.describe()}. The latest: {'; '.join(bad[:3])}"
+            f"{self._chunks.source.describe()}. The latest: {'; '.join(map(_complaint, bad[:3]))}"
         )
 
     def close(self) -> None:
@@ -676,7 +683,8 @@ def eval_batches(
       extras, whole_every, maps, blocks: as `train_batches`.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
-      `index` int32 "b" (record number, -1 for padding), `id` list of str (not for the device).
+      `index` int32 "b" (record number, -1 for padding), and lists of str that are not for the device: `id`, and `reason`, why a
+      record is unusable ("" where it is not).
     """
     rows = _process_rows(batch_size, "batch_size", process_index, process_count)
     if crop is not None and not 0 < crop <= 1:

@@ -5,7 +5,9 @@ Every data set prepared by TensorFlow Datasets in the `array_record` format is r
 
 from __future__ import annotations
 
+import json
 import os
+import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from maskvit.data.codec import RecordError
 from maskvit.modalities import Modality
+
+FEATURE_MODULES = "tensorflow_datasets.core.features."  # a data set's features.json may name classes of these modules only
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # under which it names them; the last one in old files
 
 # What a builder may state about a modality in its metadata ("modalities": {name: {field: value}}) and the config repeats.
 STATED = ("kind", "channels", "num_classes", "missing", "metres_per_count")
@@ -76,7 +82,8 @@ class TfdsSource:
 
     Raises:
       FileNotFoundError: nothing prepared there.
-      ValueError: another file format, an unknown split, a modality without a feature, or metadata that contradict the config.
+      ValueError: another file format, an unknown split, a modality without a feature, metadata that contradict the config, or
+        features of code outside TFDS.
     """
 
     def __init__(
@@ -122,9 +129,15 @@ class TfdsSource:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"record {index} of {self._length}")
         if self._chosen is not None:
             index = int(self._chosen[index])
-        stored = self._open()[index]
+        reader = self._open()
+        try:
+            stored = reader[index]
+        except Exception as error:  # what readers raise on damaged files differs from one to the next
+            raise RecordError(f"cannot be read from {self.directory}: {str(error) or type(error).__name__}") from error
         record: dict[str, Any] = {modality: _as_data(stored[feature]) for modality, feature in self.features.items()}
         record["id"] = _as_text(stored["id"]) if "id" in stored else f"{self.name}/{self.split}/{index}"
         if self.label is not None:
@@ -167,7 +180,7 @@ class TfdsSource:
             if self._reader is None:
                 import tensorflow_datasets as tfds
 
-                builder = builder or tfds.builder_from_directory(self.directory)
+                builder = builder or open_directory(self.directory)
                 # pictures stay encoded: our transforms decode them, and TFDS would want OpenCV for 16 bits
                 skip = {
                     key: tfds.decode.SkipDecoding()
@@ -197,16 +210,57 @@ def _open_builder(data_dir: str, name: str) -> Any:
     import tensorflow_datasets as tfds
 
     if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
-        return tfds.builder_from_directory(data_dir)
+        return open_directory(data_dir)
     try:
         if not name:
             raise tfds.core.DatasetNotFoundError("no name given")
+        below = pathlib.Path(data_dir, name.split("/")[0].split(":")[0])
+        for file in (*below.glob("*/features.json"), *below.glob("*/*/features.json")):  # <version>, <config>/<version>
+            _check_features(str(file.parent))
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"no prepared data set {name!r} under {data_dir}: prepare it first, or set config.data's name and data_dir to a folder "
             f"that holds <name>/<version>/dataset_info.json ({error})"
         ) from error
+
+
+def open_directory(directory: str) -> Any:
+    """The TFDS builder of the data set in `directory`, that of one version. Runs no code but that of TFDS.
+
+    Raises ValueError where its features are of another module, or cannot be read.
+    """
+    import tensorflow_datasets as tfds
+
+    _check_features(directory)
+    return tfds.builder_from_directory(directory)
+
+
+def _check_features(directory: str) -> None:
+    """Raise where features.json names a class of another module than TFDS's features: TFDS would import whatever it names."""
+    path = os.path.join(directory, "features.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            pending = [json.load(file)]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, list):
+                pending += value
+            elif isinstance(value, dict):
+                for key, part in value.items():
+                    if key == "json" and isinstance(part, str):
+                        pending.append(json.loads(part))
+                    elif not (key in CLASS_KEYS and isinstance(part, str) and (key != "type" or "content" in value)):
+                        pending.append(part)
+                    elif not part.startswith(FEATURE_MODULES):
+                        raise ValueError(
+                            f"names the class {part!r}, which would have to be imported; only features of {FEATURE_MODULES[:-1]} are read: "
+                            "prepare the data set again with features of TFDS"
+                        )
+    except FileNotFoundError:
+        return  # TFDS says what is missing
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _match_features(modalities: Mapping[str, Modality], renamed: dict[str, str], stored: list[str], data_set: str) -> dict[str, str]:

@@ -159,7 +159,13 @@ def test_bad_records_are_replaced_by_the_next_in_order(caplog):
         assert batches.bad_samples >= 5
     for index in kinds:
         assert f"bad sample 's{index}'" in caplog.text
-    for text in ("truncated", "rgb 1 x 1", "config declares 3 channels", "lacks modality 'depth'", "class id 200 is out of range"):
+    for text in (
+        "truncated",
+        "is 1 x 1 pixels",
+        "where 3 channels of 8 bits are expected",
+        "lacks modality 'depth'",
+        "class id 200 is out of range",
+    ):
         assert text in caplog.text
     order = pipeline.epoch_order(1, 0, 400)
     whole = [batch for batch in take(corrupted({}), 10, **settings)]
