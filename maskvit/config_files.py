@@ -38,7 +38,7 @@ def run_file(path: str | os.PathLike) -> ModuleType:
     module = ModuleType("experiment")
     module.__file__ = str(path)
     loader = importlib.machinery.SourceFileLoader("experiment", str(path))
-    _run(path, lambda: exec(compile(loader.get_data(str(path)), str(path), "exec"), module.__dict__))
+    run_part(path, lambda: exec(compile(loader.get_data(str(path)), str(path), "exec"), module.__dict__))
     return module
 
 
@@ -55,13 +55,13 @@ def config_of(module: ModuleType, path: str | os.PathLike, *argument: str) -> Co
     """What `get_config` of a config file that was run returns. Raises ValueError as `load_config` does."""
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(f"{path} defines no function get_config()")
-    config = _run(path, lambda: module.get_config(*argument))
+    config = run_part(path, lambda: module.get_config(*argument))
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of {path} returns {type(config).__name__}, not an ml_collections.ConfigDict")
     return config
 
 
-def _run(path: str | os.PathLike, function: Callable[[], Any]) -> Any:
+def run_part(path: str | os.PathLike, function: Callable[[], Any]) -> Any:
     """Call code of a config file; what it raises becomes a ValueError that says where."""
     try:
         return function()

@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from maskvit import figures, train
+from maskvit.arguments import make_folder
+from maskvit.errors import add_debug, run_command
 from maskvit.keys import sample_keys
 from maskvit.types import Batch, MaskPlan, Params
 
@@ -103,14 +105,21 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    workdir = parser.parse_args(arguments).workdir
+    parser = argparse.ArgumentParser(prog="python -m maskvit.demo", description=__doc__)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="where data, runs and the page go")
+    add_debug(parser)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: demo(options.workdir), options.debug)
+
+
+def demo(workdir: Path) -> int:
+    """Everything; 1 where a check failed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if not CHECKPOINT.exists():
-        raise SystemExit(f"{CHECKPOINT} is missing: run the demo in the repository's root")
+        raise FileNotFoundError(f"{CHECKPOINT} is missing: run the demo in the repository's root")
+    make_folder(workdir, "--workdir")
 
     from configs import demo as experiment
     from maskvit.checkpoints import load_params

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from maskvit.arguments import check_output, number, whole
 from maskvit.checkpoints import CheckpointError, load_params, load_teacher
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
+from maskvit.errors import add_debug, run_command
 from maskvit.modalities import Modality, parse_modalities
 from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
@@ -205,23 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", required=True, help="folder of pictures; those in folders below it count too")
     parser.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(FORMATS)}")
     parser.add_argument("--feature", choices=FEATURES, default="mean", help="mean of the patch tokens, or the global token")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--crop", type=float, default=0.875, help="image side over the side of the resized picture it is cut from")
-    arguments = parser.parse_args(argv)
-    try:
-        return _write_folder(**vars(arguments))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--batch_size", type=whole(), default=64, help="pictures at once, over all devices")
+    parser.add_argument("--crop", type=number(0, 1), default=0.875, help="image side over the side of the resized picture it is cut from")
+    add_debug(parser)
+    arguments = vars(parser.parse_args(argv))
+    debug = arguments.pop("debug")
+    return run_command(lambda: _write_folder(**arguments), debug)
 
 
 def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_size: int, crop: float) -> int:
     if out.suffix not in FORMATS:
         raise ValueError(f"--out is {str(out)!r}; its suffix says the format: {' or '.join(FORMATS)}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {str(out)!r}, but the folder {out.parent} does not exist: make it first")
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
+    check_output(out)
     root = Path(images)
     if not root.is_dir():
         raise FileNotFoundError(f"--images is {images!r}, which is no folder")

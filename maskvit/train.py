@@ -18,14 +18,15 @@ import jax
 import numpy as np
 
 from maskvit import checkpoints
-from maskvit.configuration import check_arguments
-from maskvit.data import open_source
+from maskvit.configuration import check_arguments, look_up
+from maskvit.data import SOURCES, open_source
 from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
 from maskvit.data.transforms import parse_augment
 from maskvit.data.views import GLOBAL_VIEWS
 from maskvit.durations import is_time, to_steps
-from maskvit.evaluators import build_evaluators
+from maskvit.errors import all_mistakes
+from maskvit.evaluators import build_evaluators, check_evaluator
 from maskvit.flops import distillation_flops, step_flops
 from maskvit.keys import sample_keys
 from maskvit.metrics import Accumulator, Progress, Throughput, make_writers, peak_flops
@@ -55,7 +56,7 @@ def main(config: Any, workdir: str, profile: str | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     plain = config.to_dict()
     with _config_errors():
-        check_arguments("config", run, plain, given=("workdir", "profile"))
+        check_config(plain)
     run(workdir, profile=profile, **plain)
 
 
@@ -102,6 +103,14 @@ def data_block(
     return dict(train=dict(train), augment=dict(augment or {}), workers=workers, prefetch=prefetch)
 
 
+def optimizer_block(
+    *, base_lr: float, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float | tuple[float, float] = 0.05,
+    no_decay: Sequence[str] = (), clip_norm: float | None = None, clip_tensor_norm: float | None = None,
+    freeze: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """`config.optimizer`: the base learning rate, and the arguments of `optim.adamw`."""
+
+
 def init_block(*, path: str = "", fresh: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
     """`config.init_from`."""
     return dict(path=path, fresh=tuple(fresh), drop=tuple(drop))
@@ -115,6 +124,51 @@ def checkpoint_block(*, every: str | int = "1 epochs", keep: int = 3) -> dict[st
 def _block(where: str, function: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     check_arguments(where, function, values)
     return function(**values)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise `Mistakes` with all that is wrong with a plain config, as far as it shows without data, devices and files."""
+    arguments: dict[str, Any] = {"seed": 0, "micro_batch": 0, "log_every": 50, "picture_every": 0, **config}
+    with all_mistakes() as checks, checks.check():
+        check_arguments("config", run, config, given=("workdir", "profile"))
+    with all_mistakes() as checks:
+        for key, least in (("global_batch", 1), ("micro_batch", 0), ("log_every", 1), ("seed", 0)):
+            with checks.check():
+                if not least <= arguments[key] < 2**31:
+                    raise ValueError(f"config.{key} is {arguments[key]}; it must be at least {least} and below 2**31")
+        periods = {"total": config["total"], "picture_every": arguments["picture_every"]}
+        data: dict[str, Any] = {}
+        with checks.check():
+            data = _block("config.data", data_block, config["data"])
+        with checks.check():
+            train_block = {"source": "tfds", **data.get("train", {})}
+            constructor = look_up("config.data.train.source", SOURCES, train_block.pop("source"))
+            check_arguments("config.data.train", constructor, train_block, given=("modalities",))
+        with checks.check():
+            parse_augment(data.get("augment"))
+        with checks.check():
+            _block("config.init_from", init_block, config.get("init_from") or {})
+        with checks.check():
+            periods["checkpoint.every"] = _block("config.checkpoint", checkpoint_block, config.get("checkpoint") or {})["every"]
+        with checks.check():
+            given = ("base_lr", "global_batch", "steps_per_epoch", "imported_epochs")
+            check_arguments("config.schedule", make_schedule, config["schedule"], given)
+        with checks.check():
+            check_arguments("config.optimizer", optimizer_block, config["optimizer"])
+            if config["optimizer"].get("freeze"):
+                periods["optimizer.freeze.until"] = _block("config.optimizer.freeze", freeze_block, config["optimizer"]["freeze"])["until"]
+        with checks.check():
+            build_objective(config)
+        for name, block in (config.get("evaluators") or {}).items():
+            with checks.check():
+                check_evaluator(name, block)
+                periods[f"evaluators.{name}.every"] = block.get("every", 0)
+        for key, period in periods.items():
+            with checks.check():
+                try:
+                    to_steps(period, steps_per_epoch=1, global_batch=1, total_steps=None if key == "total" else 1)
+                except ValueError as error:
+                    raise ValueError(f"config.{key}: {error}") from error
 
 
 # Start-up
@@ -357,11 +411,9 @@ def run(
         init_from = _block("config.init_from", init_block, init_from or {})
         data = _block("config.data", data_block, data)
         check_arguments("config.schedule", make_schedule, schedule, ("base_lr", "global_batch", "steps_per_epoch", "imported_epochs"))
+        check_arguments("config.optimizer", optimizer_block, optimizer)
         optimizer = dict(optimizer)
-        base_lr = optimizer.pop("base_lr", None)
-        if base_lr is None:
-            raise ValueError("config.optimizer lacks the key 'base_lr'")
-        check_arguments("config.optimizer", adamw, optimizer, ("params", "frozen", "schedule"))
+        base_lr = optimizer.pop("base_lr")
         method = build_objective(dict(modalities=modalities, image_size=image_size, objective=objective))
         if not 0 <= seed < 2**31:
             raise ValueError(f"config.seed is {seed}; it must be at least 0 and below 2**31")

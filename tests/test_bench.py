@@ -125,7 +125,7 @@ def test_needs_no_data_library():
     ("arguments", "words"),
     [
         (["--dtype", "float16"], "'float16' is not one of float32, bfloat16"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "0"], "--steps: 0 must be at least 1"),
         (["loader"], "loader needs --data-dir"),
         (["guidance", "--checkpoint", "c", "--images", "i"], "--checkpoint needs --images and --learn-from"),
     ],

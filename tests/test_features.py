@@ -118,7 +118,6 @@ def test_damaged_files_are_named_and_the_exit_status_tells(checkpoint, folder, t
         ({"--out": "nowhere/features.npz"}, "the folder nowhere does not exist"),
         ({"--images": "nowhere"}, "which is no folder"),
         ({"--checkpoint": "nowhere"}, "it does not exist"),
-        ({"--batch_size": "0"}, "at least 1"),
     ],
 )
 def test_mistakes_end_with_one_line(checkpoint, folder, tmp_path, capsys, changed, message):

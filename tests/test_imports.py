@@ -15,7 +15,7 @@ PACKAGE = ROOT / "maskvit"
 
 # A part is a file or a folder of maskvit/; a part may import parts of lower levels, and of its own level what `BESIDE` names.
 LEVELS = {
-    **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "config_files", "errors", "keys"), 0),
+    **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "config_files", "arguments", "errors", "keys"), 0),
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops", "pictures"), 1),
     **dict.fromkeys(("models", "data", "checkpoints"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),

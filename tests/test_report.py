@@ -171,9 +171,9 @@ def test_rows_command(checkpoint, source, tmp_path, capsys, monkeypatch):
     out = tmp_path / "rows.json"
     arguments = ["rows", "--checkpoint", str(checkpoint), "--data_dir", "x", "--batch_size", "8", "--above", "0.25", "--out", str(out)]
     assert main(arguments) == 0
-    *table, last = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.splitlines()
     result = json.loads(out.read_text())
-    assert json.loads(last) == result and result["images"] == 11
+    assert result["images"] == 11
     assert sum("random" in line for line in table) == 3 and all(len(line) < 180 for line in table)
     assert {name: values["visible"] for name, values in result["modalities"].items()} == {"rgb": 4, "depth": 3, "semseg": 3}
     for values in result["modalities"].values():
@@ -240,9 +240,26 @@ def test_epochs_to_reach_a_level(runs):
     assert compare.epochs_to(run.curves["knn/top1"], 37.0, rising=True) == float("inf")
     assert compare.epochs_to(run.curves["loss"], 2.0, rising=False) == 1.0
     (runs / "young").mkdir()
-    (runs / "young" / "metrics.jsonl").write_text('{"step": 0, "knn/top1": 1.0}\n')
-    with pytest.raises(ValueError, match="no training step"):
-        compare.read_run(runs / "young")
+    for text in ("", '{"step": 2, "knn/top1": 1.0}\n'):
+        (runs / "young" / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="no training step"):
+            compare.read_run(runs / "young")
+    for text in ("3\n", '{"loss": 1}\n'):
+        (runs / "young" / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="line 1 of .*metrics.jsonl is no row of metrics"):
+            compare.read_run(runs / "young")
+
+
+def test_a_cell_without_training_is_compared_by_its_evaluation(runs, capsys):
+    """`total="0 steps"` evaluates alone: no step, no epoch, no loss."""
+    folder = runs / "sweep" / "untrained" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 0, "knn/top1": 12.5}\n')
+    assert compare.read_run(folder).curves == {"knn/top1": ([0.0], [12.5])}
+    for baseline in ("random", "untrained"):
+        out = runs / f"{baseline}.html"
+        assert main(["compare", str(runs / "sweep"), "--baseline", baseline, "--out", str(out)]) == 0
+        assert "<td>untrained</td>" in out.read_text() and "<td>12.5</td>" in out.read_text()
 
 
 def test_compare_page(runs, capsys):
@@ -333,11 +350,9 @@ def test_strategy_mistakes_are_named(strategy_file, checkpoint, tmp_path, capsys
     out = ["--out", str(tmp_path / "x.html")]
     for arguments, message in (
         (["masks", "--config", strategy_file, "--strategies", "no", *out], "its get_sweep() has random, high, weighted, lost_maps"),
-        (["masks", "--config", strategy_file, "--images", "0", *out], "--images is 0"),
         (["masks", "--config", strategy_file, "--strategies", "random", "--checkpoint", str(checkpoint), *out], "has shape"),
         (["masks", "--config", strategy_file, "--strategies", "lost_maps", *out], "no strategy can be shown; lost_maps: no map set"),
         (["guidance", "--config", strategy_file, "--strategies", "random", *out], "no strategy has a guidance source"),
-        (["guidance", "--config", strategy_file, "--tau", "0", *out], "temperatures must be positive"),
         (["guidance", "--config", strategy_file, "--maps", "DINO", *out], "not of the form name=folder"),
         (["guidance", "--config", strategy_file, "--strategies", "high", "--modality", "infrared", *out], "the inputs: rgb, depth, semseg"),
     ):

@@ -40,24 +40,26 @@ def test_overrides_set_values_and_replace_blocks():
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("optimizer.base_rl", "cell 'c' sets 'optimizer.base_rl', but config.optimizer has no 'base_rl'; it has: base_lr, clip_norm"),
-        ("optimiser.base_lr", "config has no 'optimiser'; it has: seed, optimizer, objective"),
-        ("seed.a", "config.seed has no 'a'; it has: no keys, it is a value"),
-        ("objective.scores.alpha.x", "config.objective.scores has no 'alpha'"),
+        ("seed.a", "cell 'c' sets 'seed.a', but config.seed is 3, not a block"),
+        ("objective.scores.name.x", "config.objective.scores.name is 'random', not a block"),
     ],
 )
-def test_unknown_keys_are_named(key, message):
+def test_keys_below_values_are_named(key, message):
     with pytest.raises(ValueError) as error:
         grid.overrides(CONFIG, {key: 1}, "cell 'c'")
     assert message in str(error.value)
 
 
 def test_grid_values_are_literals_or_text():
-    assert grid.parse_grid("a.b=1,2.5,x y,None,True") == ("a.b", [1, 2.5, "x y", None, True])
-    assert grid.parse_grid("a=(0.2,1.0),{'name': 'fixed', 'counts': [1, 2]}") == ("a", [(0.2, 1.0), {"name": "fixed", "counts": [1, 2]}])
+    assert grid.parse_grid("a.b=1,2.5,x y,None,True", {}) == ("a.b", [1, 2.5, "x y", None, True])
+    assert grid.parse_grid("config.a=(0.2,1.0),{'name': 'fixed', 'counts': [1]}", {}) == (
+        "a",
+        [(0.2, 1.0), {"name": "fixed", "counts": [1]}],
+    )
+    assert grid.parse_grid("total=20,5 epochs", {"total": "1 epochs"}) == ("total", ["20", "5 epochs"])
     for text in ("a", "a=", "=1"):
         with pytest.raises(ValueError, match="not of the form key=value"):
-            grid.parse_grid(text)
+            grid.parse_grid(text, {})
 
 
 def test_cells_are_named_rows_times_the_grid():
@@ -75,9 +77,12 @@ def test_cells_are_named_rows_times_the_grid():
 def test_a_config_file_is_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.py"):
         grid.load_experiment(tmp_path / "nowhere.py")
-    path = write(tmp_path / "a.py", CONFIG, {"wrong": {"objective.score": 1}})
-    with pytest.raises(ValueError, match="cell 'wrong' of .*a.py sets 'objective.score'"):
+    path = write(tmp_path / "a.py", CONFIG, {"wrong": {"objective.inputs.rgb": 1}})
+    with pytest.raises(ValueError, match="cell 'wrong' of .*a.py sets 'objective.inputs.rgb'"):
         grid.load_experiment(path)
+    for cells in ([1], {"a": 3}, {"a": None}):
+        with pytest.raises(ValueError, match=r"get_sweep\(\) of .*c.py must return"):
+            grid.load_experiment(write(tmp_path / "c.py", CONFIG, cells))
     assert grid.load_experiment(write(tmp_path / "b.py", CONFIG)).cells == {}
 
 
@@ -203,8 +208,7 @@ def test_a_stopped_sweep_goes_on_and_is_not_run_twice(config, tmp_path, quick, c
     asked, faults = quick
     faults[2] = KeyboardInterrupt()
     arguments = ["--config", config, "--seeds", "2", "--out", str(tmp_path / "out")]
-    with pytest.raises(KeyboardInterrupt):
-        command.main(arguments)
+    assert command.main(arguments) == 130
     assert command.main([*arguments, "--only", "half"]) == 0
     assert command.main([*arguments, "--controls", "half"]) == 0
     assert asked == [("random", 0, 8), ("half", 0, 4), ("half", 0, 4), ("half", 1, 4), ("random", 1, 8)]
@@ -238,14 +242,29 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
     out = str(tmp_path / "out")
     for arguments, message in (
         (["--grid", "objective.num_visible=8,1000"], "cell 'random,objective.num_visible=1000': config.objective.num_visible is 1000"),
-        (["--grid", "objective.scores.nam=a"], "has no 'nam'"),
-        (["--seeds", "0"], "--seeds is 0"),
+        (["--grid", "objective.scores.nam=a"], "config.objective.scores has unknown key 'nam'; known"),
+        (["--grid", "optimizer.base_rl=1"], "config.optimizer has unknown key 'base_rl'; known: base_lr"),
+        (["--grid", "schedule.warmup=1"], "config.schedule has unknown key 'warmup'; known: total_epochs"),
+        (["--grid", "optimiser.base_lr=1"], "config has unknown key 'optimiser'; known"),
+        (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
+        (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
         (["--controls", "none"], "--controls names 'none'"),
     ):
         assert command.main(["--config", config, "--out", out, *arguments]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--config", config, "--out", out, "--seeds", "0"])
+    assert "--seeds: 0 must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not quick[0]
+
+
+def test_a_damaged_result_is_named(config, tmp_path, quick, capsys):
+    (tmp_path / "random" / "seed_0").mkdir(parents=True)
+    for text, message in (("{", "result.json is damaged"), ("3", "is no result of a run"), ('{"cell": "random"}', "is no result of a run")):
+        (tmp_path / "random" / "seed_0" / "result.json").write_text(text)
+        assert command.main(["--config", config, "--out", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=lambda path: path.stem)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maskvit.arguments import make_folder, whole
 from maskvit.bench import distillation, guidance, loader, step
 from maskvit.bench.timing import limit_cpu_threads, machine
+from maskvit.errors import add_debug, run_command
 
 
 def comma_list(kind: Callable[[str], Any], known: Sequence[Any] | None = None) -> Callable[[str], list[Any]]:
@@ -34,21 +36,21 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m maskvit.bench", description="Times steps, the input pipeline, cheap guidance, or self-distillation."
     )
     parser.add_argument("what", nargs="?", choices=("step", "loader", "guidance", "distillation"), default="step")
-    parser.add_argument("--batch", type=comma_list(int), default=[8], help="images per step over all devices; 64,256 times both")
-    parser.add_argument("--image", type=int, default=224, help="side of the square image")
-    parser.add_argument("--steps", type=int, default=5, help="timed rounds (loader: batches)")
-    parser.add_argument("--cpu-threads", type=int, default=0, help="keep to this many cores (0: all)")
+    parser.add_argument("--batch", type=comma_list(whole()), default=[8], help="images per step over all devices; 64,256 times both")
+    parser.add_argument("--image", type=whole(), default=224, help="side of the square image")
+    parser.add_argument("--steps", type=whole(), default=5, help="timed rounds (loader: batches)")
+    parser.add_argument("--cpu-threads", type=whole(0), default=0, help="keep to this many cores (0: all)")
     timed = parser.add_argument_group("step, guidance and distillation")
     timed.add_argument("--size", choices=step.SIZES, default="B")
     timed.add_argument("--dtype", type=comma_list(str, step.DTYPES), default=["float32"], help="compute types; float32,bfloat16 times both")
-    timed.add_argument("--warmup", type=int, default=2, help="untimed rounds")
+    timed.add_argument("--warmup", type=whole(0), default=2, help="untimed rounds")
     timed.add_argument("--compare", choices=("objectives",), help="step: MAE against CrossMAE (kept 0.25), not MultiMAE's steps")
     timed.add_argument("--no-torch", action="store_true", help="step: leave torch out even where it is installed")
     data = parser.add_argument_group("loader")
     data.add_argument("--data-dir", help="the folder of the prepared data set")
     data.add_argument("--name", default="scenes", help="its TFDS name")
     data.add_argument("--split", default="train")
-    data.add_argument("--workers", type=int, default=0, help="worker processes")
+    data.add_argument("--workers", type=whole(0), default=0, help="worker processes")
     cheap = parser.add_argument_group("guidance")
     cheap.add_argument("--only", type=comma_list(str), default=[], help="options whose names contain one of these words")
     cheap.add_argument("--no-time", action="store_true", help="agreement alone")
@@ -57,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     cheap.add_argument("--images", help="folder of pictures that agreement is measured on")
     cheap.add_argument("--learn-from", help="folder of other pictures, which predictors are fitted on")
     cheap.add_argument("--out", type=Path, help="folder for guidance_cost.jsonl and guidance_cost.png")
+    add_debug(parser)
     return parser
 
 
@@ -65,16 +68,21 @@ def show(record: Mapping[str, Any]) -> None:
     print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}), flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; the exit status is 2 where nothing could be measured."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
     if options.what == "loader" and not options.data_dir:
         parser.error("loader needs --data-dir, where the data set was prepared")
     if options.what == "guidance" and options.checkpoint and not (options.images and options.learn_from):
         parser.error("--checkpoint needs --images and --learn-from: two folders of pictures, none of them in both")
+    return run_command(lambda: bench(options), options.debug)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    if options.out:
+        make_folder(options.out)
     if options.cpu_threads:
         limit_cpu_threads(options.cpu_threads)
     # Torch shares the GPU: memory is taken as needed, not three quarters of it at the start.
@@ -117,4 +125,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -73,10 +73,10 @@ def cpu_threads() -> int:
 def limit_cpu_threads(count: int) -> None:
     """Keep this process to `count` cores. Must run before JAX starts, which then makes that many threads."""
     if not hasattr(os, "sched_setaffinity"):
-        raise SystemExit("--cpu-threads needs Linux; leave it out to use all cores")
+        raise ValueError("--cpu-threads needs Linux; leave it out to use all cores")
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(allowed):
-        raise SystemExit(f"--cpu-threads {count} is not between 1 and the {len(allowed)} cores of this process")
+        raise ValueError(f"--cpu-threads {count} is not between 1 and the {len(allowed)} cores of this process")
     os.sched_setaffinity(0, set(allowed[:count]))
 
 

@@ -51,11 +51,17 @@ def build_evaluators(
     context = dict(objective=objective, modalities=modalities, image_size=image_size, mesh=mesh, data=data)
     built: dict[str, Evaluator] = {}
     for name, block in evaluators.items():
-        where = f"config.evaluators.{name}"
-        if "type" not in block:
-            raise ValueError(f"{where} lacks the key 'type'; known types: {', '.join(EVALUATORS)}")
-        constructor = look_up(f"{where}.type", EVALUATORS, block["type"])
-        arguments = {key: value for key, value in block.items() if key not in ("type", "every")}
-        check_arguments(where, constructor, arguments, given=CONTEXT)
+        constructor, arguments = check_evaluator(name, block)
         built[name] = constructor(**context, **arguments)
     return built
+
+
+def check_evaluator(name: str, block: Any) -> tuple[Any, dict[str, Any]]:
+    """A block of `config.evaluators` to (constructor, its arguments). Raises ValueError for an unknown type or key."""
+    where = f"config.evaluators.{name}"
+    if not isinstance(block, Mapping) or "type" not in block:
+        raise ValueError(f"{where} lacks the key 'type'; known types: {', '.join(EVALUATORS)}")
+    constructor = look_up(f"{where}.type", EVALUATORS, block["type"])
+    arguments = {key: value for key, value in block.items() if key not in ("type", "every")}
+    check_arguments(where, constructor, arguments, given=CONTEXT)
+    return constructor, arguments

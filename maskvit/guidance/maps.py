@@ -9,11 +9,13 @@ in <data_dir>/<name>.parts until all are there, so the same command goes on wher
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from maskvit.config_files import apply_overrides, load_config, split_overrides
 from maskvit.configuration import check_arguments, look_up
+from maskvit.errors import add_debug, run_command
 from maskvit.guidance.attention import SelfAttention, self_attention
 from maskvit.guidance.discovery import attention_map
 from maskvit.guidance.gradcam import resnet_gradcam, vit_gradcam
@@ -126,8 +130,6 @@ def check_source(network: Any, name: str, arguments: Mapping[str, Any]) -> None:
             SelfAttention(**arguments).check(network.model)
         except ValueError as error:
             raise ValueError(str(error).replace("config.objective.guidance", "config.source")) from error
-        if arguments.get("heads") == "random":
-            raise ValueError("config.source.heads is 'random', but a stored map is made once: give None (all) or numbers of heads")
 
 
 def shapes_of_batch(specs: Mapping[str, Modality], size: tuple[int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -206,7 +208,10 @@ class Parts:
         file = directory / "settings.json"
         wanted = json.loads(json.dumps(dict(settings)))  # as if it had been stored
         if file.is_file():
-            stored = json.loads(file.read_text())
+            try:
+                stored = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged ({error}): remove {directory}, and the maps are made anew") from error
             check_same(
                 stored, wanted, f"{directory} holds parts of a stopped run", f"finish it with its own settings, or remove {directory}"
             )
@@ -445,28 +450,32 @@ class Progress:
         self.bar.close()
 
 
-def main(config: Any) -> int:
-    """Make the maps that a config (plain data or an ml_collections one) asks for; the exit status is 2 where that failed."""
-    from maskvit.checkpoints import CheckpointError
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit status is 2 where the maps could not be made."""
+    words = sys.argv[1:] if argv is None else list(argv)
 
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    try:
-        check_arguments("config", make_maps, plain)
-        make_maps(**plain)
-    except (ValueError, OSError, RuntimeError, LookupError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def command() -> None:
+        others, overrides = split_overrides(words)
+        config = load_config(parser.parse_args(others).config)
+        apply_overrides(config, overrides)
+        run(config.to_dict())
+
+    parser = argparse.ArgumentParser(
+        prog="python -m maskvit.guidance.maps",
+        description="Guidance maps of a whole data set, made once.",
+        epilog="Any key of the config can be set with --config.key=value.",
+    )
+    parser.add_argument("--config", required=True, help="what to make: a file of configs/guidance/ or one's own")
+    add_debug(parser)
+    return run_command(command, "--debug" in words)
+
+
+def run(config: Mapping[str, Any]) -> None:
+    """Make the maps that a plain config asks for; raises as `make_maps`."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # the libraries' own reports of what they read and write
+    check_arguments("config", make_maps, config)
+    make_maps(**config)
 
 
 if __name__ == "__main__":
-    from absl import app, logging
-    from ml_collections import config_flags
-
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "What to make: a file of configs/guidance/ or one's own.", lock_config=True)
-
-    def _run(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # the libraries' own reports of what they read and write
-        sys.exit(main(_CONFIG.value))
-
-    app.run(_run)
+    sys.exit(main())

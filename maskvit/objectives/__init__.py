@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from maskvit.configuration import check_arguments, hashable, look_up
@@ -41,7 +41,7 @@ class Objective(Protocol):
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 
 
-OBJECTIVES = {"multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": dino, "ibot": ibot}
+OBJECTIVES: dict[str, Callable[..., Any]] = {"multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": dino, "ibot": ibot}
 
 
 def build_objective(config: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from maskvit.errors import add_debug, run_command
 from maskvit.report import attention, compare, decoder, guidance, masks, rows
 
 COMMANDS = {
@@ -31,14 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maskvit.report", description="Pages and tables about checkpoints and runs.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (module, words) in COMMANDS.items():
-        module.add_arguments(subparsers.add_parser(name, help=words))
+        subparser = subparsers.add_parser(name, help=words)
+        module.add_arguments(subparser)
+        add_debug(subparser)
     arguments = vars(parser.parse_args(argv))
     module, _ = COMMANDS[arguments.pop("command")]
-    try:
-        return module.run(**arguments)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    debug = arguments.pop("debug")
+    return run_command(lambda: module.run(**arguments), debug)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvit import figures
-from maskvit.report.files import check_out, write
+from maskvit.arguments import check_output
+from maskvit.report.files import write
 from maskvit.sweep.runs import read_metrics
 from maskvit.sweep.table import spread
 
@@ -59,9 +60,14 @@ def find_runs(places: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's scalars over epochs. Raises ValueError where the run has logged no step yet."""
+    """A run's scalars over epochs; one of no steps ("0 steps": evaluation alone) has the epoch 0.
+
+    Raises ValueError where the run has logged nothing yet, or steps without their epoch.
+    """
     rows = read_metrics(folder)
     per_step = next((row["epoch"] / row["step"] for row in rows if row.get("epoch") and row["step"]), None)
+    if rows and not any(row["step"] for row in rows):
+        per_step = 0.0
     if per_step is None:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no training step with its epoch yet")
     curves: dict[str, Curve] = {}
@@ -171,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(runs: Sequence[Path], out: Path, baseline: str | None) -> int:
     """The command."""
-    check_out(out)
+    check_output(out)
     found = find_runs(runs)
     name = next(iter(found)) if baseline is None else Path(baseline).name
     if name not in found:

@@ -1,4 +1,4 @@
-"""Writing a report: the folder is looked for before any work, and a file appears whole or not at all."""
+"""Writing a report: a file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from maskvit.arguments import check_output, number
 from maskvit.features import LoadedModel, find_pictures, load
-
-
-def check_out(out: Path) -> None:
-    """Raise FileNotFoundError where the folder of `out` does not exist."""
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {str(out)!r}, but the folder {out.parent} does not exist: make it first")
 
 
 def write(out: Path, text: str) -> None:
@@ -29,7 +24,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of them")
     parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
-    parser.add_argument("--crop", type=float, default=0.875, help="image side over the side of the resized picture it is cut from")
+    parser.add_argument("--crop", type=number(0, 1), default=0.875, help="image side over the side of the resized picture it is cut from")
 
 
 def picture_command(
@@ -40,7 +35,7 @@ def picture_command(
 
     `page`: (checkpoint, files, its name, crop) to the page and the files left out, each with the reason.
     """
-    check_out(out)
+    check_output(out)
     paths = find_pictures(images)
     text, left_out = page(load(checkpoint), paths, str(checkpoint), crop)
     write(out, text)

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from maskvit import figures
+from maskvit.arguments import check_output, number
 from maskvit.losses import cosine_between, guidance_weights, normalise_guidance
 from maskvit.report import strategies as shown_by
-from maskvit.report.files import check_out, write
+from maskvit.report.files import write
 from maskvit.report.strategies import Shows, find_strategies, input_names, notes, pictures, show_strategies
 from maskvit.sweep.cells import overrides
 from maskvit.types import TokenLayout
@@ -29,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     shown_by.add_arguments(parser)
     parser.add_argument("--maps", action="append", default=[], metavar="NAME=FOLDER", help="a folder of stored maps; repeatable")
-    parser.add_argument("--tau", type=float, nargs="+", default=(0.7, 0.75, 0.8), help="temperatures")
+    parser.add_argument("--tau", type=number(0), nargs="+", default=(0.7, 0.75, 0.8), help="temperatures")
     parser.add_argument(
-        "--schedule", type=float, nargs=2, default=None, metavar=("FIRST", "LAST"), help="the config's pair, else the ends of --tau"
+        "--schedule", type=number(0), nargs=2, default=None, metavar=("FIRST", "LAST"), help="the config's pair, else the ends of --tau"
     )
     parser.add_argument("--modality", default=None, help="input modality to show; the first unless given")
 
@@ -116,9 +117,7 @@ def run(
     maps: Sequence[str], tau: Sequence[float], schedule: Sequence[float] | None, modality: str | None,
 ) -> int:  # fmt: skip
     """The command; 1 where a map set could not be shown."""
-    check_out(out)
-    if min((*tau, *(schedule or ()))) <= 0:
-        raise ValueError(f"temperatures must be positive; --tau is {list(tau)}" + (f", --schedule {list(schedule)}" if schedule else ""))
+    check_output(out)
     plain, chosen = find_strategies(config, strategies)
     sources = one_per_source(plain, chosen) | stored_maps(maps)
     if not sources:

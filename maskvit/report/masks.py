@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskvit import figures
-from maskvit.report.files import check_out, write
+from maskvit.arguments import check_output
+from maskvit.report.files import write
 from maskvit.report.strategies import Shown, Shows, add_arguments, find_strategies, input_names, notes, pictures, show_strategies
 
 __all__ = ["add_arguments", "run"]
@@ -50,7 +51,7 @@ def comparison_sheet(shows: Shows, index: int) -> bytes:
 
 def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, images: int, split: str | None, crop: float) -> int:
     """The command; 1 where a strategy could not be shown."""
-    check_out(out)
+    check_output(out)
     plain, chosen = find_strategies(config, strategies)
     shows = show_strategies(plain, chosen, checkpoint, images, split, crop)
     sections = [notes(shows, chosen, checkpoint)]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from maskvit.arguments import check_output, number, whole
 from maskvit.data import open_source
 from maskvit.data.pipeline import eval_batches
 from maskvit.data.scenes import FIRST_KIND
@@ -23,7 +24,7 @@ from maskvit.features import LoadedModel, load
 from maskvit.guidance.attention import QUERIES, self_attention
 from maskvit.keys import sample_keys, stream_keys
 from maskvit.report.attention import ROW_NAMES, equal_counts, hide
-from maskvit.report.files import check_out, write
+from maskvit.report.files import write
 from maskvit.scores import attention_high, random_scores
 from maskvit.sharding import make_mesh, place_batch, replicated
 from maskvit.types import Batch, Params, TokenBatch
@@ -253,11 +254,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", required=True, help="folder of prepared data sets, or of one version")
     parser.add_argument("--name", default="scenes", help="name of the data set below it")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
-    parser.add_argument("--first_object", type=int, default=FIRST_KIND, help="class ids from here on are objects")
-    parser.add_argument("--above", type=float, default=0.5, help="share of a token's pixels that must be exceeded for an object token")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
+    parser.add_argument("--limit", type=whole(), default=None, help="only the first so many images")
+    parser.add_argument("--first_object", type=whole(0), default=FIRST_KIND, help="class ids from here on are objects")
+    parser.add_argument("--above", type=number(), default=0.5, help="share of a token's pixels that must be exceeded for an object token")
+    parser.add_argument("--batch_size", type=whole(), default=64, help="pictures at once, over all devices")
+    parser.add_argument("--out", type=Path, default=None, help="also write all figures as JSON into this file")
 
 
 def run(
@@ -265,9 +266,7 @@ def run(
     out: Path | None,
 ) -> int:  # fmt: skip
     if out is not None:
-        check_out(out)
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
+        check_output(out)
     loaded = load(checkpoint)
     specs = {spec.name: spec for spec in loaded.model.modalities}
     maps = [spec.name for spec in specs.values() if spec.kind == "categorical"]
@@ -279,8 +278,6 @@ def run(
     )
     result = {"checkpoint": str(checkpoint), **result}
     print(rows_table(result))
-    text = json.dumps(result)
-    print(text)
     if out is not None:
-        write(out, text)
+        write(out, json.dumps(result))
     return 0

@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from maskvit import figures
+from maskvit.arguments import number, whole
 from maskvit.checkpoints import load_params
 from maskvit.data import open_source
-from maskvit.data.pipeline import eval_batches, steps_per_epoch
+from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.guidance.attention import SelfAttention
 from maskvit.keys import sample_keys
@@ -61,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategies", default=None, metavar="FILE|NAMES", help="another file with get_sweep(), or some of the config's by name"
     )
     parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
-    parser.add_argument("--images", type=int, default=4, help="so many images, spread over the split")
+    parser.add_argument("--images", type=whole(), default=4, help="so many images, spread over the split")
     parser.add_argument("--split", default=None, help="split of config.data.train to take them from; its own unless given")
-    parser.add_argument("--crop", type=float, default=1.0, help="image side over the side of the resized picture it is cut from")
+    parser.add_argument("--crop", type=number(0, 1), default=1.0, help="image side over the side of the resized picture it is cut from")
 
 
 def find_strategies(config_file: str, strategies: str | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -90,8 +91,6 @@ def show_strategies(
     A strategy that lacks what it needs (stored maps, a modality, fitting parameters) is left out with the reason. Raises
     ValueError where the images themselves cannot be had.
     """
-    if images < 1:
-        raise ValueError(f"--images is {images}; it must be at least 1")
     params, _ = load_params(checkpoint) if checkpoint else (None, None)
     shown: dict[str, Shown] = {}
     missing: dict[str, str] = {}
@@ -119,9 +118,8 @@ def _show(
     specs = {spec.name: spec for spec in model.modalities}
     block = dict(config["data"]["train"], **({"split": split} if split else {}))
     source = open_source(block.pop("source", "tfds"), specs, **block)
-    durations: dict[str, Any] = dict(
-        steps_per_epoch=steps_per_epoch(len(source), config["global_batch"]), global_batch=config["global_batch"]
-    )
+    # A split that is smaller than a batch can be looked at, though not trained on.
+    durations: dict[str, Any] = dict(steps_per_epoch=max(1, len(source) // config["global_batch"]), global_batch=config["global_batch"])
     end = to_steps(config["total"], **durations)
     objective = objective.resolve(functools.partial(to_steps, total_steps=end, **durations))
 

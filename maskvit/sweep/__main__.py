@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskvit.checkpoints import CheckpointError
+from maskvit.arguments import make_folder, whole
+from maskvit.errors import add_debug, run_command
 from maskvit.sweep.cells import load_experiment, make_cells, parse_grid
 from maskvit.sweep.runs import carry_out, make_runs
 from maskvit.sweep.table import judged, write_tables
@@ -31,7 +32,7 @@ def sweep(
 ) -> str:  # fmt: skip
     """Run what is not finished, write the tables after every run, and return the last text."""
     experiment = load_experiment(config)
-    cells = make_cells(experiment, [parse_grid(text) for text in grid])
+    cells = make_cells(experiment, [parse_grid(text, experiment.config) for text in grid])
     baseline = baseline or next(iter(cells))
     for option, names in (("--baseline", [baseline]), ("--controls", controls), ("--only", only)):
         for name in names:
@@ -39,7 +40,7 @@ def sweep(
                 raise ValueError(f"{option} names {name!r}, which is no cell; the cells: {', '.join(cells)}")
     runs = make_runs(experiment.config, cells, seeds, out)
     wanted = [run for run in runs if not only or run.cell in only]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # Runs that compile the same program, and a sweep that goes on, compile it once.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "compiled"))
@@ -72,21 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maskvit.sweep", description="A grid of runs, resumable, and its table.")
     parser.add_argument("--config", required=True, help="config file; its get_sweep(), if any, names cells")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=A,B", help="a dotted config key and its values; repeatable")
-    parser.add_argument("--seeds", type=int, default=1, help="runs per cell, under config.seed, config.seed + 1, ...")
+    parser.add_argument("--seeds", type=whole(), default=1, help="runs per cell, under config.seed, config.seed + 1, ...")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs and tables; the same command again goes on there")
     parser.add_argument("--only", type=_names, default=(), metavar="NAME,NAME", help="run these cells alone; the tables show all finished")
     parser.add_argument("--baseline", default=None, help="cell that the others are compared with; the first unless given")
     parser.add_argument(
         "--controls", type=_names, default=(), metavar="NAME,NAME", help="cells that must differ for the table to have power"
     )
+    add_debug(parser)
     arguments = vars(parser.parse_args(argv))
+    debug = arguments.pop("debug")
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        print(sweep(**arguments, command=" ".join(["python -m maskvit.sweep", *words])))
-    except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: print(sweep(**arguments, command=" ".join(["python -m maskvit.sweep", *words]))), debug)
 
 
 def _names(text: str) -> tuple[str, ...]:

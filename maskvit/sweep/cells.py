@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import importlib.machinery
 import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from maskvit.config_files import config_of, get_value, parse_value, run_file, run_part, set_value
+from maskvit.configuration import shown
+from maskvit.errors import all_mistakes
 
 
 class Experiment(NamedTuple):
@@ -26,59 +27,43 @@ def load_experiment(path: str | os.PathLike) -> Experiment:
 
     Raises FileNotFoundError, or ValueError for a file without `get_config` or a cell with a key that the config lacks.
     """
-    module = _run_file(path)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} defines no get_config()")
-    config = module.get_config().to_dict()
+    module = run_file(path)
+    config = config_of(module, path).to_dict()
     return Experiment(config, _cells(module, path, config) if hasattr(module, "get_sweep") else {})
 
 
 def load_cells(path: str | os.PathLike, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The cells of a file's `get_sweep`, checked against another file's config. Raises as `load_experiment`."""
-    module = _run_file(path)
+    module = run_file(path)
     if not hasattr(module, "get_sweep"):
         raise ValueError(f"{path} defines no get_sweep()")
     return _cells(module, path, config)
 
 
-def _run_file(path: str | os.PathLike) -> ModuleType:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config file {path}")
-    loader = importlib.machinery.SourceFileLoader("experiment", str(path))
-    module = ModuleType("experiment")
-    module.__file__ = str(path)
-    loader.exec_module(module)
-    return module
-
-
-def _cells(module: Any, path: str | os.PathLike, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    cells = {name: dict(changes) for name, changes in module.get_sweep().items()}
-    for name, changes in cells.items():
-        overrides(config, changes, f"cell {name!r} of {path}")
-    return cells
+def _cells(module: ModuleType, path: str | os.PathLike, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    cells = run_part(path, module.get_sweep)
+    if not isinstance(cells, Mapping) or not all(isinstance(changes, Mapping) for changes in cells.values()):
+        raise ValueError(f"get_sweep() of {path} must return {{cell: {{dotted key: value}}}}, not {shown(cells)}")
+    with all_mistakes() as checks:
+        for name, changes in cells.items():
+            with checks.check():
+                overrides(config, changes, f"cell {name!r} of {path}")
+    return {name: dict(changes) for name, changes in cells.items()}
 
 
 def overrides(config: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A copy of `config` with {dotted key: value} set; a value that is a dict replaces the block.
+    """A copy of `config` with {dotted key: value} set (`config_files.set_value`); a value that is a dict replaces the block.
 
-    Raises ValueError naming `where` and the key that the config does not have.
+    Raises ValueError naming `where` and the key that cannot be set.
     """
     changed = copy.deepcopy(dict(config))
     for key, value in changes.items():
-        *blocks, last = key.split(".")
-        node: Any = changed
-        for depth, name in enumerate([*blocks, last]):
-            if not isinstance(node, dict) or name not in node:
-                inside = "config." + ".".join([*blocks, last][:depth]) if depth else "config"
-                known = ", ".join(map(str, node)) if isinstance(node, dict) else "no keys, it is a value"
-                raise ValueError(f"{where} sets {key!r}, but {inside.rstrip('.')} has no {name!r}; it has: {known or 'no keys'}")
-            node = node if depth == len(blocks) else node[name]
-        node[last] = copy.deepcopy(value)
+        set_value(changed, key, copy.deepcopy(value), where)
     return changed
 
 
-def parse_grid(text: str) -> tuple[str, list[Any]]:
-    """ "key=a,b" to (key, values): Python literals where they are such, else text; commas inside brackets do not split."""
+def parse_grid(text: str, config: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """ "key=a,b" to (key, values), read as on a command line (`config_files.parse_value`); commas inside brackets do not split."""
     key, equals, values = text.partition("=")
     if not equals or not key or not values:
         raise ValueError(f"--grid {text!r} is not of the form key=value,value")
@@ -89,14 +74,8 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
             parts.append("")
         else:
             parts[-1] += character
-    return key, [_literal(part.strip()) for part in parts]
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    key = key.removeprefix("config.")
+    return key, [parse_value(part.strip(), get_value(config, key)) for part in parts]
 
 
 def make_cells(experiment: Experiment, grid: Sequence[tuple[str, Sequence[Any]]]) -> dict[str, dict[str, Any]]:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from maskvit import train
 from maskvit.checkpoints import check_same_run
-from maskvit.configuration import check_arguments
-from maskvit.objectives import build_objective
+from maskvit.errors import Mistakes, all_mistakes
 from maskvit.sweep.cells import overrides
 
 RESULT = "result.json"  # in a finished run's folder: its config, seconds and final figures
@@ -39,7 +38,12 @@ class Run(NamedTuple):
         path = self.folder / RESULT
         if not path.is_file():
             return None
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and the run is finished again from its checkpoint") from error
+        if not isinstance(result, dict) or not {"cell", "seed", "config", "seconds", "failed", "final"} <= result.keys():
+            raise ValueError(f"{path} is no result of a run: remove it, and the run is finished again from its checkpoint")
         try:
             check_same_run(result["config"], self.config, MAY_DIFFER)
         except ValueError as error:
@@ -50,19 +54,18 @@ class Run(NamedTuple):
 def make_runs(config: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]], seeds: int, out: Path) -> list[Run]:
     """Every cell under every seed, all cells of a seed before the next seed: a sweep that was stopped then has whole rows.
 
-    Builds every cell's objective, so that a mistake in one is said before any has run.
+    Checks every cell's config, so that a mistake in one is told before any has run.
     """
-    if seeds < 1:
-        raise ValueError(f"--seeds is {seeds}; it must be at least 1")
     runs = []
-    for name, changes in cells.items():
-        changed = overrides(config, changes, f"cell {name!r}")
-        try:
-            check_arguments("config", train.run, changed, given=("workdir", "profile"))
-            build_objective(changed)
-        except ValueError as error:
-            raise ValueError(f"cell {name!r}: {error}") from error
-        runs += [(seed, Run(name, changed.get("seed", 0) + seed, Path(), changed)) for seed in range(seeds)]
+    with all_mistakes() as checks:
+        for name, changes in cells.items():
+            with checks.check():
+                changed = overrides(config, changes, f"cell {name!r}")
+                try:
+                    train.check_config(changed)
+                except Mistakes as error:
+                    raise Mistakes([f"cell {name!r}: {mistake}" for mistake in error.mistakes]) from error
+                runs += [(seed, Run(name, changed.get("seed", 0) + seed, Path(), changed)) for seed in range(seeds)]
     runs.sort(key=lambda pair: pair[0])  # stable
     placed = [run._replace(folder=out / run.cell / f"seed_{run.seed}", config={**run.config, "seed": run.seed}) for _, run in runs]
     for run in placed:
@@ -139,6 +142,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"line {number} of {path} is no row of metrics: {line.strip()[:80]}")
         row.pop("non_finite", None)
         rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows

@@ -25,6 +25,7 @@ from maskvit.data.builders.records import RecordBuilder
 from maskvit.data.maps import MapSet
 from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.sources import TfdsSource
+from maskvit.errors import run_command
 from maskvit.features import load
 from maskvit.guidance import maps as command
 from maskvit.guidance.attention import self_attention
@@ -46,6 +47,11 @@ MODEL = dict(
         encoder=dict(width=48, depth=2, heads=3), decoder=dict(width=16, depth=1, heads=2),
     ),
 )  # fmt: skip
+
+
+def start(settings: dict) -> int:
+    """The command, on a config as data."""
+    return run_command(lambda: command.run(settings))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def source_of(checkpoint: str, data_dir: str) -> tuple[TfdsSource, dict]:
 
 
 def test_maps_are_the_attention_on_whole_pictures(checkpoint, data_dir, tmp_path, capsys):
-    assert command.main(config(checkpoint, data_dir, tmp_path)) == 0
+    assert start(config(checkpoint, data_dir, tmp_path)) == 0
     assert f"maps: {RECORDS} of {RECORDS} maps" in capsys.readouterr().out and not (tmp_path / "maps.parts").exists()
     source, specs = source_of(checkpoint, data_dir)
     opened = MapSet(str(tmp_path / "maps"), source, ("rgb", "depth"), (4, 4))
@@ -170,7 +176,7 @@ def test_a_finished_set_is_found_or_refused(checkpoint, data_dir, tmp_path, caps
     before = files(pathlib.Path(directory))
     assert command.make_maps(**config(checkpoint, data_dir, tmp_path)) == directory
     assert "maps: found in" in capsys.readouterr().out and files(pathlib.Path(directory)) == before
-    assert command.main(config(checkpoint, data_dir, tmp_path, modalities=dict(rgb={}))) == 2
+    assert start(config(checkpoint, data_dir, tmp_path, modalities=dict(rgb={}))) == 2
     assert "holds maps made with modalities = ['rgb', 'depth'], asked for is ['rgb']" in capsys.readouterr().err
 
 
@@ -217,7 +223,7 @@ def test_records_without_a_map(checkpoint, tmp_path, capsys):
         (dict(source=dict(name="self_attention", head=1)), "config.source has unknown key 'head'; known: query, block, heads"),
         (dict(source=dict(name="self_attention", block=2)), "config.source.block is 2; the encoder has blocks 0 ... 1"),
         (dict(source=dict(name="self_attention", heads=(3,))), r"config.source.heads is \(3,\); the encoder has heads 0 ... 2"),
-        (dict(source=dict(name="self_attention", heads="random")), "config.source.heads is 'random', but a stored map is made once"),
+        (dict(source=dict(name="self_attention", heads="random")), "config.source.heads is 'random'; it must be several values"),
         (
             dict(modalities=dict(normals={})),
             "config.modalities names 'normals', which is no input of the checkpoint; its inputs: rgb, depth",
@@ -233,7 +239,7 @@ def test_records_without_a_map(checkpoint, tmp_path, capsys):
     ],
 )
 def test_refusals(checkpoint, data_dir, tmp_path, capsys, changes, text):
-    assert command.main(config(checkpoint, data_dir, tmp_path, **changes)) == 2
+    assert start(config(checkpoint, data_dir, tmp_path, **changes)) == 2
     said = capsys.readouterr().err
     assert re.search(text, said), said
     assert not list(tmp_path.iterdir())
@@ -335,7 +341,7 @@ def test_gradcam_of_a_resnet(resnet_checkpoint, data_dir, tmp_path, stage, grid)
 )
 def test_networks_that_cannot_give_a_source(vit, resnet_checkpoint, data_dir, tmp_path, capsys, network, source, text):
     checkpoint = {"vit": vit, "resnet": resnet_checkpoint}[network]
-    assert command.main(config(checkpoint, data_dir, tmp_path, modalities=dict(rgb={}), image_size=64, source=source)) == 2
+    assert start(config(checkpoint, data_dir, tmp_path, modalities=dict(rgb={}), image_size=64, source=source)) == 2
     said = capsys.readouterr().err
     assert re.search(text, said), said
     assert not list(tmp_path.iterdir())
@@ -356,7 +362,7 @@ def test_shipped_configs(vit, resnet_checkpoint, data_dir, tmp_path, path):
 def test_values_outside_the_range_are_refused(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.MAP_SOURCES, "self_attention", lambda objective, params, batch: 2 * jnp.ones((4, 1, 4, 4)))
     monkeypatch.setattr(command, "check_source", lambda *_: None)
-    assert command.main(config(checkpoint, data_dir, tmp_path, source=dict(name="self_attention"))) == 2
+    assert start(config(checkpoint, data_dir, tmp_path, source=dict(name="self_attention"))) == 2
     assert "config.source gave record 'train/000000' values from 2.0 to 2.0, not within 0 ... 1" in capsys.readouterr().err
 
 
