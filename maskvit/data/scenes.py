@@ -84,7 +84,7 @@ class Texture:
     pattern: str
     colours: Float32[np.ndarray, "2 3"]
     frequency: float
-    direction: Float32[np.ndarray, "xyz"]
+    direction: Float32[np.ndarray, " xyz"]
     phase: float
 
 
@@ -93,9 +93,9 @@ class Solid:
     """An object: world point = rotation @ (scale * local point) + centre."""
 
     kind: int
-    centre: Float32[np.ndarray, "xyz"]
+    centre: Float32[np.ndarray, " xyz"]
     rotation: Float32[np.ndarray, "xyz uvw"]
-    scale: Float32[np.ndarray, "xyz"]
+    scale: Float32[np.ndarray, " xyz"]
     texture: Texture
 
     @property
@@ -113,7 +113,7 @@ class Solid:
 class Wall:
     """A vertical wall: points with normal . point = offset, up to `height` metres."""
 
-    normal: Float32[np.ndarray, "xyz"]
+    normal: Float32[np.ndarray, " xyz"]
     offset: float
     height: float
     texture: Texture
@@ -126,17 +126,17 @@ class Scene:
     `solids[0]` is the nearest and gives the label.
     """
 
-    position: Float32[np.ndarray, "xyz"]
+    position: Float32[np.ndarray, " xyz"]
     camera: Float32[np.ndarray, "xyz uvw"]
     tangent: float
     solids: tuple[Solid, ...]
     ground: Texture
     walls: tuple[Wall, ...]
-    sun: Float32[np.ndarray, "xyz"]
-    sun_colour: Float32[np.ndarray, "xyz"]
-    fill: Float32[np.ndarray, "xyz"]  # direction of a second light without shadow
-    fill_colour: Float32[np.ndarray, "xyz"]
-    ambient: Float32[np.ndarray, "xyz"]
+    sun: Float32[np.ndarray, " xyz"]
+    sun_colour: Float32[np.ndarray, " xyz"]
+    fill: Float32[np.ndarray, " xyz"]  # direction of a second light without shadow
+    fill_colour: Float32[np.ndarray, " xyz"]
+    ambient: Float32[np.ndarray, " xyz"]
     sky: Float32[np.ndarray, "2 3"]
 
 

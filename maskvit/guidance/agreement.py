@@ -13,21 +13,21 @@ from maskvit.types import TokenLayout
 LOW, HIGH = 0.17, 0.25
 
 
-def lowest(scores: Float[np.ndarray, "n"], count: int) -> Bool[np.ndarray, "n"]:
+def lowest(scores: Float[np.ndarray, " n"], count: int) -> Bool[np.ndarray, " n"]:
     """True for the `count` lowest; ties by lower index."""
     chosen = np.zeros(len(scores), bool)
     chosen[np.argsort(scores, kind="stable")[:count]] = True
     return chosen
 
 
-def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Ranks from 0, equal values sharing their mean rank."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     first = np.cumsum(counts) - counts
     return (first + (counts - 1) / 2.0)[group].astype(np.float64)
 
 
-def spearman(one: Float[np.ndarray, "n"], other: Float[np.ndarray, "n"]) -> float:
+def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
     """Rank correlation; 0 where one of them is constant."""
     a, b = ranks(one) - (len(one) - 1) / 2, ranks(other) - (len(other) - 1) / 2
     norm = np.sqrt((a**2).sum() * (b**2).sum())
