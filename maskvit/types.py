@@ -31,10 +31,11 @@ Guidance = Float[Array, "b n"]
 Metrics = dict[str, tuple[Array, Array]]
 
 
+@jax.tree_util.register_static
 class TokenLayout(NamedTuple):
-    """Static: which span of the token sequence belongs to which modality, and its grid.
+    """Which span of the token sequence belongs to which modality, and its grid.
 
-    `names`, `grids` (rows, columns), in token order. Hashable, so it may be a static argument of `jit`.
+    `names`, `grids` (rows, columns), in token order. Static for JAX, also as a part of what `jit` takes and gives back.
     """
 
     names: tuple[str, ...]

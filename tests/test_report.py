@@ -284,7 +284,7 @@ def scenes_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strategy_file(tmp_path_factory, scenes_dir):
-    config = small_run(scenes_dir)
+    config = small_run(scenes_dir, global_batch=2048)  # more than there are scenes
     config["objective"]["loss_weight"] = {}
     attention = dict(name="self_attention")
     cells = {

@@ -31,7 +31,7 @@ from maskvit.masking import BUDGETS, drop, gather_tokens, mix_with_random, predi
 from maskvit.modalities import Modality
 from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.models.decoders import decoder_arguments
-from maskvit.objectives.values import Prepared, prepare
+from maskvit.objectives.values import Prepared, check_targets, prepare
 from maskvit.patches import patchify, unpatchify
 from maskvit.scores import GUIDED_SCORES, SCORES, random_scores
 from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
@@ -274,6 +274,7 @@ class MultiMae:
     ) -> tuple[MaskPlan, dict[str, Float[Array, ""]]]:
         """The plan of a batch, and how many samples each output's loss is a mean over."""
         prepared = self.prepare(batch)
+        check_targets(self.model, prepared)
         request = self._request(params, state or {}, batch, keys, prepared=prepared)
         tokens = request.tokens
         plan = self.make_plan(tokens, self.guide(request), keys, state, step)
@@ -441,6 +442,7 @@ class MultiMae:
         to the whole batch's. Every sample draws for itself: `shared_key` is not used.
         """
         prepared = self.prepare(batch)
+        check_targets(self.model, prepared)
         tokens = self.model.embed(params, prepared.values_of(self.model.inputs), prepared.present)
         if plan is None:
             request = self._request(params, state or {}, batch, keys, tokens, prepared)
@@ -495,6 +497,7 @@ class MultiMae:
         mean and deviation of the target's own patch, standardised ones those of the target map.
         """
         prepared = self.prepare(batch)
+        check_targets(self.model, prepared)
         request = self._request(params, state or {}, batch, keys, prepared=prepared)
         tokens, guidance = request.tokens, self.guide(request)
         plan = self.make_plan(tokens, guidance, keys, state, step) if plan is None else plan

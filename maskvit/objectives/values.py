@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from maskvit.losses import standardize_trimmed
+from maskvit.modalities import Modality
 from maskvit.models import MultiMaeModel
 from maskvit.patches import patchify
 from maskvit.types import Batch
@@ -33,13 +34,19 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: MultiMaeModel, batch: Batch) -> Prepared:
-    """Normalise what the loader delivers; depth is standardised per sample over its valid pixels."""
+    """Normalise what the loader delivers; depth is standardised per sample over its valid pixels.
+
+    Raises ValueError for arrays of another form than the modality's, and for a batch that has none of the model's modalities.
+    """
+    if not any(spec.name in batch for spec in model.modalities):
+        raise ValueError(f"the batch has none of the modalities {', '.join(s.name for s in model.modalities)}; it has {_names(batch)}")
     values: dict[str, Any] = {}
     valid: dict[str, Any] = {}
     restore: dict[str, Any] = {}
     for spec in model.modalities:
         if spec.name not in batch:
             continue
+        check_values(spec, batch[spec.name])
         stored, has = batch[spec.name], _samples_with(model, batch, spec.name)
         if has is not None:
             # Whatever stands in for an absent modality (NaN) must not reach a product, not even one with weight 0.
@@ -64,6 +71,34 @@ def prepare(model: MultiMaeModel, batch: Batch) -> Prepared:
             restore[spec.name] = mean, deviation
         values[spec.name] = scaled if there is None else jnp.where(there, scaled, 0)
     return Prepared(values, valid, restore, _present_tokens(model, values, valid))
+
+
+def check_values(spec: Modality, stored: Any) -> None:
+    """Raise ValueError unless an array is "b h w c" of a continuous modality, or integers "b h w", and divides into its tokens."""
+    shape, patch, where = tuple(stored.shape), spec.patch_pixels, f"batch[{spec.name!r}]"
+    if spec.kind == "categorical":
+        if len(shape) != 3 or not jnp.issubdtype(stored.dtype, jnp.integer):
+            raise ValueError(f"{where} is {stored.dtype} of shape {shape}; class ids are integers of shape (batch, height, width)")
+    elif len(shape) != 4 or shape[3] != spec.channels:
+        hint = ": channels come last" if len(shape) == 4 and shape[1] == spec.channels else ""
+        raise ValueError(f"{where} has shape {shape}; it must be (batch, height, width, {spec.channels}){hint}")
+    if not shape[1] or not shape[2] or shape[1] % patch or shape[2] % patch:
+        raise ValueError(f"{where} is {shape[1]} x {shape[2]} pixels, which do not divide into tokens of {patch} x {patch}")
+
+
+def check_targets(model: MultiMaeModel, prepared: Prepared) -> None:
+    """Raise ValueError where a batch lacks what an output of the model is compared with."""
+    for output in (*model.outputs, *model.error_outputs):
+        name = model.modality(output).name
+        if name not in prepared.values:
+            raise ValueError(
+                f"the batch lacks the modality {name!r}, which the output {output!r} is compared with; it has {_names(prepared.values)}. "
+                "Give it, or build the objective without that output"
+            )
+
+
+def _names(batch: Mapping[str, Any]) -> str:
+    return ", ".join(batch) or "nothing"
 
 
 def _samples_with(model: MultiMaeModel, batch: Batch, name: str) -> Bool[Array, " b"] | None:

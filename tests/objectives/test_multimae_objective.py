@@ -302,3 +302,39 @@ def test_objectives_are_hashable_and_equal_by_value():
     assert hash(tiny_objective(**GUIDED)) == hash(tiny_objective(**GUIDED)) and tiny_objective() == tiny_objective()
     lists = tiny_objective(budget=dict(name="dirichlet", alphas=[1.0, 2.0, 0.5]))
     assert hash(lists) and lists != tiny_objective()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: {k: v for k, v in b.items() if k != "depth"}, "the batch lacks the modality 'depth', which the output 'depth'"),
+        (lambda b: {**b, "rgb": b["rgb"].transpose(0, 3, 1, 2)}, r"\['rgb'\] has shape \(2, 3, 32, 32\); .* 3\): channels come last"),
+        (lambda b: {**b, "rgb": b["rgb"][..., :2]}, r"\['rgb'\] has shape \(2, 32, 32, 2\); it must be \(batch, height, width, 3\)"),
+        (lambda b: {**b, "depth": b["depth"][..., 0]}, r"\['depth'\] has shape \(2, 32, 32\); it must be \(batch, height, width, 1\)"),
+        (lambda b: {**b, "rgb": b["rgb"][:, :30]}, r"\['rgb'\] is 30 x 32 pixels, which do not divide into tokens of 8 x 8"),
+        (lambda b: {**b, "rgb": b["rgb"][:, :0]}, r"\['rgb'\] is 0 x 32 pixels"),
+        (lambda b: {**b, "semseg": b["semseg"][:, :7]}, r"\['semseg'\] is 7 x 8 pixels, which do not divide into tokens of 2 x 2"),
+        (lambda b: {**b, "semseg": b["semseg"].astype(np.float32)}, r"\['semseg'\] is float32 of shape .*; class ids are integers"),
+        (lambda b: {**b, "semseg": b["semseg"][..., None]}, r"\['semseg'\] is int32 of shape \(2, 8, 8, 1\); class ids are integers"),
+        (lambda b: {"label": b["rgb"][:, 0, 0, 0]}, "the batch has none of the modalities rgb, depth, semseg; it has label"),
+    ],
+)  # fmt: skip
+def test_batches_of_another_form_are_named(params, change, message):
+    objective, keys = tiny_objective(), sample_keys(0, 0, 2)
+    batch = {key: jnp.asarray(value) for key, value in change(tiny_batch(2)).items()}
+    for function in (
+        lambda: objective.loss(params, (), batch, keys, jnp.int32(0)),
+        lambda: objective.plan(params, batch, keys),
+        lambda: objective.visualize(params, (), batch, keys),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(function)
+
+
+def test_embedding_compiles(params):
+    """What `jit` gives back holds the token layout, which is no array."""
+    objective = tiny_objective()
+    values = objective.prepare(on_device(tiny_batch(2))).values
+    tokens = jax.jit(objective.model.embed)(params, values)
+    assert tokens.layout == objective.model.layout and tokens.tokens.shape == (2, 48, 48)
+    assert jax.jit(lambda t: t.tokens.sum())(tokens).shape == ()
