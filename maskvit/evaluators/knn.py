@@ -6,6 +6,7 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from maskvit.data import open_source
+from maskvit.data.codec import RecordError
 from maskvit.data.pipeline import eval_batches
 from maskvit.data.sources import Source
 from maskvit.modalities import Modality
@@ -87,7 +89,7 @@ def weighted_knn(
 
     Similarity is the cosine; a neighbour votes for its class with exp(similarity / temperature). Exact. Ties: the training
     example stored earlier is the nearer one, the class with the lower id ranks first. Classes without a vote are ranked
-    too, as the protocol does, so top-5 says little where k is below 5.
+    too, and top-5 counts the first min(5, k) classes, both as DINO's protocol has it.
 
     Raises ValueError for a k above the number of training examples, labels out of range, or features that are not finite.
     """
@@ -110,7 +112,7 @@ def weighted_knn(
     settings = dict(temperature=jnp.float32(temperature), ks=tuple(ks), num_classes=num_classes, num_train=n)
     rank = functools.partial(_ranks, train, classes, **settings)
     ranks = np.concatenate([np.asarray(rank(test=x, test_labels=y)) for x, y in zip(tests, own, strict=True)], axis=1)[:, :t]
-    return {f"top{m}_k{k}": 100.0 * int((row < m).sum()) / t for k, row in zip(ks, ranks, strict=True) for m in (1, 5)}
+    return {f"top{m}_k{k}": 100.0 * int((row < min(m, k)).sum()) / t for k, row in zip(ks, ranks, strict=True) for m in (1, 5)}
 
 
 def _in_chunks(array: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[np.ndarray, "c r ..."]:
@@ -135,6 +137,14 @@ def pixel_features(images: Num[Array, "b h w c"]) -> dict[str, Num[Array, "b d"]
     return {"mean_colour": known.astype(jnp.float32).mean(axis=(1, 2)), "raw_pixels": known.reshape(len(known), -1)}
 
 
+def _has_labels(source: Source) -> bool:
+    """Whether the first readable record has a label."""
+    for index in range(len(source)):
+        with contextlib.suppress(RecordError, OSError):
+            return bool(source[index].get("label", -1) >= 0)
+    return False
+
+
 class Knn:
     """Weighted k-NN on the features of an unmasked pass over the first input modality.
 
@@ -143,7 +153,7 @@ class Knn:
 
     Args:
       train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "val".
-      limit_train, limit_test: only the first so many examples; None for all.
+      limit_train, limit_test: only so many examples, evenly spread over the data (which may be stored class by class); None for all.
       ks: numbers of neighbours.
       temperature: of the votes.
       batch_size: images at once over all devices, rounded up to a multiple of them; the figures do not depend on it.
@@ -183,6 +193,12 @@ class Knn:
         default = dict(data["train"])
         blocks = {"train": train or default, "test": test or {**default, "split": "val"}}
         self._sources = {split: self._open(block) for split, block in blocks.items()}
+        for split, source in self._sources.items():
+            if not _has_labels(source):
+                raise ValueError(
+                    f"k-NN needs labels, but the {split} data have none: {source.describe()}. Drop the k-NN from config.evaluators, give "
+                    "it data with labels as its train and test, or set config.data label"
+                )
         available = min(len(self._sources["train"]), limit_train or math.inf)
         if not self._ks or min(self._ks) < 1 or max(self._ks) > available:
             raise ValueError(f"k-NN with ks = {self._ks} over {available} training examples: each k must be between 1 and {available}")

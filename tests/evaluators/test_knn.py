@@ -34,7 +34,8 @@ def classify(recorded, **changed):
 
 def test_percentages_equal_the_recorded_ones(recorded):
     figures = classify(recorded)
-    assert figures == {name: float(recorded[name]) for name in figures}
+    # The recorded protocol did not cut top-5 at k yet: of one neighbour it counted classes without any vote.
+    assert figures == {name: float(recorded[name if name != "top5_k1" else "top1_k1"]) for name in figures}
     assert len(figures) == 2 * len(KS)
 
 
@@ -56,6 +57,16 @@ def test_ties_go_to_the_earlier_example_and_the_lower_class():
     assert weighted_knn(same, np.array([2, 1, 1]), test, labels, (1,), 3)["top1_k1"] == 0
     assert weighted_knn(same, np.array([2, 1, 0]), test, labels, (2,), 3)["top1_k2"] == 100  # classes 1 and 2 are level
     assert weighted_knn(same, np.array([0, 1, 0]), test, labels, (2,), 3)["top1_k2"] == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top5_of_few_neighbours_counts_no_more_classes_than_neighbours(k):
+    rng = np.random.default_rng(0)
+    train, test = rng.standard_normal((40, 8)), rng.standard_normal((400, 8))  # features that say nothing of the ten classes
+    figures = weighted_knn(train, np.arange(40) % 10, test, np.arange(400) % 10, (k,), 10)
+    assert figures[f"top5_k{k}"] < 10 * k + 8  # five classes of ten would be right half of the time
+    if k == 1:
+        assert figures["top5_k1"] == figures["top1_k1"]
 
 
 def test_bad_input_is_named(recorded):
@@ -163,7 +174,6 @@ def test_config_mistakes_are_named_before_any_work(objective):
         build_evaluators({"x": {}}, objective=None, modalities=parse_modalities({}), image_size=SIZE, mesh=make_mesh(), data={})
 
 
-def test_data_without_labels_are_refused(objective):
-    knn, _ = evaluator(objective, 1, test=dict(source="stripes", split="val", labelled=False))
-    with pytest.raises(ValueError, match="k-NN needs labels, but 37 of 37 records have none: 37 records in memory"):
-        list(knn.run(*jax.jit(objective.init)(jax.random.key(0))))
+def test_data_without_labels_are_refused_before_any_work(objective):
+    with pytest.raises(ValueError, match="k-NN needs labels, but the test data have none: 37 records in memory"):
+        evaluator(objective, 1, test=dict(source="stripes", split="val", labelled=False))
