@@ -12,6 +12,7 @@ import argparse
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import sys
@@ -25,17 +26,20 @@ from jaxtyping import Float
 
 from maskvit.arguments import check_output, number, whole
 from maskvit.checkpoints import CheckpointError, load_params, load_teacher
+from maskvit.data.files import list_files, tell
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.errors import add_debug, run_command
 from maskvit.modalities import Modality, parse_modalities
 from maskvit.objectives import OBJECTIVES, build_objective
+from maskvit.pictures import SUFFIXES, PictureError, open_picture
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.types import Params, tree_paths
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = (".npz", ".safetensors")
 FEATURES = ("mean", "global")
+
+_log = logging.getLogger(__name__)
 
 
 # Checkpoints
@@ -127,6 +131,7 @@ class Pictures:
 def find_pictures(places: Sequence[str | os.PathLike]) -> list[Path]:
     """The image files among `places`: files as given, folders with all below them, in the order of their names.
 
+    Hidden files and folders and files of other suffixes are passed over, and logged.
     Raises FileNotFoundError for a place that does not exist or holds none.
     """
     found: list[Path] = []
@@ -136,24 +141,27 @@ def find_pictures(places: Sequence[str | os.PathLike]) -> list[Path]:
             continue
         if not place.is_dir():
             raise FileNotFoundError(f"{place} does not exist: give an image file or a folder of them")
-        below = sorted(p for p in place.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not below:
-            raise FileNotFoundError(f"no images below {place}; looked for {', '.join(EXTENSIONS)}")
-        found += below
+        files, passed_over = list_files(place)
+        lines = tell(passed_over, place)
+        if not files:
+            raise FileNotFoundError("\n  ".join([f"no images below {place}; looked for {', '.join(SUFFIXES)}", *lines]))
+        for line in lines:
+            _log.warning("%s: %s", place, line)
+        found += sorted(map(Path, files))
     return list(dict.fromkeys(found))
 
 
 def unreadable(paths: Sequence[Path]) -> dict[Path, str]:
-    """What is wrong with those files that are no images, from their headers alone (fast)."""
-    from PIL import Image
-
-    wrong = {}
+    """What is wrong with those files that are no images, from their headers alone (fast). Alpha channels are logged."""
+    wrong, alpha = {}, 0
     for path in paths:
         try:
-            with Image.open(path):
-                pass
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            wrong[path] = str(error)
+            with open_picture(path) as (_, header):
+                alpha += header.mode in ("LA", "PA", "RGBA")
+        except (OSError, PictureError) as error:
+            wrong[path] = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if alpha:
+        _log.warning("%d of %d pictures have an alpha channel, which is dropped", alpha, len(paths))
     return wrong
 
 
@@ -167,11 +175,11 @@ def first_input(model: Any) -> Modality:
 
 def extract(
     loaded: LoadedModel, paths: Sequence[Path], batch_size: int = 64, crop: float | int = 0.875
-) -> Iterator[tuple[list[int], list[int], dict[str, Float[np.ndarray, "b d"]]]]:
-    """Features of an unmasked pass over pictures as the first input modality: short side resized, middle cut out.
+) -> Iterator[tuple[list[int], dict[int, str], dict[str, Float[np.ndarray, "b d"]]]]:
+    """Features of an unmasked pass over pictures as the first input modality: turned upright, short side resized, middle cut out.
 
-    Yields, batch by batch: (indices into `paths`, indices of files that could not be decoded, features by name with one
-    row per index of the former). Where more than 1 % (and ten) of the files are damaged the pipeline raises RuntimeError.
+    Yields, batch by batch: (indices into `paths`, indices of files that could not be used with the reason, features by name with
+    one row per index of the former). Where more than 1 % (and ten) of the files are damaged the pipeline raises RuntimeError.
     """
     spec, mesh = first_input(loaded.model), make_mesh()
     batch_size = math.ceil(batch_size / mesh.size) * mesh.size
@@ -181,7 +189,8 @@ def extract(
         for batch in batches:
             features = predict(loaded.params, (), place_batch({spec.name: batch[spec.name]}, mesh))
             index, valid = batch["index"], batch["valid"]
-            yield index[valid].tolist(), index[~valid & (index >= 0)].tolist(), {k: np.asarray(v)[valid] for k, v in features.items()}
+            bad = {int(i): reason for i, reason in zip(index, batch["reason"], strict=True) if reason}
+            yield index[valid].tolist(), bad, {k: np.asarray(v)[valid] for k, v in features.items()}
 
 
 # The command
@@ -237,7 +246,7 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     with tqdm(total=len(paths), desc="features", unit="image", disable=None) as bar:
         for good, bad, features in extract(loaded, paths, batch_size, crop):
             ids += [paths[index].relative_to(root).as_posix() for index in good]
-            left_out |= {paths[index]: "damaged picture data" for index in bad}
+            left_out |= {paths[index]: reason for index, reason in bad.items()}
             parts.append(features[feature])
             bar.update(len(good) + len(bad))
     rows = np.concatenate(parts)

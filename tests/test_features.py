@@ -106,7 +106,7 @@ def test_damaged_files_are_named_and_the_exit_status_tells(checkpoint, folder, t
     out = tmp_path / "f.npz"
     assert main(["--checkpoint", str(checkpoint), "--images", str(pictures), "--out", str(out)]) == 1
     errors = capsys.readouterr().err
-    assert "2 file(s) left out" in errors and "cut.png: damaged" in errors and "page.jpg: cannot identify" in errors
+    assert "2 file(s) left out" in errors and "cut.png: modality 'rgb': truncated" in errors and "page.jpg: is a web page" in errors
     with np.load(out) as file:
         assert file["ids"].tolist() == ["good.png"] and file["features"].shape == (1, 48)
 
@@ -127,7 +127,30 @@ def test_mistakes_end_with_one_line(checkpoint, folder, tmp_path, capsys, change
     assert message in error and error.count("\n") == 1
 
 
+def test_pictures_are_turned_upright_and_what_is_passed_over_or_dropped_is_told(checkpoint, tmp_path, capsys, caplog):
+    pictures, out = tmp_path / "pictures", tmp_path / "f.npz"
+    (pictures / ".ipynb_checkpoints").mkdir(parents=True)
+    upright = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(upright).save(pictures / "upright.png")
+    Image.fromarray(np.rot90(upright)).save(pictures / "phone.png", exif=exif)
+    Image.fromarray(upright).convert("RGBA").save(pictures / "alpha.png")
+    Image.fromarray(upright).save(pictures / ".ipynb_checkpoints" / "copy.png")
+    Image.fromarray(upright[:1, :1]).save(pictures / "dot.png")
+    (pictures / "x.heic").write_bytes(b"x")
+    assert main(["--checkpoint", str(checkpoint), "--images", str(pictures), "--out", str(out)]) == 1
+    with np.load(out) as file:
+        assert file["ids"].tolist() == ["alpha.png", "phone.png", "upright.png"]
+        np.testing.assert_array_equal(file["features"][1], file["features"][2])
+        np.testing.assert_array_equal(file["features"][0], file["features"][2])
+    assert "dot.png: modality 'rgb': is 1 x 1 pixels; at least 8 x 8" in capsys.readouterr().err
+    for told in ("passed over 1: x.heic", "passed over 1: .ipynb_checkpoints (hidden)", "1 of 4 pictures have an alpha channel"):
+        assert told in caplog.text
+
+
 def test_finding_pictures(folder, tmp_path):
     assert [p.name for p in find_pictures([folder / "grey.png", folder])] == ["grey.png", "a.JPG", "b.png", "c.webp"]
-    with pytest.raises(FileNotFoundError, match="no images below"):
+    (tmp_path / "x.heic").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"no images below(.|\n)*passed over 1: x.heic \(.heic is not read"):
         find_pictures([tmp_path])

@@ -98,7 +98,7 @@ def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, 
         for batch in batches:
             path = paths[int(batch["index"][0])]
             if not batch["valid"][0]:
-                left_out[path] = "damaged picture data"
+                left_out[path] = batch["reason"][0]
                 continue
             maps = jax.device_get(attention_maps(loaded.objective, loaded.params, {spec.name: jnp.asarray(batch[spec.name])}, visible))
             rollout = figures.attention_rollout(maps.attentions[0])[-1, :tokens]

@@ -102,7 +102,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
             for number, batch in enumerate(batches):
                 path = paths[int(batch["index"][0])]
                 if not batch["valid"][0]:
-                    left_out[path] = "damaged picture data"
+                    left_out[path] = batch["reason"][0]
                     continue
                 values, keys = {spec.name: jnp.asarray(batch[spec.name])}, sample_keys(0, number, 1)
                 found = jax.device_get(decode(loaded.objective, loaded.params, values, keys, output, visible))
