@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -14,7 +19,9 @@ from maskvit.data import codec, open_source, scenes
 from maskvit.data.builders import prepare
 from maskvit.data.builders.__main__ import main, parse_modality
 from maskvit.data.builders.folder import FolderError
+from maskvit.data.transforms import decode_record
 from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
+from maskvit.pictures import TURNS
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": {**SEMSEG, "num_classes": 5}})
 NAMES = [f"{kind}/n{number}" for kind in ("cat", "dog") for number in range(3)]
@@ -321,3 +328,221 @@ def test_real_frame_with_half_of_its_depth_missing(tmp_path, capsys):
     build(tmp_path / "photo", tmp_path, "photo", modalities)
     image = Image.open(io.BytesIO(source(tmp_path, "photo", modalities)[0]["rgb"]))
     assert image.size == (240, 240)
+
+
+# --- nothing is read as something else ----------------------------------------------------------------------------------
+
+
+def turned(path, array, orientation: int) -> None:
+    """A picture whose pixels lie so that `orientation` undoes it; `array` is upright."""
+    back = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    stored = Image.fromarray(array)
+    if orientation != 1:
+        stored = stored.transpose(TURNS[back[orientation]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_phones_are_turned_and_never_packed_askew(tmp_path, orientation, capsys):
+    root = tmp_path / "in"
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    ids = (rgb[..., 0] // 64).astype(np.uint8)
+    turned(root / "rgb" / "all" / "x.png", rgb, orientation)
+    write(root / "semseg" / "all" / "x.png", ids)
+    alone, both = {"rgb": MODALITIES["rgb"]}, {name: MODALITIES[name] for name in ("rgb", "semseg")}
+    build(root, tmp_path, "alone", alone)
+    told = "rgb: 1 of 1 pictures were turned upright"
+    assert (told in capsys.readouterr().out) == (orientation != 1)
+    np.testing.assert_array_equal(decode_record(source(tmp_path, "alone", alone)[0], alone)["rgb"], rgb)
+    if orientation in (2, 3, 4):  # of the same size, so nothing tells whether the class map was turned as well
+        with pytest.raises(FolderError, match="orientation that cannot be followed"):
+            build(root, tmp_path, "both", both)
+        turned(root / "semseg" / "all" / "x.png", ids, orientation)
+    build(root, tmp_path, "both", both)
+    arrays = decode_record(source(tmp_path, "both", both)[0], both)
+    np.testing.assert_array_equal(arrays["rgb"], rgb)
+    np.testing.assert_array_equal(arrays["semseg"], ids)
+    if orientation > 4:  # a class map that lies as the camera does
+        write(root / "semseg" / "all" / "x.png", ids.T)
+        with pytest.raises(FolderError, match=r"30 x 20, but .* 20 x 30 \(after turning it as EXIF says\)"):
+            build(root, tmp_path, "askew", both)
+
+
+def test_hidden_files_are_no_samples_and_the_rest_is_named(tmp_path, capsys):
+    root = tmp_path / "in"
+    for name in ("cat/a.jpg", "dog/b.jfif", ".ipynb_checkpoints/a.jpg", "cat/._a.jpg", "cat/@eaDir/a.jpg"):
+        (root / "rgb" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / "rgb" / name, "JPEG")
+    for name in ("rgb/cat/c.heic", "rgb/cat/noname", "rgb/Thumbs.db", ".git/rgb/x.jpg", "normals/x.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    only = {"rgb": MODALITIES["rgb"]}
+    build(root, tmp_path, "some", only)
+    data = source(tmp_path, "some", only)
+    assert [data[i]["id"] for i in range(len(data))] == ["train/cat/a", "train/dog/b"] and data.label_names == ("cat", "dog")
+    told = capsys.readouterr().out
+    for text in (
+        "c.heic (.heic is not read: convert it to PNG or JPEG)",
+        "noname (not read: its name has no suffix",
+        "(hidden)",
+        "normals",
+    ):
+        assert text in told
+
+
+def test_depth_in_a_format_that_is_not_read_is_named_where_it_is_missed(tmp_path):
+    make_folder(tmp_path / "in", NAMES[:2])
+    for file in (tmp_path / "in" / "depth").rglob("*.npy"):
+        file.rename(file.with_suffix(".exr"))
+    with pytest.raises(FolderError, match="depth/cat/n0.exr: .exr is not read: save it as .npy or as a float .tif"):
+        build(tmp_path / "in", tmp_path)
+
+
+def test_names_in_two_unicode_forms_pair(tmp_path):
+    root = tmp_path / "in"
+    write(root / "rgb" / unicodedata.normalize("NFC", "é") / "ü.png", np.zeros((9, 9, 3), np.uint8))
+    write(root / "semseg" / unicodedata.normalize("NFD", "é") / unicodedata.normalize("NFD", "ü.png"), np.zeros((9, 9), np.uint8))
+    both = {name: MODALITIES[name] for name in ("rgb", "semseg")}
+    build(root, tmp_path, "forms", both)
+    assert len(source(tmp_path, "forms", both)) == 1
+    write(root / "rgb" / unicodedata.normalize("NFD", "é") / "ü.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(FolderError, match="two files for one name"):
+        build(root, tmp_path, "other", both)
+
+
+def test_files_beside_class_folders_are_no_class(tmp_path):
+    make_folder(tmp_path / "in", [*NAMES, "loose"])
+    with pytest.raises(FolderError, match=r"files outside the class folders \(3\)"):
+        build(tmp_path / "in", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "settings", "reason"),
+    [
+        ("x.jpg", np.zeros((16, 16), np.uint8), {}, "is JPEG, whose compression changes distances"),
+        ("x.png", np.full((16, 16), 90, np.uint8), {}, "has 8 bits, which as counts of 0.001 m reach 0.255 m"),
+        ("x.npy", np.full((16, 16), 1500.0, np.float32), {}, "float arrays are read as metres.*if these are millimetres"),
+        ("x.png", np.zeros((1, 1), np.uint16), {}, "1 x 1 pixels; at least 8 x 8"),
+        ("x.npy", np.full((16, 16), np.nan, np.float32), dict(missing=None), "hold no distance"),
+        ("x.npy", np.full((16, 16), "a"), {}, "is <U1"),
+        ("x.npy", np.full((16, 16), 2**40), dict(metres_per_count=None), "more than the 24 bits"),
+        ("x.npy", np.full((16, 16), 1e300), dict(metres_per_count=None), "beyond what 32 bits hold"),
+    ],
+)
+def test_distances_that_are_none(tmp_path, name, array, settings, reason):
+    write(tmp_path / "in" / "depth" / "all" / name, array)
+    spec = parse_modalities({"depth": {**DEPTH, "missing": 0, "metres_per_count": 0.001, **settings}})
+    with pytest.raises(FolderError, match=reason):
+        build(tmp_path / "in", tmp_path, modalities=spec)
+
+
+def test_half_precision_metres_are_counted_exactly(tmp_path, capsys):
+    metres = np.linspace(1, 65, 256, dtype=np.float16).reshape(16, 16)
+    write(tmp_path / "in" / "depth" / "all" / "x.npy", metres)
+    spec = parse_modalities({"depth": {**DEPTH, "missing": 0, "metres_per_count": 0.001}})
+    build(tmp_path / "in", tmp_path, modalities=spec)
+    expected = np.rint(metres.astype(np.float64) * 1000)
+    np.testing.assert_array_equal(codec.decode(source(tmp_path, modalities=spec)[0]["depth"]), expected)
+    assert "depth reaches from 1 to 65 m: float metres, stored as counts of 0.001 m (depth,metres_per_count=X)" in capsys.readouterr().out
+
+
+def test_the_unit_of_whole_numbers_is_asked_for(tmp_path, capsys):
+    for i in range(3):
+        write(tmp_path / "in" / "depth" / "all" / f"{i}.png", np.full((16, 16), 1500 + i, np.uint16))
+    command = ["folder", "--root", str(tmp_path / "in"), "--data_dir", str(tmp_path / "tfds"), "--name", "mine", "--modalities"]
+    assert main([*command, "depth"]) == 2
+    assert "0.png: holds whole numbers (1500 ... 1500), and their unit was not stated: give --modalities" in capsys.readouterr().err
+    assert main([*command, "depth,metres_per_count=1/1000"]) == 0
+    assert "depth reaches from 1.5 to 1.502 m: whole numbers, stored as counts of 0.001 m" in capsys.readouterr().out
+    write(tmp_path / "in" / "depth" / "all" / "0.npy", np.ones((16, 16), np.float32))  # mixed: found while all are read
+    for i in range(3):
+        (tmp_path / "in" / "depth" / "all" / f"{i}.png").rename(tmp_path / "in" / "depth" / "all" / f"{i + 5}.png")
+    for i in range(1, 5):
+        write(tmp_path / "in" / "depth" / "all" / f"{i}.npy", np.ones((16, 16), np.float32))
+    command[command.index("mine")] = "mixed"
+    assert main([*command, "depth"]) == 2
+    assert "their unit was not stated" in capsys.readouterr().err
+
+
+def test_ids_that_their_type_cannot_hold(tmp_path):
+    for array in (np.full((9, 9), 40000), np.full((9, 9), 70000)):
+        array[0] = -1 if array[0, 0] == 40000 else 1
+        write(tmp_path / "in" / "things" / "all" / "x.npy", array)
+        spec = parse_modalities({"things": dict(kind="categorical", num_classes=80000, missing=-1, loss="cross_entropy")})
+        with pytest.raises(FolderError, match="can be stored"):
+            build(tmp_path / "in", tmp_path, modalities=spec)
+
+
+def test_bad_samples_are_listed_and_can_be_left_out(tmp_path, capsys):
+    root = tmp_path / "in"
+    names = [f"{kind}/{number:02d}" for kind in ("cat", "dog") for number in range(14)]
+    make_folder(root, names)
+    for name in names[1:26]:
+        file = root / "rgb" / f"{name}.jpg"
+        file.write_bytes(file.read_bytes()[:200])
+    (root / "depth" / f"{names[26]}.npy").unlink()
+    command = ["folder", "--root", str(root), "--data_dir", str(tmp_path / "tfds"), "--name", "mine", "--val_fraction", "0.3"]
+    command += ["--modalities", "rgb", "depth,missing=0", "semseg,num_classes=5"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "26 problems" in error and "... and 5 more" in error and "leave these samples out with --skip_bad" in error
+    listed = (tmp_path / "tfds" / "mine_problems.txt").read_text()
+    assert all(f"rgb/{name}.jpg" in listed for name in names[1:26]) and f"depth/{names[26]}" in listed
+    shutil.rmtree(root)
+    make_folder(root, names[:4])
+    (root / "rgb" / f"{names[1]}.jpg").write_bytes(b"<html>")
+    (root / "depth" / f"{names[2]}.npy").unlink()
+    command.remove("--val_fraction"), command.remove("0.3")
+    assert main([*command, "--skip_bad"]) == 0
+    told = capsys.readouterr().out
+    assert "2 samples were left out" in told and "a web page" in told
+    data = source(tmp_path)
+    assert [data[i]["id"] for i in range(len(data))] == [f"train/{name}" for name in (names[0], names[3])]
+
+
+def test_arguments_of_the_command(tmp_path, capsys):
+    make_folder(tmp_path / "in", NAMES[:1])
+    command = ["folder", "--root", str(tmp_path / "in"), "--data_dir", str(tmp_path / "tfds"), "--name", "mine", "--modalities"]
+    for modality, reason in (
+        ("depth,missing=zero", "missing is 'zero'; write a number"),
+        ("depth,mising=0", "'mising=0' is not FIELD=VALUE with one of the fields kind, channels, num_classes, missing, metres_per_count"),
+        ("semseg,num_classes=many", "num_classes is 'many'"),
+        ("depth,missing=True", "missing"),
+        ("things,kind=class", "kind is 'class'; known: continuous, categorical"),
+    ):
+        assert main([*command, modality]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1, error
+    assert main([*command, "rgb", "rgb,channels=3"]) == 2 and "names 'rgb' twice" in capsys.readouterr().err
+    make_folder(tmp_path / "split" / "train", NAMES[:1])
+    make_folder(tmp_path / "split" / "val", NAMES[:1])
+    command[2] = str(tmp_path / "split")
+    assert main([*command, "rgb", "--val_fraction", "0.5"]) == 2
+    assert "has the splits train, val already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["folder", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for text in ("<root>/<split>/<modality>/<class>/<file>", "missing=255", "--val_fraction", "pixels on the shorter side", "--skip_bad"):
+        assert text in told
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_is_one_line(tmp_path, workers):
+    make_folder(tmp_path / "in", [f"all/{number}" for number in range(120)], size=(300, 300))
+    code = "import sys; from maskvit.data.builders.__main__ import main; print('began', flush=True); sys.exit(main(sys.argv[1:]))"
+    command = ["folder", "--root", str(tmp_path / "in"), "--data_dir", str(tmp_path / "tfds"), "--name", "mine", "--workers", workers]
+    command += ["--modalities", "rgb", "depth,missing=0", "semseg,num_classes=5"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    child.stdout.readline()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "tfds").rglob("*incomplete*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and error == "interrupted\n", error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
+import zstandard
 from PIL import Image
 
-from maskvit.data.codec import decode, encode_array
+from maskvit.data.codec import RecordError, decode, encode_array
 
 
 def depth_frame(height: int = 120, width: int = 160) -> np.ndarray:
@@ -85,3 +87,28 @@ def test_what_cannot_be_coded():
         decode(b"")
     with pytest.raises(ValueError, match="not a readable picture"):
         decode(b"hello world, I am no picture")
+
+
+def test_every_damaged_byte_of_a_packed_array_is_a_bad_record():
+    """Header, shape and content: never an IndexError, never memory that the file itself does not hold."""
+    data = encode_array(np.arange(48, dtype=np.uint16).reshape(6, 8))
+    for position in range(4, len(data)):
+        for value in (0, 1, 2, 3, 4, 127, 255):
+            damaged = data[:position] + bytes([value]) + data[position + 1 :]
+            try:
+                assert decode(damaged).size <= 48
+            except RecordError:
+                pass
+
+
+def test_a_shape_beyond_all_memory_is_refused():
+    frame = zstandard.ZstdCompressor().compress(b"")
+    for code, chosen, shape in ((1, 2, (2**16, 2**16, 2**16, 2**16)), (3, 1, (2**31, 2**31)), (0, 2, (4, 4)), (1, 2, (0, 4)), (9, 0, (4,))):
+        data = struct.pack("<4sBBB", b"MVA1", code, chosen, len(shape)) + struct.pack(f"<{len(shape)}I", *shape) + frame
+        with pytest.raises(RecordError, match="damaged packed array"):
+            decode(data)
+    # a frame that claims as much as the header: 8 TiB of zeros
+    claimed = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 2**43) + b"\x01\x00\x00"
+    data = struct.pack("<4sBBB", b"MVA1", 0, 0, 2) + struct.pack("<2I", 2**22, 2**21) + claimed
+    with pytest.raises(RecordError, match="does not fit the frame"):
+        decode(data)

@@ -251,6 +251,38 @@ def test_unusable_record_in_evaluation_is_not_valid():
     assert batch["index"].tolist() == list(range(10)) and batch["id"][3] == "s3"
 
 
+def test_reasons_come_with_an_evaluation_batch():
+    with eval_batches(corrupted({3: "truncated"}, 10), MODALITIES, SIZE, batch_size=12) as batches:
+        (batch,) = list(batches)
+    assert "truncated" in batch["reason"][3] and [index for index, reason in enumerate(batch["reason"]) if reason] == [3]
+
+
+def test_a_fault_of_ours_is_no_bad_sample(monkeypatch):
+    """An error that data cannot cause ends the run; as "bad sample" under 1 % of the records it would go unseen."""
+    real = pipeline.transforms.apply_geometry
+
+    def faulty(array, *arguments, **settings):
+        if array.ndim == 3 and array[0, 0, 0] % 17 == 3:
+            raise ValueError("an array of the wrong shape")
+        return real(array, *arguments, **settings)
+
+    monkeypatch.setattr(pipeline.transforms, "apply_geometry", faulty)
+    with train_batches(corrupted({}), MODALITIES, SIZE, seed=1, global_batch=40, augment=PLAIN) as batches:
+        with pytest.raises(ValueError, match="an array of the wrong shape"):
+            for _ in range(10):
+                next(batches)
+        assert batches.bad_samples == 0
+
+
+def test_directions_keep_their_colors():
+    """Normals are stored like pictures, but their channels are directions: views change the colors of pictures alone."""
+    normals = np.full((40, 40, 3), 90, np.uint8)
+    specs = parse_modalities({"normals": dict(scale=2 / 255, mean=(1.0,), mirrored_channels=(0,))})
+    settings = dict(seed=0, global_batch=4, augment=dict(flip=0.0, views=dict(local_crops=1, local_size=(16, 16), jitter=1.0, grey=1.0)))
+    with train_batches(ListSource([{"normals": encoded(normals)}] * 4), specs, SIZE, **settings) as batches:
+        assert (next(batches)["global/normals"] == 90).all()
+
+
 def test_new_modalities_and_non_square_sizes():
     modalities = parse_modalities({"normals": dict(channels=3, scale=2 / 255, mean=(1.0,)), "bands": dict(channels=10, patch=8, stride=2)})
     rng = np.random.default_rng(0)

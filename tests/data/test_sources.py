@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -202,3 +205,46 @@ def test_reading_imports_neither_tensorflow_nor_jax_models(root):
         "assert 'tensorflow' not in sys.modules and 'maskvit.models' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_data_set_cannot_name_code_to_import(root, tmp_path, monkeypatch, key):
+    """TFDS imports the module that features.json names: a data set from elsewhere would run whatever lies on the path."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "planted.py").write_text("import os; os.environ['PLANTED'] = 'ran'")
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    monkeypatch.delenv("PLANTED", raising=False)
+    shutil.copytree(root / "packed", tmp_path / "packed")
+    file = tmp_path / "packed" / "1.0.0" / "features.json"
+    stored = json.loads(file.read_text())
+    stored["featuresDict"]["features"]["rgb"] = {key: "planted.Feature", "content": {}}
+    file.write_text(json.dumps(stored))
+    for settings in (dict(name="packed", data_dir=str(tmp_path)), dict(data_dir=str(tmp_path / "packed" / "1.0.0"))):
+        with pytest.raises(ValueError, match="features.json: names the class 'planted.Feature', which would have to be imported"):
+            TfdsSource(MODALITIES, **settings)
+    assert "PLANTED" not in os.environ and "planted" not in sys.modules
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="features.json"):
+        TfdsSource(MODALITIES, name="packed", data_dir=str(tmp_path))
+
+
+def test_a_damaged_file_is_a_bad_record_and_nothing_worse(root, tmp_path):
+    shutil.copytree(root / "packed", tmp_path / "packed")
+    (file,) = (tmp_path / "packed" / "1.0.0").glob("*.array_record*")
+    whole = file.read_bytes()
+    unread = 0
+    for position in range(100, len(whole) - 200, 97):
+        file.write_bytes(whole[:position] + bytes(b ^ 0xA5 for b in whole[position : position + 40]) + whole[position + 40 :])
+        try:
+            source = TfdsSource(MODALITIES, name="packed", data_dir=str(tmp_path))
+        except Exception:  # what cannot be opened is no bad record
+            continue
+        for index in range(len(source)):
+            try:
+                transforms.decode_record(source[index], MODALITIES)
+            except transforms.RecordError:
+                unread += 1
+    assert unread
+    source = TfdsSource(MODALITIES, name="packed", data_dir=str(root))
+    with pytest.raises(IndexError, match="record 6 of 6"):
+        source[6]

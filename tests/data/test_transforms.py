@@ -298,3 +298,53 @@ def test_absent_modalities():
     assert (transforms.absent(MODALITIES["semseg"], SIZE, np.dtype(np.int32)) == -1).all()
     assert np.isnan(transforms.absent(MODALITIES["depth"], SIZE, np.dtype(np.float32))).all()
     assert (transforms.absent(MODALITIES["rgb"], SIZE, np.dtype(np.uint8)) == 0).all()
+
+
+# --- directions, orientation, size --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_directions_change_sign_where_a_picture_is_mirrored(dtype):
+    """A surface that faces left faces right in the mirror; stored as 0 ... 255 for -1 ... 1 or as they are."""
+    scale, mean = (2 / 255, (1.0,)) if dtype == np.uint8 else (1.0, (0.0,))
+    spec = parse_modalities({"normals": dict(scale=scale, mean=mean, mirrored_channels=(0,), patch=8)})["normals"]
+    rng = np.random.default_rng(0)
+    normals = rng.integers(0, 256, (16, 16, 3), np.uint8) if dtype == np.uint8 else rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32)
+    geometry = transforms.whole_geometry(16, 16, (16, 16))
+    plain, flipped = (transforms.apply_geometry(normals, spec, geometry._replace(flip=flip), (16, 16)) for flip in (False, True))
+    assert flipped.dtype == dtype
+    values, mirrored = (picture * spec.scale - spec.mean[0] for picture in (plain.astype(np.float32), flipped.astype(np.float32)))
+    np.testing.assert_allclose(mirrored[:, ::-1] * [-1, 1, 1], values, atol=1e-5)
+
+
+def test_mirrored_channels_that_make_no_sense():
+    for fields, reason in (
+        (dict(mirrored_channels=(3,)), "channels are 0 ... 2, each once"),
+        (dict(mirrored_channels=(0, 0)), "each once"),
+        (dict(mirrored_channels=(0,), standardize=True), "without standardize"),
+        (dict(mirrored_channels=(0,), kind="categorical", num_classes=3, loss="cross_entropy"), "needs a continuous modality"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            parse_modalities({"normals": fields})
+
+
+def test_turned_pictures_of_a_record():
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    Image.fromarray(np.rot90(rgb)).save(out, "png", exif=exif)
+    record = {"rgb": out.getvalue(), "depth": codec.encode_array(counts(20, 30))}
+    np.testing.assert_array_equal(transforms.decode_record(record, MODALITIES)["rgb"], rgb)
+    with pytest.raises(RecordError, match="rgb 20 x 30 after turning it, depth 30 x 20"):
+        transforms.decode_record({**record, "depth": codec.encode_array(counts(30, 20))}, MODALITIES)
+    exif[0x0112] = 3
+    out = io.BytesIO()
+    Image.fromarray(rgb[::-1, ::-1]).save(out, "png", exif=exif)
+    with pytest.raises(RecordError, match="rgb has the EXIF orientation 3 and depth has 1"):
+        transforms.decode_record({**record, "rgb": out.getvalue()}, MODALITIES)
+
+
+def test_placeholders_are_no_pictures():
+    with pytest.raises(RecordError, match="modality 'rgb': is 1 x 1 pixels; at least 8 x 8"):
+        transforms.decode_record({"rgb": encoded(np.zeros((1, 1, 3), np.uint8))}, MODALITIES)
