@@ -222,16 +222,19 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def covering(named: Iterable[str], everything: Iterable[str]) -> list[str]:
     """Few regular expressions that match exactly `named` among `everything`: whole sub-trees where all of one is named."""
-    named, patterns = set(named), []
-    others = set(everything) - named
+    named = set(named)
+    mixed = {prefix for name in set(everything) - named for prefix in _prefixes(name)}
+    patterns: dict[str, None] = {}
     for name in sorted(named):
-        parts = name.split("/")
-        prefixes = ("/".join(parts[:length]) + "/" for length in range(1, len(parts)))
-        whole = next((prefix for prefix in prefixes if not any(other.startswith(prefix) for other in others)), None)
-        pattern = re.escape(name) if whole is None else re.escape(whole) + ".*"
-        if pattern not in patterns:
-            patterns.append(pattern)
-    return patterns
+        whole = next((prefix for prefix in _prefixes(name) if prefix not in mixed), None)
+        patterns[re.escape(name) if whole is None else re.escape(whole) + ".*"] = None
+    return list(patterns)
+
+
+def _prefixes(path: str) -> list[str]:
+    """The sub-trees that a path lies in, the largest first."""
+    parts = path.split("/")
+    return ["/".join(parts[:length]) + "/" for length in range(1, len(parts))]
 
 
 def _differences_message(path: Any, needs_fresh: dict, needs_drop: dict, model: Iterable[str], stored: Iterable[str]) -> str:
