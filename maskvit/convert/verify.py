@@ -6,21 +6,23 @@ import importlib
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskvit.convert import Checkpoint, open_checkpoint, understand
+from maskvit.convert import Checkpoint, family_of, open_checkpoint, understand
 from maskvit.convert.reader import ConversionError
+from maskvit.convert.report import Allowed
 from maskvit.convert.rules import to_ours
 from maskvit.patches import unpatchify
 
 TOLERANCE = 1e-3  # of float32 outputs up to about 10; layout mistakes are of the order of the outputs themselves
 SAMPLES = 2
+REFERENCE_LOSSES = {"mse": "MaskedMSELoss", "l1": "MaskedL1Loss", "cross_entropy": "MaskedCrossEntropyLoss"}
 
 
 def import_reference(directory: str | Path) -> Any:
@@ -100,6 +102,26 @@ def sample_batch(config: Mapping[str, Any], images: str | Path | None, rng: np.r
     return batch
 
 
+def input_sets(inputs: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All inputs, then all but each one, then each alone: what the outputs of those that are left out are predicted from."""
+    left_out = [tuple(name for name in inputs if name != missing) for missing in inputs]
+    return list(dict.fromkeys(names for names in (inputs, *left_out, *((name,) for name in inputs)) if names))
+
+
+class Compared(NamedTuple):
+    """One output predicted from some inputs: the largest difference of predictions, and the loss here and there."""
+
+    output: str
+    difference: float
+    loss: float
+    reference_loss: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both lie within `TOLERANCE`."""
+        return self.difference <= TOLERANCE and math.isclose(self.loss, self.reference_loss, rel_tol=TOLERANCE)
+
+
 def verify(
     src: str | Path,
     directory: str | Path,
@@ -107,66 +129,91 @@ def verify(
     images: str | Path | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    allow: Sequence[str] = (),
 ) -> bool:
-    """Print the largest differences per output and per loss; True where all lie within `TOLERANCE`.
+    """Print the largest differences per output and per loss, for all inputs and with inputs left out; True where all are small.
 
     `directory` is a checkout of the PyTorch reference, `images` a folder of pictures (random values without it);
-    `build_objective` makes the objective of a config (`maskvit.objectives.build_objective`).
+    `build_objective` makes the objective of a config (`maskvit.objectives.build_objective`); `allow` as in `convert.understand`.
     """
+    allowed = Allowed(allow)
+    checkpoint = open_checkpoint(src, allow=allowed)
+    _, name, _ = family_of(checkpoint.state)
+    if name != "MultiMAE":
+        raise ConversionError(f"{src}: is {name}; --verify compares MultiMAE's own files with its own code")
+    plan = understand(checkpoint, num_heads, decoder_num_heads, allow=allowed)
+    theirs = import_reference(directory)
+    network = build_reference(theirs, plan.config, checkpoint)
+    objective = build_objective(plan.config)
+    tensors = {key: value.astype(np.float32) for key, value in plan.source.tensors.items()}
+    params = jax.tree.map(jnp.asarray, to_ours(plan.rules, tensors, str(src)))
+    batch = sample_batch(plan.config, images, np.random.default_rng(0))
+    agree = True
+    print(f"{'inputs':<24} {'output':<12} {'largest difference':>20} {'loss here':>12} {'reference':>12}")
+    for inputs in input_sets(objective.model.inputs):
+        for row in _compare(objective, params, batch, inputs, theirs, network):
+            mark = "" if row.agrees else "  <- differs"
+            print(f"{', '.join(inputs):<24} {row.output:<12} {row.difference:>20.2e} {row.loss:>12.6f} {row.reference_loss:>12.6f}{mark}")
+            agree &= row.agrees
+    print("agreement" if agree else f"DISAGREEMENT beyond {TOLERANCE}")
+    return agree
+
+
+def _compare(
+    objective: Any, params: Any, batch: Mapping[str, np.ndarray], inputs: tuple[str, ...], theirs: Any, network: Any
+) -> list[Compared]:
+    """Every output from the inputs of that name. Both sides hide the same tokens."""
     from maskvit.masking import drop
     from maskvit.scores import random_scores
 
-    checkpoint = open_checkpoint(src)
-    understood = understand(checkpoint, num_heads, decoder_num_heads)
-    config, rules = understood.config, understood.rules
-    reference = import_reference(directory)
-    import torch
-
-    theirs = build_reference(reference, config, checkpoint)
-    objective = build_objective(config)
     model = objective.model
-    params = to_ours(rules, checkpoint.state, str(src))
-    batch = sample_batch(config, images, np.random.default_rng(0))
-
     with jax.default_matmul_precision("highest"):
         prepared = objective.prepare({name: jnp.asarray(value) for name, value in batch.items()})
-        tokens = model.embed(params, prepared.values_of(model.inputs))
-        sizes = model.layout.sizes
-        counts = np.array([objective.num_visible * size // sum(sizes) for size in sizes])
-        counts[0] += objective.num_visible - counts.sum()
-        scores = random_scores(jax.random.split(jax.random.key(0), SAMPLES), model.layout)
-        plan = drop(scores, jnp.broadcast_to(jnp.asarray(counts), (SAMPLES, len(sizes))), model.layout, objective.num_visible)
+        tokens = model.embed(params, prepared.values_of(inputs))
+        layout = tokens.layout
+        num_visible = max(len(inputs), round(objective.num_visible * layout.num_tokens / model.layout.num_tokens))
+        counts = np.array([num_visible * size // layout.num_tokens for size in layout.sizes])
+        counts[0] += num_visible - counts.sum()
+        scores = random_scores(jax.random.split(jax.random.key(0), SAMPLES), layout)
+        plan = drop(scores, jnp.broadcast_to(jnp.asarray(counts), (SAMPLES, len(counts))), layout, num_visible)
         predictions = objective.reconstruct(params, tokens, plan)
-        sums = objective.loss_sums(predictions, prepared, plan, model.layout)
-    ours_losses = {name: float(total / count) for name, (total, count) in sums.items()}
+        sums = objective.loss_sums(predictions, prepared, plan, layout)
+    masked = {name: np.asarray(plan.masked[:, layout.span(name)]).astype(np.int64) for name in inputs}
+    values = {name: np.asarray(value) for name, value in prepared.values.items()}
+    differences, losses = _of_reference(model, predictions, values, masked, num_visible, theirs, network)
+    return [Compared(name, differences[name], float(sums[name][0] / sums[name][1]), losses[name]) for name in model.outputs]
 
-    differences = dict.fromkeys(model.outputs, 0.0)
-    their_losses = dict.fromkeys(model.outputs, 0.0)
+
+def _of_reference(
+    model: Any,
+    predictions: Mapping[str, Any],
+    values: Mapping[str, np.ndarray],
+    masked: Mapping[str, np.ndarray],
+    num_visible: int,
+    theirs: Any,
+    network: Any,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(largest difference per output, the reference's losses), the inputs being those that `masked` names."""
+    import torch
+
+    differences, losses = dict.fromkeys(model.outputs, 0.0), dict.fromkeys(model.outputs, 0.0)
     for i in range(SAMPLES):  # one by one: the reference counts a whole batch's visible tokens where masks are given
-        inputs = {}
-        for name in model.inputs:
-            value = np.asarray(prepared.values[name][i : i + 1])
-            inputs[name] = torch.from_numpy(value.astype(np.int64) if value.ndim == 3 else value.transpose(0, 3, 1, 2).copy())
-        masks = {
-            name: torch.from_numpy(np.asarray(plan.masked[i : i + 1, model.layout.span(name)]).astype(np.int64)) for name in model.inputs
-        }
+        whole = {}
+        for name, value in values.items():
+            one = value[i : i + 1]
+            whole[name] = torch.from_numpy(one.astype(np.int64) if one.ndim == 3 else one.transpose(0, 3, 1, 2).copy())
+        masks = {name: torch.from_numpy(rows[i : i + 1]) for name, rows in masked.items()}
         with torch.no_grad():
-            predicted, _ = theirs(inputs, mask_inputs=True, task_masks=masks, num_encoded_tokens=objective.num_visible)
+            predicted, _ = network(
+                {name: whole[name] for name in masked}, mask_inputs=True, task_masks=masks, num_encoded_tokens=num_visible
+            )
         for name in model.outputs:
             spec = model.modality(name)
             grid = spec.grid(model.image_size)
             ours = unpatchify(predictions[name][i : i + 1].reshape(1, grid[0] * grid[1], -1), grid, spec.patch_pixels)
-            differences[name] = max(
-                differences[name], float(np.abs(np.asarray(ours).transpose(0, 3, 1, 2) - predicted[name].numpy()).max())
-            )
-            losses = {"mse": "MaskedMSELoss", "l1": "MaskedL1Loss", "cross_entropy": "MaskedCrossEntropyLoss"}
+            difference = np.abs(np.asarray(ours).transpose(0, 3, 1, 2) - predicted[name].numpy()).max()
+            differences[name] = max(differences[name], float(difference))
             options = {} if spec.kind == "categorical" else {"norm_pix": name != spec.name}
-            loss = getattr(reference, losses[spec.loss])(patch_size=spec.patch, stride=spec.stride, **options)
-            their_losses[name] += float(loss(predicted[name], inputs[spec.name], mask=masks[spec.name])) / SAMPLES
-    print(f"{'output':<12} {'largest difference':>20} {'loss here':>12} {'reference':>12}")
-    for name in model.outputs:
-        print(f"{name:<12} {differences[name]:>20.2e} {ours_losses[name]:>12.6f} {their_losses[name]:>12.6f}")
-    agree = all(d <= TOLERANCE for d in differences.values())
-    agree &= all(math.isclose(ours_losses[n], their_losses[n], rel_tol=TOLERANCE) for n in model.outputs)
-    print("agreement" if agree else f"DISAGREEMENT beyond {TOLERANCE}")
-    return agree
+            loss = getattr(theirs, REFERENCE_LOSSES[spec.loss])(patch_size=spec.patch, stride=spec.stride, **options)
+            losses[name] += float(loss(predicted[name], whole[spec.name], mask=masks.get(spec.name))) / SAMPLES
+    return differences, losses
