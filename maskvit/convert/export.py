@@ -17,6 +17,7 @@ import numpy as np
 
 from maskvit.checkpoints import covering, load_objective_state, load_params
 from maskvit.convert import distillation, mae, multimae, report, vit
+from maskvit.convert.facts import OWN, own_facts
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted
 from maskvit.convert.rules import Rule, listed, nested, path_shapes, to_torch
@@ -59,8 +60,10 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     heads = encoder_sizes(given["encoder"])["heads"] if "encoder" in given else width // 64  # as the defaults have it
     mlp_ratio = first["mlp"]["fc1"]["kernel"].shape[1] / width
     encoder = dict(width=width, depth=len(params["encoder"]), heads=heads, mlp_ratio=mlp_ratio)
-    inputs = tuple(given.get("inputs", params["inputs"]))
-    outputs = tuple(given.get("outputs") or (name for name in params.get("outputs", ()) if not name.startswith("error_")))
+    # What --allow has left out of the tensors is no part of the model.
+    inputs = tuple(name for name in given.get("inputs", params["inputs"]) if name in params["inputs"])
+    there = [name for name in params.get("outputs", ()) if not name.startswith("error_")]
+    outputs = tuple(name for name in given.get("outputs") or there if name in there)
     objective = dict(
         given,
         inputs=inputs,
@@ -82,7 +85,8 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
         objective["projection"] = _projection(params["projection"])
     modalities = {name: dict(block) for name, block in config["modalities"].items()}
     if "rgb" in modalities:
-        modalities["rgb"] |= dict(patch=specs["rgb"].patch, channels=specs["rgb"].channels)
+        rgb = specs["rgb"]
+        modalities["rgb"] |= dict(patch=rgb.patch, channels=rgb.channels, mean=rgb.mean, std=rgb.std, scale=rgb.scale)
     size = config["image_size"]
     described = dict(config, modalities=modalities, objective=objective, image_size=(size, size) if isinstance(size, int) else tuple(size))
     return Model(described, params, decoder)
@@ -133,7 +137,7 @@ def _hugging_face(model: Model) -> list[Rule]:
 
 
 def _mae(model: Model, names: vit.Names = vit.TIMM) -> list[Rule]:
-    _require(model.decoder == "mae", "has no decoder of MAE's")
+    _require(model.decoder == "mae", "has no decoder of MAE's (--to timm writes its encoder alone)")
     _require(model.objective["final_norm"], "has no final norm, and a MAE has one")
     _require(len(model.objective["outputs"]) == 1, f"has the outputs {', '.join(model.objective['outputs'])}, and a MAE has one")
     _require(model.objective["num_global_tokens"] == 1, "has not one global token, and a MAE has one class token")
@@ -205,12 +209,16 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
     if layout == "multimae" and "global_pos_embed" in params:
         params = _with_fixed_positions(params)
         said.append("learned positions written as MultiMAE's fixed table; the class token's is added to the global token")
-    of = _model(config, params)
+    flat = tree_paths(params)
+    allowed.check_use(flat, str(src))
+    of = _model(config, nested({path: value for path, value in flat.items() if path not in allowed}))
     try:
         rules = LAYOUTS[layout](of)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}: no form in the layout {layout!r}") from error
-    kept, rows = _kept(params, rules, layout, allowed, str(src))
+    except KeyError as error:
+        raise ConversionError(f"{src}: --allow leaves out {error}, without which there is no model to write") from error
+    kept, rows = _kept(flat, rules, layout, allowed, str(src))
     tensors = to_torch(rules, kept, str(src))
     names = _names(layout, of, tensors)
     rows = [converted(rule, names, backwards=True) for rule in rules] + rows
@@ -223,13 +231,14 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
     beside = _hugging_face_config(of) if layout == "huggingface" else None
     if beside is not None and (dst.parent / "config.json").exists():
         raise ConversionError(f"{dst.parent / 'config.json'}: is there already; write to a folder of its own")
-    _write(dst, tensors)
+    _write(dst, tensors, own_facts(of.config))
     if beside is not None:
         (dst.parent / "config.json").write_text(json.dumps(beside, indent=2) + "\n")
+        (dst.parent / "preprocessor_config.json").write_text(json.dumps(_hugging_face_preprocessing(of), indent=2) + "\n")
     report.write(dst.with_name(f"{dst.name}.{report.FILE}"), f"{src}, in the layout {layout}, to {dst}", rows, said)
     for line in said:
         LOG.info("%s: %s", src, line)
-    LOG.info("%s: %d tensors in the layout %s written to %s; %s", src, len(tensors), layout, dst, report.summary(rows))
+    LOG.info("%s: in the layout %s written to %s; %s", src, layout, dst, report.summary(rows))
 
 
 def _with_fixed_positions(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,10 +251,9 @@ def _with_fixed_positions(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "inputs": inputs, "global_tokens": params["global_tokens"] + params["global_pos_embed"]}
 
 
-def _kept(params: Mapping[str, Any], rules: Sequence[Rule], layout: str, allowed: Allowed, where: str) -> tuple[dict[str, Any], list[Row]]:
+def _kept(flat: Mapping[str, Any], rules: Sequence[Rule], layout: str, allowed: Allowed, where: str) -> tuple[dict[str, Any], list[Row]]:
     """The parameters that the rules name, and the rows of the others; ConversionError for others that are not allowed."""
-    flat, places = tree_paths(params), path_shapes(rules)
-    allowed.check_use(flat, where)
+    places = path_shapes(rules)
     rows, surplus = [], []
     for path in flat.keys() - places.keys():
         why = next((why for pattern, why in TRAINING_ONLY if re.fullmatch(pattern, path)), "allowed" if path in allowed else "")
@@ -291,11 +299,16 @@ def _both(
     return {**student, **{names[key]: value for key, value in (teacher | centres).items()}}, [*rows, *more]
 
 
-def _write(dst: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def _write(dst: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """`facts`: what the tensors do not show (`own_facts`), written beside them so that the file comes back as it went."""
     if dst.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, str(dst), metadata={"format": "pt"})
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()},
+            str(dst),
+            metadata={"format": "pt", OWN: json.dumps(facts)},
+        )
         return
     try:
         import torch
@@ -307,7 +320,23 @@ def _write(dst: Path, tensors: Mapping[str, np.ndarray]) -> None:
         in_part = start in ("student", "teacher") or start.endswith("_loss")
         part = parts.setdefault(start if in_part else "model", collections.OrderedDict())
         part[name if in_part else key] = torch.from_numpy(np.array(value))
-    torch.save(parts, dst)
+    torch.save({**parts, OWN: dict(facts)}, dst)
+
+
+def _hugging_face_preprocessing(model: Model) -> dict[str, Any]:
+    """The preprocessor_config.json that an image processor needs beside the weights."""
+    rgb, (height, width) = parse_modalities(model.config["modalities"])["rgb"], model.config["image_size"]
+    repeated = lambda values: list(values) * (rgb.channels if len(values) == 1 else 1)  # noqa: E731
+    return dict(
+        image_processor_type="ViTImageProcessor",
+        do_resize=True,
+        size=dict(height=height, width=width),
+        do_rescale=True,
+        rescale_factor=rgb.scale,
+        do_normalize=True,
+        image_mean=repeated(rgb.mean),
+        image_std=repeated(rgb.std),
+    )
 
 
 def _hugging_face_config(model: Model) -> dict[str, Any]:

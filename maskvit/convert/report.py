@@ -37,11 +37,13 @@ def converted(rule: Rule, names: Mapping[str, str], prefix: str = "", backwards:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """How many tensors of the source were converted and left out, and how many of the result are fresh, in one line."""
+    """How many tensors of the source were converted (to how many) and left out, and how many of the result are fresh, in one line."""
     counts: collections.Counter = collections.Counter()
     for row in rows:
         counts[row.action] += len(row.target if row.action == "fresh" else row.source)
-    return f"{counts['converted']} tensors converted, {counts['left out']} left out, {counts['fresh']} at their initialisation"
+        counts["result"] += len(row.target) * (row.action == "converted")
+    result = f" to {counts['result']}" if counts["result"] != counts["converted"] else ""
+    return f"{counts['converted']} tensors converted{result}, {counts['left out']} left out, {counts['fresh']} at their initialisation"
 
 
 def write(path: Path, title: str, rows: Sequence[Row], said: Sequence[str]) -> None:
@@ -57,24 +59,28 @@ class Allowed:
         if isinstance(patterns, str):
             raise ConversionError(f"--allow is the string {patterns!r}; it must be a list of regular expressions")
         self.patterns = []
+        self.used: set[str] = set()
         for pattern in patterns:
             try:
                 self.patterns.append(re.compile(pattern))
             except re.error as error:
                 raise ConversionError(f"--allow '{pattern}' is no regular expression: {error}") from error
 
-    def __contains__(self, name: str) -> bool:
-        return any(pattern.fullmatch(name) for pattern in self.patterns)
+    def __contains__(self, name: object) -> bool:
+        matching = [pattern.pattern for pattern in self.patterns if isinstance(name, str) and pattern.fullmatch(name)]
+        self.used.update(matching)
+        return bool(matching)
 
     def check_use(self, names: Iterable[str], where: str) -> None:
-        """ConversionError for an expression that matches none of `names`."""
+        """ConversionError for every expression that matches none of `names`, and nothing that was asked for before."""
         names = list(names)
-        for pattern in self.patterns:
-            if not any(pattern.fullmatch(name) for name in names):
-                raise ConversionError(
-                    f"{where}: --allow '{pattern.pattern}' matches nothing; it is matched against whole keys and paths such as "
-                    f"{next(iter(names), 'encoder/block_00/norm1/scale')!r}"
-                )
+        idle = [p.pattern for p in self.patterns if p.pattern not in self.used and not any(p.fullmatch(name) for name in names)]
+        if idle:
+            flags = " and ".join(f"--allow '{pattern}'" for pattern in idle)
+            raise ConversionError(
+                f"{where}: {flags} match{'es' * (len(idle) == 1)} nothing; it is matched against whole keys and paths such as "
+                f"{next(iter(names), 'encoder/block_00/norm1/scale')!r}"
+            )
 
 
 def allow_flags(patterns: Iterable[str]) -> str:
