@@ -10,6 +10,9 @@ Read are .pth, .safetensors, folders and shards of Hugging Face, and ViTs export
   DINO, iBOT         --model both keeps student, teacher, their heads and the loss's centres, to train on
   ResNets            torchvision's keys, for Grad-CAM
 
+What shapes do not show (heads, a grid that is not square, mean and deviation of the input) is read where the file or the config files
+beside it say it; else the usual is assumed, which is printed with the flag that changes it.
+
 Written (--to) are the key layouts of MultiMAE or MultiViT (multimae), timm, Hugging Face with its config.json (huggingface), MAE,
 CrossMAE, DINO and iBOT. What became of every tensor is written beside the result; what is missing or left over is an error unless
 --allow names it.
@@ -25,66 +28,210 @@ python convert_torch_checkpoint.py --src multimae.pth --verify ~/MultiMAE [--ima
 
 import argparse
 import logging
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from maskvit.errors import add_debug, all_mistakes, printable, run_command
 
 LAYOUTS = ("multimae", "timm", "huggingface", "mae", "crossmae", "dino", "ibot")
+MODELS = ("teacher", "student", "both")
+TARGETS = ("normalized", "raw")
+# What belongs to reading a foreign file, and means nothing where one of ours is written.
+READING = ("target", "num_heads", "decoder_num_heads", "grid", "mean", "std", "scale", "inspect", "verify")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", required=True, help="a .pth, .safetensors or .onnx file, or a folder; with --to, a checkpoint of ours")
-    parser.add_argument("--dst", help="where to write")
-    parser.add_argument("--to", choices=LAYOUTS, help="write a checkpoint of ours in this key layout")
-    parser.add_argument(
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)}\n")
+
+
+def parser() -> Parser:
+    """The command's flags. Values are checked together in `checked`, so that all mistakes are told at once."""
+    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--src", required=True, help="a .pth, .safetensors or .onnx file, or a folder; with --to, a checkpoint of ours")
+    found.add_argument("--dst", help="where to write")
+    found.add_argument("--to", metavar="LAYOUT", help=f"write a checkpoint of ours in this key layout: {', '.join(LAYOUTS)}")
+    found.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="REGEX",
-        help="keys or paths that may be left out or stay at their initialisation; may be given several times",
+        help="keys or paths that may be left out or stay at their initialisation, and classes in a .pth that stand-ins may take the "
+        "place of; may be given several times",
     )
-    parser.add_argument(
+    found.add_argument(
         "--model",
-        choices=("teacher", "student", "both"),
+        metavar="NAME",
         default="teacher",
-        help="which model of self-distillation to read or write (default: teacher)",
+        help="which of several models in a file: teacher (also: the running average), student (also: the model itself), both, or the "
+        "name of one as it is printed (default: teacher)",
     )
-    parser.add_argument("--target", choices=("normalized", "raw"), help="what a masked autoencoder predicts, where the file does not say")
-    parser.add_argument("--inspect", action="store_true", help="print what the file is")
-    parser.add_argument("--verify", metavar="DIR", help="compare with a checkout of the PyTorch reference")
-    parser.add_argument("--images", metavar="DIR", help="pictures for --verify; random ones otherwise")
-    parser.add_argument("--num-heads", type=int, help="heads of the encoder, where the file does not say")
-    parser.add_argument("--decoder-num-heads", type=int, help="heads of the decoders, where the file does not say")
-    flags = parser.parse_args()
-    if not (flags.inspect or flags.verify or flags.dst):
-        parser.error("give --dst, --inspect or --verify")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    found.add_argument("--target", metavar="KIND", help="what a masked autoencoder predicts where the file does not say: normalized or raw")
+    found.add_argument("--inspect", action="store_true", help="print what the file is")
+    found.add_argument("--verify", metavar="DIR", help="compare with a checkout of the PyTorch reference, also with inputs left out")
+    found.add_argument("--images", metavar="DIR", help="pictures for --verify; random ones otherwise")
+    found.add_argument("--num-heads", metavar="N", help="heads of the encoder, where the file does not say")
+    found.add_argument("--decoder-num-heads", metavar="N", help="heads of the decoders, where the file does not say")
+    found.add_argument("--grid", metavar="ROWSxCOLUMNS", help="rows and columns of a plain ViT's position table, where it is not square")
+    found.add_argument("--mean", metavar="X,Y,Z", help="mean of the input after --scale, one value per channel or one for all")
+    found.add_argument("--std", metavar="X,Y,Z", help="deviation of the input after --scale, likewise")
+    found.add_argument("--scale", metavar="X", help="factor on stored values before mean and deviation, such as 1/255")
+    add_debug(found)
+    return found
+
+
+def _heads(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not int(text):
+        raise ValueError("give a positive whole number")
+    return int(text)
+
+
+def _grid(text: str) -> tuple[int, int]:
+    match = re.fullmatch("([1-9][0-9]{0,3})[xX,]([1-9][0-9]{0,3})", text)
+    if not match:
+        raise ValueError("give rows and columns, such as 14x28")
+    return int(match[1]), int(match[2])
+
+
+def _number(text: str) -> float:
+    match = re.fullmatch(r"([-+0-9.eE]+)(?:/([0-9.]+))?", text.strip())
+    try:
+        value = float(match[1]) / float(match[2] or 1) if match else float("nan")
+    except (ValueError, ZeroDivisionError):
+        value = float("nan")
+    if not abs(value) < 1e6:
+        raise ValueError("give numbers such as 0.5 or 1/255, with commas between them")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+def _positive(text: str) -> tuple[float, ...]:
+    values = _numbers(text)
+    if min(values) <= 0:
+        raise ValueError("must be above 0")
+    return values
+
+
+def _scale(text: str) -> float:
+    (value,) = _positive(text) if "," not in text else (-1.0,)
+    if value <= 0:
+        raise ValueError("give one number above 0, such as 1/255")
+    return value
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return text
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"known: {', '.join(known)}")
+        return text
+
+    return check
+
+
+def checked(flags: argparse.Namespace) -> dict[str, Any]:
+    """The values of all flags. Raises Mistakes with every flag that is wrong or would be without effect."""
+    values = {name: value for name, value in vars(flags).items() if name != "debug"}
+    checks: dict[str, Callable[[str], Any]] = dict(
+        to=_one_of(*LAYOUTS), target=_one_of(*TARGETS), num_heads=_heads, decoder_num_heads=_heads, grid=_grid, mean=_numbers,
+        std=_positive, scale=_scale,
+    )  # fmt: skip
+    with all_mistakes() as mistakes:
+        for name, check in checks.items():
+            with mistakes.check():
+                if values[name] is not None:
+                    try:
+                        values[name] = check(values[name])
+                    except ValueError as error:
+                        raise ValueError(f"--{name.replace('_', '-')} is {values[name]!r}; {error}") from error
+        for pattern in values["allow"]:
+            with mistakes.check():
+                try:
+                    _regex(pattern)
+                except ValueError as error:
+                    raise ValueError(f"--allow '{pattern}' {error}") from error
+        for wrong, message in _without_effect(values):
+            with mistakes.check():
+                if wrong:
+                    raise ValueError(message)
+    return values
+
+
+def _without_effect(values: dict[str, Any]) -> list[tuple[bool, str]]:
+    src, dst = Path(values["src"]), values["dst"]
+    idle = [f"--{name.replace('_', '-')}" for name in READING if values["to"] and values[name]]
+    return [
+        (not (values["inspect"] or values["verify"] or dst), "nothing to do: give --dst, --inspect or --verify"),
+        (not src.exists(), f"--src {src}: no such file or folder"),
+        (bool(values["to"]) and not dst, "--to needs --dst, the file to write"),
+        (bool(idle), f"{', '.join(idle)}: for reading a foreign file; --to writes a checkpoint of ours"),
+        (bool(values["images"]) and not values["verify"], "--images is for --verify"),
+        (bool(values["images"]) and not Path(values["images"] or ".").is_dir(), f"--images {values['images']}: no such folder"),
+        (bool(values["verify"]) and bool(dst), "--verify compares and writes nothing: leave --dst out"),
+        (bool(values["verify"]) and not Path(values["verify"] or ".").is_dir(), f"--verify {values['verify']}: no such folder"),
+        (
+            bool(values["to"]) and bool(dst) and Path(dst).suffix not in (".safetensors", ".pth"),
+            f"--dst {dst}: name it .safetensors or .pth",
+        ),
+        (not values["to"] and bool(dst) and Path(dst).is_file(), f"--dst {dst}: is a file; a checkpoint of ours is a folder"),
+    ]
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Do what the flags say."""
+    values = checked(flags)
+    from maskvit import convert
+
+    src, dst = values["src"], values["dst"]
+    choices = dict(allow=values["allow"], model=values["model"])
+    if values["to"]:
+        convert.export(src, dst, values["to"], **choices)
+        return 0
+    heads = values["num_heads"], values["decoder_num_heads"]
+    rgb = {name: values[name] for name in ("mean", "std", "scale") if values[name] is not None}
+    reading = dict(target=values["target"], grid=values["grid"], rgb=rgb, **choices)
+    if values["inspect"]:
+        print(printable(convert.inspect(src, *heads, **reading)))
+    if values["verify"]:
+        from maskvit.convert.verify import verify
+        from maskvit.objectives import build_objective
+
+        return 0 if verify(src, values["verify"], build_objective, values["images"], *heads, allow=values["allow"]) else 1
+    if dst:
+        convert.convert(src, dst, *heads, **reading)
+    return 0
+
+
+class Printable(logging.Formatter):
+    """Names out of files reach a terminal as text, not as commands to it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def main() -> int:
+    flags = parser().parse_args()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    from maskvit import convert
-    from maskvit.checkpoints import CheckpointError
-
-    heads = (flags.num_heads, flags.decoder_num_heads)
-    choices = dict(allow=flags.allow, model=flags.model)
-    try:
-        if flags.inspect:
-            print(convert.inspect(flags.src, *heads, target=flags.target, **choices))
-        if flags.verify:
-            from maskvit.convert.verify import verify
-            from maskvit.objectives import build_objective
-
-            _, name, _ = convert.family_of(convert.open_checkpoint(flags.src).state)
-            if name != "MultiMAE":
-                raise convert.ConversionError(f"{flags.src}: is {name}; --verify compares MultiMAE's own files with its own code")
-            return 0 if verify(flags.src, flags.verify, build_objective, flags.images, *heads) else 1
-        if flags.dst and flags.to:
-            convert.export(flags.src, flags.dst, flags.to, **choices)
-        elif flags.dst:
-            convert.convert(flags.src, flags.dst, *heads, target=flags.target, **choices)
-    except (convert.ConversionError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(flags), flags.debug)
 
 
 if __name__ == "__main__":
