@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -13,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvit.checkpoints import save_imported
-from maskvit.convert import distillation, multimae, report
+from maskvit.convert import distillation, report
 from maskvit.convert.export import LAYOUTS, export
-from maskvit.convert.families import DISTILLED, FRESH_MAE, KNOWN_FAMILIES, Understood, family_of, names_of, understand_state
-from maskvit.convert.onnx import read_onnx
-from maskvit.convert.reader import ConversionError, Namespace, find_files, read_files, sha256
+from maskvit.convert.families import DISTILLED, FRESH_MAE, KNOWN_FAMILIES, Understood, family_of, matched, names_of, understand_state
+from maskvit.convert.opening import MODELS, Checkpoint, open_checkpoint
+from maskvit.convert.reader import ConversionError, find_files
 from maskvit.convert.report import Allowed, Row, converted
 from maskvit.convert.rules import nested, to_ours
-from maskvit.convert.source import TARGETS, Hints
+from maskvit.convert.source import TARGETS, Hints, Source
 
 __all__ = [
     "LAYOUTS", "MODELS", "TARGETS", "ConversionError", "convert", "export", "family_of", "inspect", "open_checkpoint", "understand",
@@ -29,9 +27,6 @@ __all__ = [
 LOG = logging.getLogger("maskvit")
 
 NON_COMMERCIAL = "CC-BY-NC 4.0"
-# Of self-distillation's two models: one encoder alone, or both with their heads.
-MODELS = ("teacher", "student", "both")
-LOSSES = ("ibot_loss", "dino_loss")
 
 
 class PublicFile(NamedTuple):
@@ -60,110 +55,16 @@ PUBLIC_FILES = {
 }
 
 
-class Checkpoint(NamedTuple):
-    """A PyTorch file, read.
-
-    Attributes:
-      path, digest: the file; of a model in shards the SHA-256 of their SHA-256s.
-      content: the file's own keys.
-      state: the tensors of its model, or of the one of two that was asked for.
-      args: its training arguments, or Hugging Face's config.json beside it.
-      adam: moments by tensor name, None where it has none.
-      epochs_done: None where it does not say.
-      parts: of self-distillation "student", "teacher" and "loss", as far as the file has them.
-    """
-
-    path: Path
-    digest: str
-    content: tuple[str, ...]
-    state: dict[str, np.ndarray]
-    args: dict[str, Any]
-    adam: dict[str, Any] | None
-    epochs_done: int | None
-    parts: dict[str, dict[str, np.ndarray]]
-
-
-def open_checkpoint(path: str | Path, model: str = "teacher") -> Checkpoint:
-    """Read a file in its public form, its training form, or as a bare state dict; a folder or shards at Hugging Face.
-
-    `model`: which one of student and teacher becomes `state` ("both": the student).
-    """
-    path = Path(path)
-    if model not in MODELS:
-        raise ConversionError(f"--model is {model!r}; known: {', '.join(MODELS)}")
-    files = find_files(path)
-    content: Any = read_onnx(path) if path.suffix == ".onnx" else read_files(files)
-    if not isinstance(content, Mapping):
-        raise ConversionError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    names = tuple(key for key in content if isinstance(key, str))
-    content = _with_parts(content)
-    wanted = "teacher" if model == "teacher" else "student"
-    state = content
-    for name in (wanted, "teacher", "student", "model", "state_dict"):  # self-distillation keeps two models
-        if isinstance(content.get(name), Mapping):
-            if model != "teacher" and name == "teacher":
-                raise ConversionError(f"{path}: holds a teacher but no student: give --model teacher")
-            state = content[name]
-            break
-    if not _is_state(state):
-        raise ConversionError(f"{path}: holds no state dict; its keys are {', '.join(names[:8])}")
-    parts = {name: dict(content[name]) for name in ("student", "teacher") if _is_state(content.get(name))}
-    loss = next((content[name] for name in LOSSES if _is_state(content.get(name))), None)
-    if loss is not None:
-        parts["loss"] = dict(loss)
-    state = dict(state)
-    args = content.get("args") if state.keys() != content.keys() else None
-    plain_args = dict(vars(args)) if isinstance(args, Namespace) else _config_beside(files[0])
-    adam = None
-    if "optimizer" in content and multimae.is_multimae(state):
-        balancer = content.get("loss_balancer")
-        adam = multimae.adam_by_key(content["optimizer"], state, str(path), len(balancer) if isinstance(balancer, Mapping) else 0)
-    digest = sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-    keys = ("the state dict itself",) if state.keys() == content.keys() else names
-    return Checkpoint(path, digest, keys, state, plain_args, adam, _epochs_done(content, state), parts)
-
-
-def _is_state(part: Any) -> bool:
-    return isinstance(part, Mapping) and bool(part) and all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in part.items())
-
-
-def _with_parts(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Where every key of a flat file begins with the name of a model or a loss, as our own export writes: the parts by name."""
-    starts = {key.partition(".")[0] for key in content if isinstance(key, str)}
-    if not starts <= {"student", "teacher", *LOSSES} or not all(isinstance(value, np.ndarray) for value in content.values()):
-        return content
-    parts: dict[str, dict[str, Any]] = {start: {} for start in starts}
-    for key, value in content.items():
-        start, _, name = key.partition(".")
-        parts[start][name] = value
-    return parts
-
-
-def _config_beside(path: Path) -> dict[str, Any]:
-    """What a config.json of Hugging Face says beside the weights; empty where there is none of these models."""
-    try:
-        config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(config, dict) or config.get("model_type") not in ("vit", "vit_mae", "dinov2"):
-        return {}
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ConversionError(f"{path.parent / 'config.json'}: hidden_act is {config['hidden_act']!r}; models here have 'gelu'")
-    return config
-
-
-def _epochs_done(content: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
-    """MultiMAE's, MAE's and CrossMAE's counter names the last epoch, from 0; DINO's and iBOT's the next one."""
-    epoch = content.get("epoch")
-    if type(epoch) is not int or epoch < 0:
-        return None
-    if family_of(state)[1] in ("MultiMAE", "MAE", "CrossMAE"):
-        return epoch + 1
-    return epoch if distillation.is_distilled([key.removeprefix("module.").removeprefix("backbone.") for key in state]) else None
-
-
 def _public_file(digest: str) -> PublicFile | None:
     return PUBLIC_FILES.get(digest) or PUBLIC_FILES.get(digest[:8])
+
+
+def _public_name(path: Path, digest: str) -> str:
+    """What to say of a file that has the name of a public one, but other contents; empty for all others."""
+    alike = next((public for public in PUBLIC_FILES.values() if public.name == path.name), None)
+    if alike is None or _public_file(digest) == alike:
+        return ""
+    return f"has the name of a public file ({alike.what}), but another SHA-256: a damaged or changed download? Fetch it again"
 
 
 def understand(
@@ -172,16 +73,20 @@ def understand(
     decoder_num_heads: int | None = None,
     *,
     target: str | None = None,
-    allow: Sequence[str] = (),
+    grid: tuple[int, int] | None = None,
+    rgb: Mapping[str, Any] | None = None,
+    allow: Sequence[str] | Allowed = (),
     model: str = "teacher",
 ) -> Understood:
     """The config and the rules of a checkpoint; ConversionError where it is of another family or not whole.
 
-    `num_heads`, `decoder_num_heads`: where neither the file nor its sizes tell. `target` "raw" or "normalized": what a masked
-    autoencoder predicts. `allow`: regular expressions of our paths that may stay at their initialisation and of keys that
-    may be left out. `model` as in `open_checkpoint`.
+    What the shapes do not show is decided by these, else by what stands in the file or beside it, else by what is usual, which
+    is said: `num_heads`, `decoder_num_heads`; `target` "raw" or "normalized", what a masked autoencoder predicts (never assumed);
+    `grid`, rows and columns of a plain ViT's position table; `rgb`, "mean", "std" and "scale" of its input.
+    `allow`: regular expressions of our paths that may stay at their initialisation and of keys that may be left out. `model` as
+    in `open_checkpoint`.
     """
-    where, allowed = str(checkpoint.path), Allowed(allow)
+    where, allowed = str(checkpoint.path), allow if isinstance(allow, Allowed) else Allowed(allow)
     family, name, reason = family_of(checkpoint.state, allowed)
     if model == "both":
         family = DISTILLED
@@ -193,10 +98,12 @@ def understand(
         raise ConversionError(f"--target is {target!r}; known: {', '.join(TARGETS)}")
     if name == "ViT" and target is not None:
         family = FRESH_MAE
-    hints = Hints(num_heads, decoder_num_heads, target, checkpoint.args)
+    hints = Hints(num_heads, decoder_num_heads, target, checkpoint.args, grid, dict(rgb or {}))
     plan = understand_state(checkpoint.state, family, where, hints, allowed)
     if model == "both":
         plan = plan._replace(family="iBOT" if plan.config["objective"]["name"] == "ibot" else "DINO")
+    warning = _public_name(checkpoint.path, checkpoint.digest)
+    plan = plan._replace(said=[*checkpoint.said, *([warning] if warning else []), *plan.said])
     epsilon = checkpoint.args.get("layer_norm_eps")
     if isinstance(epsilon, float) and epsilon != 1e-6:
         plan.said.append(f"config.json says layer_norm_eps {epsilon}; models here have 1e-06, which moves features a little")
@@ -210,6 +117,8 @@ def convert(
     decoder_num_heads: int | None = None,
     *,
     target: str | None = None,
+    grid: tuple[int, int] | None = None,
+    rgb: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
     model: str = "teacher",
 ) -> dict[str, Any]:
@@ -219,17 +128,18 @@ def convert(
     written to `dst`/conversion.txt. Arguments as in `understand`.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(src, model)
+    allowed = Allowed(allow)
+    checkpoint = open_checkpoint(src, model, allowed)
     LOG.info("%s: read %d tensors in %.1f s", src, len(checkpoint.state), time.monotonic() - started)
-    plan = understand(checkpoint, num_heads, decoder_num_heads, target=target, allow=allow, model=model)
+    plan = understand(checkpoint, num_heads, decoder_num_heads, target=target, grid=grid, rgb=rgb, allow=allowed, model=model)
     where = str(src)
     params = to_ours(plan.rules, _float32(plan.source.tensors), where)
     rows = _rows(plan, "student." if model == "both" else "")
     objective_state, checked = None, names_of(plan)
     if model == "both":
-        objective_state, more_rows, more_names = _teacher_and_centres(checkpoint, plan.config, where)
+        objective_state, more_rows, more_names = _teacher_and_centres(checkpoint, plan.config, where, allowed)
         rows, checked = rows + more_rows, checked + more_names
-    Allowed(allow).check_use(checked, where)
+    allowed.check_use(checked, where)
     if plan.fresh:
         params = nested({**_flat(params), **_initial(plan)})
     for line in plan.said:
@@ -277,19 +187,21 @@ def _rows(plan: Understood, prefix: str = "", path_prefix: str = "") -> list[Row
     return rows + [Row("left out", ((prefix + key, shape),), (), why) for key, (shape, why) in plan.left_out.items()]
 
 
-def _teacher_and_centres(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Row], list[str]]:
-    """(what the objective keeps beside the student, its rows, the names in it)."""
-    teacher = understand_state(
-        checkpoint.parts["teacher"], DISTILLED, f"{where} (teacher)", Hints(), rules=distillation.rules(config, teacher=True)
-    )
+def _teacher_and_centres(
+    checkpoint: Checkpoint, config: Mapping[str, Any], where: str, allowed: Allowed
+) -> tuple[dict[str, Any], list[Row], list[str]]:
+    """(what the objective keeps beside the student, its rows, the names in it). Centres that are allowed to be missing are zero."""
+    rules = distillation.rules(config, teacher=True)
+    teacher = understand_state(checkpoint.parts["teacher"], DISTILLED, f"{where} (teacher)", Hints(), allowed, rules)
+    found = checkpoint.parts.get("loss", {})
+    source = Source(f"{where} (its loss)", dict(found), {key: key for key in found}, {}, "the loss of self-distillation")
+    centres = matched(DISTILLED, {}, distillation.centre_rules(config), source, allowed, [])
     state: dict[str, Any] = {"teacher": to_ours(teacher.rules, _float32(teacher.source.tensors), teacher.source.where)}
-    centre_rules = distillation.centre_rules(config)
-    centres = checkpoint.parts.get("loss", {})
-    state |= to_ours(centre_rules, _float32(centres), f"{where} (its loss)")
+    state |= to_ours(centres.rules, _float32(centres.source.tensors), source.where)
+    state |= {path: np.zeros(shape, np.float32) for path, shape in centres.fresh.items()}
     rows = _rows(teacher, "teacher.", "objective_state/teacher/")
-    name = f"{config['objective']['name']}_loss."
-    rows += [converted(rule, {key: name + key for key in rule.keys}, "objective_state/") for rule in centre_rules]
-    return state, rows, names_of(teacher)
+    rows += _rows(centres, f"{config['objective']['name']}_loss.", "objective_state/")
+    return state, rows, names_of(teacher) + names_of(centres)
 
 
 def _initial(plan: Understood) -> dict[str, np.ndarray]:
@@ -309,22 +221,25 @@ def inspect(
     decoder_num_heads: int | None = None,
     *,
     target: str | None = None,
+    grid: tuple[int, int] | None = None,
+    rgb: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
     model: str = "teacher",
 ) -> str:
     """What a file is, as text: family, sizes, modalities, parts with their parameter counts, types, digest."""
-    checkpoint = open_checkpoint(path, model)
+    allowed = Allowed(allow)
+    checkpoint = open_checkpoint(path, model, allowed)
     state = checkpoint.state
-    _, name, reason = family_of(state, Allowed(allow))
+    _, name, reason = family_of(state, allowed)
     frozen = sum(value.size for key, value in state.items() if key.endswith("pos_emb"))
     total = sum(value.size for value in state.values())
     public = _public_file(checkpoint.digest)
+    known = f"  = {public.name}: {public.what}; {public.licence}" if public else "  (not one of the known public files)"
     types = ", ".join(sorted({str(value.dtype) for value in state.values()}))
     size = sum(file.stat().st_size for file in find_files(path))
     lines = [
         f"file        {checkpoint.path} ({size:,} bytes)",
-        f"sha256      {checkpoint.digest}"
-        + (f"  = {public.name}: {public.what}; {public.licence}" if public else "  (not one of the known public files)"),
+        f"sha256      {checkpoint.digest}{known}",
         f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
         f"keys        {', '.join(checkpoint.content)}",
         f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {types}",
@@ -332,14 +247,18 @@ def inspect(
     ]
     if checkpoint.parts.keys() >= {"student", "teacher"}:
         lines.append(f"models      student and teacher; this is the {'student' if model != 'teacher' else 'teacher'} (--model)")
-    config, problem = None, ""
+    config, problem, said = None, "", list(checkpoint.said)
+    if _public_name(checkpoint.path, checkpoint.digest):
+        said.append(_public_name(checkpoint.path, checkpoint.digest))
     if not reason:
         try:
-            config = understand(checkpoint, num_heads, decoder_num_heads, target=target, allow=allow, model=model).config
+            plan = understand(checkpoint, num_heads, decoder_num_heads, target=target, grid=grid, rgb=rgb, allow=allowed, model=model)
+            config, said = plan.config, plan.said
         except ConversionError as error:
             problem = str(error).removeprefix(f"{checkpoint.path}: ")
     if problem:
         lines.append(f"conversion  not as it is: {problem}")
+    lines += [f"note        {line}" for line in said]
     if config is not None and "classifier" in config:
         lines.append(f"classifier  {config['classifier']}")
     elif config is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule, layer_norm, linear, reshaped, tied, transposed
 from maskvit.convert.source import Hints, Source
-from maskvit.convert.vit import TIMM, encoder_rules, form_of, infer_sizes
+from maskvit.convert.vit import TIMM, encoder_rules, infer_sizes
 
 
 def is_distilled(keys: Any) -> bool:
@@ -28,11 +28,10 @@ def is_ibot(keys: Any) -> bool:
 
 def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
     """The config of the student in a file, with the objective "dino" or "ibot"."""
-    form = form_of(source)
+    form, image_size, rgb, encoder = infer_sizes(source, hints)
     found, where = source.tensors, source.where
     if form.names != TIMM or not form.class_row or form.scaled:
         raise ConversionError(f"{where}: has a projection head, but not the encoder of DINO or iBOT")
-    image_size, rgb, encoder = infer_sizes(source, form, hints)
     hidden, _ = source.shape("head.mlp.0.weight", 2)
     prototypes, bottleneck = source.shape("head.last_layer.weight_v", 2)
     projection: dict[str, Any] = dict(hidden=hidden, bottleneck=bottleneck, num_prototypes=prototypes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from maskvit.checkpoints import covering
 from maskvit.convert import distillation, mae, multimae, resnet, vit
+from maskvit.convert.containers import model_names
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, allow_flags
 from maskvit.convert.rules import Rule, check_keys, key_shapes, listed, path_shapes
@@ -47,8 +48,14 @@ FAMILIES = (
         advice="the file holds an encoder alone; --allow 'outputs/.*' accepts fresh decoders",
     ),
     Family("CrossMAE", mae.is_crossmae, mae.infer_config, lambda source, config: mae.cross_rules(config, mae.crossing_of(source))),
-    Family("MAE", mae.is_mae, mae.infer_config, lambda source, config: mae.rules(config, vit.form_of(source).names)),
-    Family("ViT", vit.is_vit, vit.infer_config, lambda source, config: vit.rules(config, vit.form_of(source)), vit.LEFT_OUT),
+    Family("MAE", mae.is_mae, mae.infer_config, lambda source, config: mae.rules(config, vit.names_of(source))),
+    Family(
+        "ViT",
+        vit.is_vit,
+        vit.infer_config,
+        lambda source, config: vit.rules(config, vit.form_of(source, vit.grid_in(config))),
+        vit.LEFT_OUT,
+    ),
     Family("ResNet", resnet.is_resnet, resnet.infer_config, lambda _, config: resnet.rules(config)),
 )
 # An encoder that is to become a MAE, because a target was asked for.
@@ -56,58 +63,89 @@ FRESH_MAE = Family(
     "MAE's encoder without its decoder",
     vit.is_vit,
     mae.infer_config_with_fresh_decoder,
-    lambda source, config: mae.rules(config, vit.form_of(source).names),
+    lambda source, config: mae.rules(config, vit.names_of(source)),
     advice="the file holds an encoder alone; --allow 'outputs/.*' accepts a fresh decoder (without --target the encoder is taken alone)",
 )
 # Both models of self-distillation, where they are asked for.
 DISTILLED = Family("DINO or iBOT", distillation.is_distilled, distillation.infer_config, lambda _, config: distillation.rules(config))
-# (family, how its keys look, why it is not converted)
+
+
+def _has(*parts: str) -> Callable[[Any], bool]:
+    """Whether one of these parts stands in a key."""
+    return lambda keys: any(part in key for key in keys for part in parts)
+
+
+# (what a file is, how its keys look, why it is not converted): of files that otherwise look like a family that is known,
+TRAITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "DINOv3",
+        lambda k: _has("storage_tokens", "bias_mask")(k) or {"embeddings.register_tokens", "embeddings.patch_embeddings.weight"} <= set(k),
+        "its positions are rotary (RoPE), which no model here has",
+    ),
+    ("a ViT with rotary positions (RoPE), as EVA-02", _has("rope.", "rope_", "rotary", "inv_freq"), "no model here has them"),
+    ("Swin", _has("relative_position_bias_table"), "its attention is windowed, which no model here is"),
+    ("BEiT", lambda k: any(key.endswith(("gamma_1", "attn.q_bias")) or "relative_position_bias" in key for key in k),
+     "its attention has relative positions"),
+    ("SAM or ViTDet", _has(".rel_pos_h"), "its attention has relative positions"),
+    ("a ViT with gated MLPs (SwiGLU), as DINOv2's giant", _has(".mlp.w12.", ".mlp.w1.", ".mlp.fc1_g.", ".mlp.weights_in."),
+     "no model here has them"),
+    ("a ViT that normalizes queries and keys", _has("attn.q_norm."), "no model here does"),
+    ("a ViT with a norm before its blocks, as CLIP's", lambda k: "norm_pre.weight" in k, "no model here has one"),
+    ("a shard of FSDP", _has("flat_param"), "its parameters are flattened: save a full state dict (StateDictType.FULL_STATE_DICT)"),
+    ("a model with LoRA adapters", _has("lora_A", "lora_B", ".lora_"), "merge them into the weights first"),
+    ("a quantized model", _has("_packed_params", ".qweight", ".SCB", ".absmax"), "give the file of the model before it was quantized"),
+    ("a pruned model", _has(".weight_mask"), "make the pruning permanent first (torch.nn.utils.prune.remove)"),
+)  # fmt: skip
+# and of all others.
 OTHER_FAMILIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("DINO or iBOT", lambda k: any("last_layer" in key for key in k), "it holds no whole encoder of theirs"),
-    ("Swin", lambda k: any("relative_position_bias_table" in key for key in k), "its attention is windowed, which no model here is"),
+    ("DINO or iBOT", _has("last_layer"), "it holds no whole encoder of theirs"),
     (
         "CLIP",
         lambda k: any(key.startswith(("visual.", "vision_model.", "text_model.", "transformer.resblocks")) for key in k),
         "its encoder has a norm before the blocks and another activation",
     ),
-    ("BEiT", lambda k: any(key.endswith(("gamma_1", "attn.q_bias")) for key in k), "its attention has relative positions"),
-    ("ConvNeXt", lambda k: any("dwconv" in key for key in k), "it has no tokens"),
+    ("ConvNeXt", _has("dwconv"), "it has no tokens"),
 )
 KNOWN_FAMILIES = "MultiMAE, MultiViT, MAE, CrossMAE, DINO, iBOT, plain ViTs and ResNets"
 
 
-def family_of(state: Mapping[str, Any], allow: Allowed | None = None) -> tuple[Family | None, str, str]:
+def family_of(state: Mapping[str, Any], allow: Container[str] = ()) -> tuple[Family | None, str, str]:
     """(the family or None, its name, why it cannot be converted; empty if it can) of the keys that `allow` does not leave out."""
-    allow = allow or Allowed(())
-    names = {name for key, name in vit.without_prefixes(list(state)).items() if name not in allow and key not in allow}
-    found = next((family for family in FAMILIES if family.looks(names)), None)
+    names = {name for key, name in model_names(state).items() if name not in allow and key not in allow}
+    other = next(((name, reason) for name, looks, reason in TRAITS if looks(names)), None)
+    found = None if other else next((family for family in FAMILIES if family.looks(names)), None)
     if found is not None:
         return found, found.name, ""
-    other = next(((name, reason) for name, looks, reason in OTHER_FAMILIES if looks(names)), ("unknown", "its keys are of no known family"))
-    return None, *other
+    other = other or next(((name, reason) for name, looks, reason in OTHER_FAMILIES if looks(names)), None)
+    return None, *(other or ("unknown", f"its keys are of no known family: {listed(names)}"))
 
 
-def source_of(state: Mapping[str, np.ndarray], family: Family, where: str, said: list[str]) -> Source:
-    """The tensors as the family's rules name them. What was done is added to `said`."""
-    names = vit.without_prefixes(list(state))
+def source_of(state: Mapping[str, np.ndarray], family: Family, where: str, said: list[str], allow: Container[str] = ()) -> Source:
+    """The tensors as the family's rules name them; what `allow` leaves out is among them unread. What was done is added to `said`."""
+    names = model_names(state)
     tensors: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
     left_out: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, name in names.items():
         reason = next((why for pattern, why in family.left_out if re.fullmatch(pattern, name)), None)
+        if name in allow or key in allow:
+            reason = "allowed"
         if reason:
             left_out[key] = tuple(state[key].shape), reason
             continue
         if name in tensors:
-            raise ConversionError(f"{where}: {keys[name]!r} and {key!r} are both {name!r}; which is meant?")
+            raise ConversionError(f"{where}: {keys[name]!r} and {key!r} are both {name!r}; --allow with one of them leaves it out")
         tensors[name], keys[name] = state[key], key
     wrong = [key for key, value in tensors.items() if value.dtype.kind not in "fV" and not key.endswith(".num_batches_tracked")]
     if wrong:
-        raise ConversionError(f"{where}: {keys[wrong[0]]!r} holds {tensors[wrong[0]].dtype} values, not floating point")
+        raise ConversionError(
+            f"{where}: {keys[wrong[0]]!r} holds {tensors[wrong[0]].dtype} values, not floating point; "
+            f"{allow_flags([re.escape(keys[key]) for key in wrong[:4]])} leaves it out"
+        )
     for dtype in sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind in "fV"} - {"float32"}):
         count = sum(str(value.dtype) == dtype for value in tensors.values())
         said.append(f"{count} tensors are {dtype}; they are {'rounded' if dtype == 'float64' else 'widened'} to float32")
-    for why in dict.fromkeys(why for _, why in left_out.values()):
+    for why in dict.fromkeys(why for _, why in left_out.values() if why != "allowed"):
         these = [key for key, (_, reason) in left_out.items() if reason == why]
         said.append(f"left out {why}: {len(these)} tensors, {these[0]} among them")
     if family.name == "ResNet":
@@ -148,27 +186,23 @@ def understand_state(
     """
     said: list[str] = []
     allow = allow or Allowed(())
-    source = source_of(state, family, where, said)
     # What is allowed to be left out must not change what the file is taken for.
-    unread = {name for name in source.tensors if name in allow or source.keys[name] in allow}
-    described = source._replace(tensors={name: value for name, value in source.tensors.items() if name not in unread})
+    source = source_of(state, family, where, said, allow)
     config: dict[str, Any] = {}
     if rules is None:
         try:
-            config = family.infer_config(described, hints)
-            rules = family.rules(described, config)
+            config = family.infer_config(source, hints)
+            rules = family.rules(source, config)
         except ConversionError:
             raise
         except ValueError as error:  # shapes that no modality can have
             raise ConversionError(f"{where}: {error}") from error
-    return _matched(family, config, rules, source, unread, allow, said)
+    return matched(family, config, rules, source, allow, [*said, *dict.fromkeys(hints.said)])
 
 
-def _matched(
-    family: Family, config: dict[str, Any], rules: list[Rule], source: Source, unread: set[str], allow: Allowed, said: list[str]
-) -> Understood:
+def matched(family: Family, config: dict[str, Any], rules: list[Rule], source: Source, allow: Allowed, said: list[str]) -> Understood:
     """The rules that find their tensors. ConversionError for what is missing or left over and not allowed to be."""
-    where, tensors = source.where, {name: value for name, value in source.tensors.items() if name not in unread}
+    where, tensors = source.where, source.tensors
     whole: list[Rule] = []
     fresh: dict[str, tuple[int, ...]] = {}
     missing: list[tuple[str, Rule]] = []
@@ -180,22 +214,21 @@ def _matched(
             fresh.update(zip(rule.paths, rule.our_shapes(), strict=True))
         else:
             missing += [(key, rule) for key in lacking]
+    problems = []
     if missing:
         remedy = allow_flags(covering({path for _, rule in missing for path in rule.paths}, path_shapes(rules)))
         advice = family.advice or f"{remedy} leaves what they become at its initialisation"
         start = f"is {family.name}, and " if family.advice else ""
-        raise ConversionError(f"{where}: {start}{len(missing)} tensors are missing: {listed(key for key, _ in missing)}; {advice}")
-    expected = key_shapes(whole)
-    surplus = tensors.keys() - expected.keys()
+        problems.append(f"{start}{len(missing)} tensors are missing: {listed(key for key, _ in missing)}; {advice}")
+    surplus = tensors.keys() - key_shapes(rules).keys()
     if surplus:
-        raise ConversionError(
-            f"{where}: {len(surplus)} tensors are not part of this model: {listed(source.keys[name] for name in surplus)}; "
-            "--allow REGEX leaves out what it names"
-        )
+        theirs = listed(source.keys[name] for name in surplus)
+        problems.append(f"{len(surplus)} tensors are not part of this model: {theirs}; --allow REGEX leaves out what it names")
+    if problems:
+        raise ConversionError(f"{where}: {'; and '.join(problems)}")
+    expected = key_shapes(whole)
     check_keys(where, tensors, expected)
-    left_out = dict(source.left_out)
-    left_out |= {source.keys[name]: (tuple(source.tensors[name].shape), "allowed") for name in unread}
-    return Understood(family.name, config, whole, source._replace(tensors=tensors), fresh, left_out, said)
+    return Understood(family.name, config, whole, source, fresh, dict(source.left_out), said)
 
 
 def names_of(plan: Understood) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import BlockNames, Rule, block, layer_norm, linear, position_rows, reshaped, same
 from maskvit.convert.source import Hints, Source
-from maskvit.convert.vit import TIMM, Form, Names, encoder_rules, form_of, infer_sizes, layout_of
+from maskvit.convert.vit import TIMM, Form, Names, encoder_rules, infer_sizes, layout_of
 
 MASK_RATIO = 0.75
 # MAE's own decoder, for encoders that come without.
@@ -31,11 +31,11 @@ def is_crossmae(keys: Any) -> bool:
 
 def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
     """The config of the model in a file, with the objective "mae" or "crossmae"."""
-    form, where, found = form_of(source), source.where, source.tensors
+    where, found = source.where, source.tensors
+    form, image_size, rgb, encoder = infer_sizes(source, hints)
     names, cross = form.names, is_crossmae(found)
     if not form.class_token or not form.class_row:
         raise ConversionError(f"{where}: looks like {source.family}, but lacks {names.cls_token!r}, or its row in {names.positions!r}")
-    image_size, rgb, encoder = infer_sizes(source, form, hints)
     width = source.shape(names.mask_token, 3)[2]
     blocks = names.decoder_blocks
     at = blocks.count(".") + 1
@@ -62,7 +62,7 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
 
 def infer_config_with_fresh_decoder(source: Source, hints: Hints) -> dict[str, Any]:
     """The config of a MAE with the usual decoder around the encoder in a file, which lacks the decoder's tensors."""
-    image_size, rgb, encoder = infer_sizes(source, form_of(source), hints)
+    _, image_size, rgb, encoder = infer_sizes(source, hints)
     output = "norm_rgb" if hints.normalized(source.where) else "rgb"
     objective = dict(name="mae", inputs=("rgb",), outputs=(output,), encoder=encoder, decoder=dict(DECODER), mask_ratio=MASK_RATIO)
     return dict(image_size=image_size, modalities=dict(rgb=rgb), objective=objective)

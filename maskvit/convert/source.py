@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.convert.reader import ConversionError
+from maskvit import modalities as known
+from maskvit.convert.formats import ConversionError
 
 TARGETS = ("normalized", "raw")
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H; all other common sizes have heads of width 64
+HEAD_WIDTHS = {"encoder": 64, "decoder": 32}
+STATISTICS = ("mean", "std", "scale")
+NO_STATISTICS = dict(mean=(0.0,), std=(1.0,))
 
 
 class Source(NamedTuple):
@@ -44,42 +49,52 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What shapes do not tell: flags first, then what stands beside the tensors.
+    """What shapes do not tell: flags first, then what stands in the file or beside it, then what is usual, which is said.
 
     Attributes:
       num_heads, decoder_num_heads, target: flags; None where not given.
-      args: the training arguments in the file, or Hugging Face's config.json beside it.
+      args: the training arguments in the file, and what the files beside it say.
+      grid: flag, rows and columns of the position table.
+      rgb: flags, "mean", "std" and "scale" of the input.
+      said: what was assumed, and the flag that changes it; added to as it is asked.
     """
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     target: str | None = None
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    rgb: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    said: list[str] = dataclasses.field(default_factory=list)
 
     def number(self, *names: str) -> Any:
         """The first of these arguments that is a positive whole number, else None."""
         return next((self.args[name] for name in names if type(self.args.get(name)) is int and self.args[name] > 0), None)
 
-    def _heads(self, width: int, given: int | None, said: int | None, head_width: int, which: str, flag: str, where: str) -> int:
-        """Heads leave no trace in the shapes: the flag, else what the file says, else the usual width per head."""
-        if given is None and said is None and width % head_width:
-            raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {head_width}: give {flag}")
-        heads = next(number for number in (given, said, width // head_width) if number is not None)
+    def _heads(self, width: int, given: int | None, stated: int | None, usual: int | None, which: str, flag: str, where: str) -> int:
+        """Heads leave no trace in the shapes: the flag, else what the file says, else the usual number, which is said."""
+        heads = next((number for number in (given, stated, usual) if number is not None), None)
+        if heads is None:
+            raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {HEAD_WIDTHS[which]}: give {flag}")
         if heads < 1 or width % heads:
             raise ConversionError(
                 f"{where}: the {which}'s width {width} does not divide into {heads} heads; {flag} says how many there are"
             )
+        if given is None and stated is None:
+            self.said.append(f"assumed: {heads} heads in the {which}, as is usual at width {width}; {flag} changes it")
         return heads
 
     def heads(self, width: int, where: str, known: int | None = None) -> int:
         """Heads of the encoder; `known`: what the model's name in the file means."""
-        said = self.number("num_heads", "num_attention_heads") or known or HEADS_OF_WIDTH.get(width)
-        return self._heads(width, self.num_heads, said, 64, "encoder", "--num-heads", where)
+        stated = self.number("num_heads", "num_attention_heads") or known
+        usual = HEADS_OF_WIDTH.get(width) or (None if width % HEAD_WIDTHS["encoder"] else width // HEAD_WIDTHS["encoder"])
+        return self._heads(width, self.num_heads, stated, usual, "encoder", "--num-heads", where)
 
     def decoder_heads(self, width: int, where: str) -> int:
         """Heads of the decoder or decoders."""
-        said = self.number("decoder_num_heads", "decoder_num_attention_heads")
-        return self._heads(width, self.decoder_num_heads, said, 32, "decoder", "--decoder-num-heads", where)
+        stated = self.number("decoder_num_heads", "decoder_num_attention_heads")
+        usual = None if width % HEAD_WIDTHS["decoder"] else width // HEAD_WIDTHS["decoder"]
+        return self._heads(width, self.decoder_num_heads, stated, usual, "decoder", "--decoder-num-heads", where)
 
     def normalized(self, where: str) -> bool:
         """Whether a masked autoencoder predicts per-patch normalised pixels, which nothing in its tensors shows."""
@@ -91,3 +106,59 @@ class Hints:
             f"{where}: does not say whether its decoder predicts raw pixels (MAE's mae_visualize_* files) or pixels normalised per "
             "patch (its *_full files): give --target raw or --target normalized"
         )
+
+    def _stated_grid(self, patch: int) -> tuple[int, int] | None:
+        """Rows and columns of the image size that the file states."""
+        for name in ("image_size", "img_size", "input_size"):
+            size = self.args.get(name)
+            sides = (size, size) if type(size) is int else tuple(size)[-2:] if isinstance(size, (list, tuple)) else ()
+            if len(sides) == 2 and all(type(side) is int and side >= patch and side % patch == 0 for side in sides):
+                return sides[0] // patch, sides[1] // patch
+        return None
+
+    def grid_of(self, positions: int, patch: int, class_token: bool, where: str) -> tuple[int, int]:
+        """Rows and columns of a position table of so many rows, of which one may be the class token's.
+
+        A flag or what the file states decides. Else the grid is taken to be square, which is said.
+        """
+        possible = (positions, positions - 1) if class_token else (positions,)
+        for grid, flag in ((self.grid, True), (self._stated_grid(patch), False)):
+            if grid is not None and math.prod(grid) in possible:
+                return grid
+            if grid is not None and flag:
+                raise ConversionError(f"{where}: --grid {grid[0]}x{grid[1]} has {math.prod(grid)} places, but its table {positions} rows")
+        # A square number of rows leaves none for the class token: timm's `no_embed_class`.
+        square = next((count for count in possible if count and math.isqrt(count) ** 2 == count), None)
+        if square is None:
+            raise ConversionError(
+                f"{where}: its position table has {positions} rows{' with the class token' * class_token}, which are no square grid: "
+                "give --grid ROWSxCOLUMNS"
+            )
+        side = math.isqrt(square)
+        self.said.append(f"assumed: a square grid of {side} x {side} positions; --grid ROWSxCOLUMNS changes it")
+        return side, side
+
+    def statistics(self, channels: int, where: str) -> dict[str, Any]:
+        """`scale`, `mean` and `std` of the input: model value = (stored value * scale - mean) / std."""
+        stated = {name: self.args[f"rgb_{name}"] for name in STATISTICS if f"rgb_{name}" in self.args}
+        lists = [stated.get("mean", ()), stated.get("std", ())]
+        if stated and not all(isinstance(values, (list, tuple)) and len(values) in (1, channels) for values in lists):
+            self.said.append(f"the mean and deviation stated beside it are not those of {channels} channels, and not used")
+            stated = {}
+        usual: dict[str, Any] = {name: known.RGB[name] for name in STATISTICS} if channels == 3 else dict(NO_STATISTICS)
+        usual["scale"] = 1 / 255 if channels in (1, 3) else 1.0
+        found = {**usual, **stated, **{name: value for name, value in self.rgb.items() if value is not None}}
+        found |= {name: tuple(float(value) for value in found[name]) for name in ("mean", "std")}
+        for name in ("mean", "std"):
+            if len(found[name]) not in (1, channels):
+                raise ConversionError(f"{where}: --{name} has {len(found[name])} values for {channels} channels")
+        assumed = [f"{name} {_short(found[name])}" for name in STATISTICS if name not in stated and self.rgb.get(name) is None]
+        if assumed:
+            of = "ImageNet's " if channels == 3 else f"for {channels} channel{'s' * (channels != 1)} "
+            flags = "--mean, --std and --scale change them"
+            self.said.append(f"assumed: {of}{', '.join(assumed)} of stored values; {flags}")
+        return found
+
+
+def _short(value: Any) -> str:
+    return "1/255" if value == 1 / 255 else " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"

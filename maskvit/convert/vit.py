@@ -8,8 +8,7 @@ same as multiplying the kernel and bias before it.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +81,7 @@ LAYOUTS = (TIMM, HUGGING_FACE, HUGGING_FACE_5, DINOV2)
 
 # Tensors that are not part of the encoder, and why they are left out.
 LEFT_OUT = (
-    (r"head\.(mlp\.\d+\.\w+|last_layer2?\.\w+)", "the projection head of self-distillation"),
+    (r"((dino|ibot)_)?head\.(mlp\.\d+\.\w+|last_layer2?\.\w+)", "the projection head of self-distillation"),
     (r"mask_token|masked_embed|embeddings\.mask_token", "the token of hidden patches in pretraining"),
     (r"pooler\.dense\.\w+", "a pooler behind the class token"),
     (r"decoder\.(upconv|bn)\d\.\w+|decoder\.final_conv\.\w+", "a saliency decoder"),
@@ -102,6 +101,13 @@ def is_vit(keys: Any) -> bool:
     return layout_of(keys) is not None and not any("decoder_pos_embed" in key or "cross_attn" in key for key in keys)
 
 
+def names_of(source: Source) -> Names:
+    """The layout of a file whose keys `layout_of` knows."""
+    names = layout_of(source.tensors)
+    assert names is not None, "only for what layout_of knows"
+    return names
+
+
 class Form(NamedTuple):
     """How a file holds a ViT.
 
@@ -118,13 +124,9 @@ class Form(NamedTuple):
     scaled: bool = False
 
 
-def form_of(source: Source) -> Form:
-    """The form of a file whose keys `layout_of` knows."""
-    names = layout_of(source.tensors)
-    assert names is not None, "only for what layout_of knows"
-    found, where = source.tensors, source.where
-    if any("register_tokens" in key or key in ("reg_token", "dist_token") for key in found):
-        raise ConversionError(f"{where}: has register or distillation tokens; give the file of the model without them")
+def form_of(source: Source, grid: tuple[int, int]) -> Form:
+    """The form of a file whose keys `layout_of` knows; `grid`: rows and columns of its position table."""
+    names, found, where = names_of(source), source.tensors, source.where
     _, rows, width = source.shape(names.positions, 3)
     class_token = names.cls_token in found
     if class_token and found[names.cls_token].shape != (1, 1, width):
@@ -132,35 +134,54 @@ def form_of(source: Source) -> Form:
         raise ConversionError(f"{where}: {shapes} do not fit each other")
     scales = (names.block.scale1, names.block.scale2)
     gammas = [key for key in found if key.startswith(names.blocks + ".") and key.endswith(scales)]
-    blocks = {key.split(".")[names.blocks.count(".") + 1] for key in found if key.startswith(names.blocks + ".")}
-    if gammas and len(gammas) != 2 * len(blocks):
-        raise ConversionError(f"{where}: {len(gammas)} LayerScale vectors for {len(blocks)} blocks; two in each expected")
-    # A square number of rows leaves none for the class token: timm's `no_embed_class`.
-    return Form(names, class_token, class_token and math.isqrt(rows) ** 2 != rows, bool(gammas))
+    depth = len(_blocks(source, names))
+    if gammas and len(gammas) != 2 * depth:
+        raise ConversionError(f"{where}: {len(gammas)} LayerScale vectors for {depth} blocks; two in each expected")
+    return Form(names, class_token, class_token and rows == 1 + math.prod(grid), bool(gammas))
 
 
-def infer_sizes(source: Source, form: Form, hints: Hints) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
-    """(image size, the modality rgb, the block `encoder`) of the ViT in a file."""
-    names, where = form.names, source.where
+def _blocks(source: Source, names: Names) -> set[str]:
+    """The numbers of the blocks in a file."""
+    return {key.split(".")[names.blocks.count(".") + 1] for key in source.tensors if key.startswith(names.blocks + ".")}
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a ViT and the hints say: its form, image size (height, width), modality rgb, and block `encoder`."""
+
+    form: Form
+    image_size: tuple[int, int]
+    rgb: dict[str, Any]
+    encoder: dict[str, Any]
+
+
+def infer_sizes(source: Source, hints: Hints) -> Sizes:
+    """The sizes of the ViT in a file."""
+    where, names = source.where, names_of(source)
+    if any("register_tokens" in key or key in ("reg_token", "dist_token") for key in source.tensors):
+        raise ConversionError(f"{where}: has register or distillation tokens; give the file of the model without them")
     _, rows, width = source.shape(names.positions, 3)
     _, channels, patch, columns = source.shape(f"{names.patches}.weight", 4)
-    side = math.isqrt(rows - form.class_row)
-    if side < 1 or side**2 != rows - form.class_row or patch != columns:
-        raise ConversionError(
-            f"{where}: {rows - form.class_row} positions and patches of {patch} x {columns}: only square grids and patches are known"
-        )
-    depth = len({key.split(".")[names.blocks.count(".") + 1] for key in source.tensors if key.startswith(names.blocks + ".")})
+    if patch != columns:
+        raise ConversionError(f"{where}: has patches of {patch} x {columns}: only square patches are known")
+    grid = hints.grid_of(rows, patch, names.cls_token in source.tensors, where)
+    form = form_of(source, grid)
     hidden = source.shape(f"{names.blocks}.0.{names.block.fc1}.weight", 2)[0]
-    encoder = dict(width=width, depth=depth, heads=hints.heads(width, where), mlp_ratio=hidden / width)
-    rgb = {**known.RGB, "patch": patch} if channels == 3 else dict(kind="continuous", channels=channels, patch=patch)
-    return (side * patch, side * patch), rgb, encoder
+    encoder = dict(width=width, depth=len(_blocks(source, names)), heads=hints.heads(width, where), mlp_ratio=hidden / width)
+    statistics = hints.statistics(channels, where)
+    rgb = {**(known.RGB if channels == 3 else dict(kind="continuous", channels=channels)), "patch": patch, **statistics}
+    return Sizes(form, (grid[0] * patch, grid[1] * patch), rgb, encoder)
+
+
+def grid_in(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the tokens of the modality rgb in a config."""
+    patch = config["modalities"]["rgb"]["patch"]
+    return config["image_size"][0] // patch, config["image_size"][1] // patch
 
 
 def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
     """The config of the encoder in a file: the objective "multimae" without outputs."""
-    form = form_of(source)
+    form, image_size, rgb, encoder = infer_sizes(source, hints)
     names, found = form.names, source.tensors
-    image_size, rgb, encoder = infer_sizes(source, form, hints)
     pooled = f"{names.pooled_norm}.weight" in found
     classes = source.shape(f"{names.head}.weight", 2)[0] if f"{names.head}.weight" in found else 0
     if classes and not form.class_token and not pooled:
@@ -174,7 +195,7 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         outputs=(),
         encoder=encoder,
         num_global_tokens=int(form.class_token),
-        num_visible=max(round((image_size[0] // rgb["patch"]) ** 2 / 6), 1),
+        num_visible=max(round(image_size[0] * image_size[1] / rgb["patch"] ** 2 / 6), 1),
         final_norm=f"{names.norm}.weight" in found or pooled,
         num_classes=classes,
         pool="mean" if pooled else "global",
@@ -237,13 +258,3 @@ def rules(config: Mapping[str, Any], form: Form = Form(), learned: bool = False)
     if objective.get("num_classes", 0):
         found += linear(names.head, "head", width, objective["num_classes"])
     return found
-
-
-def without_prefixes(keys: Sequence[str]) -> dict[str, str]:
-    """{key: name behind the wrappers' prefixes}: data parallelism, compilation, self-distillation, a classifier's own encoder."""
-    names = {key: key for key in keys}
-    for prefix in ("module.", "_orig_mod.", "backbone.", "vit.", "dinov2."):
-        if any(name.startswith(prefix) for name in names.values()):
-            names = {key: name.removeprefix(prefix) for key, name in names.items()}
-    # transformers 5 writes a decoder's blocks under this name, which none of its versions reads in other files.
-    return {key: re.sub(r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers.", name) for key, name in names.items()}

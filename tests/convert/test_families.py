@@ -64,7 +64,7 @@ def test_pth_has_the_form_of_the_reference(fixtures, tmp_path):
     convert.convert(fixtures / "ibot_tiny.pth", tmp_path / "ours", 3, model="both")
     convert.export(tmp_path / "ours", tmp_path / "x.pth", "ibot")
     back, theirs = torch.load(tmp_path / "x.pth", weights_only=True), read_checkpoint(fixtures / "ibot_tiny.pth")
-    assert back.keys() == {"student", "teacher", "ibot_loss"} and back["ibot_loss"]["center2"].shape == (1, 1, 24)
+    assert back.keys() == {"student", "teacher", "ibot_loss", "maskvit"} and back["ibot_loss"]["center2"].shape == (1, 1, 24)
     for part in ("student", "teacher"):
         assert back[part].keys() == theirs[part].keys() and all(np.array_equal(back[part][k].numpy(), theirs[part][k]) for k in back[part])
 

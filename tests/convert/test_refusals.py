@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from maskvit import convert
-from maskvit.convert import multimae, reader
+from maskvit.convert import multimae, opening
+from maskvit.convert.pickles import Inert, Stored
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import check_keys, key_shapes
 from maskvit.convert.source import Hints, Source
@@ -98,7 +99,7 @@ def test_nothing_can_be_planted_on_what_a_pickle_may_have(tmp_path):
             read_checkpoint(write(tmp_path / "b.pth", data))
         except ConversionError:
             pass
-    assert not hasattr(reader.Namespace, "get") and not hasattr(reader._Storage, "get") and collections.OrderedDict(a=1).get("a") == 1
+    assert not hasattr(Inert, "get") and not hasattr(Stored, "get") and collections.OrderedDict(a=1).get("a") == 1
     np.testing.assert_array_equal(read_checkpoint(write(tmp_path / "c.pth", tensor_pickle()))["w"].ravel(), np.arange(6))
 
 
@@ -313,16 +314,16 @@ def test_inspect_does_not_need_the_heads(tiny):
 
 def test_only_the_whole_digest_names_the_known_file(tiny, monkeypatch):
     digest = next(digest for digest in convert.PUBLIC_FILES if len(digest) == 64)
-    monkeypatch.setattr(convert, "sha256", lambda path: digest)
+    monkeypatch.setattr(opening, "sha256", lambda path: digest)
     said = convert.inspect(tiny)
     assert "multimae-b_98_rgb+-depth-semseg_1600e_multivit-afff3f8c.pth" in said and "CC-BY-NC 4.0" in said
-    monkeypatch.setattr(convert, "sha256", lambda path: digest[:63] + "0")
+    monkeypatch.setattr(opening, "sha256", lambda path: digest[:63] + "0")
     assert "not one of the known public files" in convert.inspect(tiny)
 
 
 def test_licence_is_recorded_and_said(tiny, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "maskvit")
-    monkeypatch.setattr(convert, "sha256", lambda path: next(iter(convert.PUBLIC_FILES)))
+    monkeypatch.setattr(opening, "sha256", lambda path: next(iter(convert.PUBLIC_FILES)))
     metadata = convert.convert(tiny, tmp_path / "ours", 3, 4)
     assert metadata["licence"] == "CC-BY-NC 4.0" and "CC-BY-NC 4.0" in caplog.text
     json.dumps(metadata)

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 import maskvit
 from maskvit import convert
+from maskvit.convert import opening
 from maskvit.convert.reader import ConversionError
 from maskvit.models import MultiMaeModel
 from maskvit.types import TokenBatch, tree_paths
@@ -86,7 +87,7 @@ def imported(tmp_path, monkeypatch):
 
     def run(content: dict):
         path = tmp_path / "vit.safetensors"
-        monkeypatch.setattr(convert, "read_files", lambda _: content)
+        monkeypatch.setattr(opening, "read_files", lambda *_: content)
         path.write_bytes(b"x")
         convert.convert(path, tmp_path / "ours", num_heads=HEADS)
         loaded = maskvit.load(tmp_path / "ours")
@@ -216,11 +217,11 @@ def test_the_mean_is_over_patches_alone(imported):
         ({"blocks.1.mlp.fc2.weight": np.zeros((12, 40), np.float32)}, "another shape: blocks.1.mlp.fc2.weight"),
         ({"register_tokens": np.zeros((1, 4, WIDTH), np.float32)}, "has register or distillation tokens"),
         ({"blocks.0.ls1.gamma": np.ones(WIDTH, np.float32)}, "1 LayerScale vectors for 2 blocks"),
-        ({"pos_embed": np.zeros((1, 15, WIDTH), np.float32)}, "only square grids"),
+        ({"pos_embed": np.zeros((1, 15, WIDTH), np.float32)}, "15 rows with the class token, which are no square grid: give --grid"),
         ({"pos_embed": np.zeros((15, WIDTH), np.float32)}, "3 axes expected"),
         ({"cls_token": np.zeros((1, 1, 8), np.float32)}, "do not fit"),
         ({"pos_embed": None}, "lacks 'pos_embed'"),
-        ({"patch_embed.proj.weight": np.zeros((WIDTH, 3, 4, 2), np.float32)}, "only square grids and patches"),
+        ({"patch_embed.proj.weight": np.zeros((WIDTH, 3, 4, 2), np.float32)}, "only square patches"),
         ({"norm.weight": np.zeros(WIDTH, np.int32)}, "holds int32 values"),
     ],
 )
@@ -279,7 +280,7 @@ def test_an_exported_vit_as_onnxruntime_runs_it(tmp_path):
 
 def test_onnx_files_that_are_none(tmp_path):
     pytest.importorskip("onnx")
-    (tmp_path / "x.onnx").write_bytes(b"not a graph at all, but long enough to be read")
+    (tmp_path / "x.onnx").write_bytes(b"\xff\xfenot a graph at all, but long enough to be read")
     with pytest.raises(ConversionError, match="not a sound ONNX file|holds no tensors"):
         convert.inspect(tmp_path / "x.onnx")
     with pytest.raises(ConversionError, match="no such file"):
