@@ -29,7 +29,7 @@ from maskvit.checkpoints import CheckpointError, load_params, load_teacher
 from maskvit.data.files import list_files, tell
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
-from maskvit.errors import add_debug, run_command
+from maskvit.errors import add_debug, printable, run_command
 from maskvit.modalities import Modality, parse_modalities
 from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.pictures import SUFFIXES, PictureError, open_picture
@@ -256,7 +256,7 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     if left_out:
         print(f"{len(left_out)} file(s) left out:", file=sys.stderr)
         for path, reason in left_out.items():
-            print(f"  {path}: {reason}", file=sys.stderr)
+            print(printable(f"  {path}: {reason}"), file=sys.stderr)
     return 1 if left_out else 0
 
 

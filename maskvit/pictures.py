@@ -145,6 +145,8 @@ def open_picture(source: bytes | str | os.PathLike[str]) -> Iterator[tuple[Image
             raise PictureError(
                 f"is {known}" if known else f"not a readable picture, or a truncated one (known: {', '.join(FORMATS)})"
             ) from error
+        except Image.DecompressionBombError as error:
+            raise PictureError(f"is too large to be read: {error}") from error
         except Exception as error:
             raise PictureError(f"truncated or damaged picture: {error}") from error
         with _damage(image.format or "picture"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import collections
 import os
-import stat
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from maskvit.errors import printable
 from maskvit.pictures import SUFFIXES
 
 ARRAYS = (".npy", ".npz")
@@ -69,7 +69,7 @@ def list_files(top: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES
                 folders.append((entry.path, above | {here}))
             elif suffix not in suffixes:
                 passed_over[entry.path] = not_read(suffix)
-            elif os.path.exists(entry.path) and not stat.S_ISREG(os.stat(entry.path).st_mode):
+            elif not entry.is_file() and os.path.exists(entry.path):  # a link to nowhere counts: reading it tells so
                 passed_over[entry.path] = "is no regular file"
             else:
                 files.append(entry.path)
@@ -86,8 +86,8 @@ def tell(passed_over: Mapping[str, str], top: str | os.PathLike[str]) -> list[st
     """What was passed over below `top`, one line per reason: how many, some names, and what to do."""
     reasons = collections.defaultdict(list)
     for path, reason in passed_over.items():
-        reasons[reason].append(os.path.relpath(path, top))
+        reasons[reason].append(printable(os.path.relpath(path, top)))
     return [
         f"passed over {len(names)}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''} ({reason})"
-        for reason, names in sorted(reasons.items())
+        for reason, names in sorted((reason, sorted(names)) for reason, names in reasons.items())
     ]

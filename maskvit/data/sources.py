@@ -178,17 +178,10 @@ class TfdsSource:
         """The data set's reader, opened on first use in each process."""
         with self._lock:
             if self._reader is None:
-                import tensorflow_datasets as tfds
-
                 builder = builder or open_directory(self.directory)
-                # pictures stay encoded: our transforms decode them, and TFDS would want OpenCV for 16 bits
-                skip = {
-                    key: tfds.decode.SkipDecoding()
-                    for key, feature in builder.info.features.items()
-                    if type(feature) is tfds.features.Image
-                }
+                # Pictures stay encoded: our transforms decode them. TFDS would let Pillow choose any reader, and want OpenCV for 16 bits.
                 try:
-                    self._reader = builder.as_data_source(self.split, decoders=skip or None)
+                    self._reader = builder.as_data_source(self.split, decoders=_undecoded(builder.info.features))
                 except NotImplementedError as error:
                     raise ValueError(
                         f"{self.directory} is stored as {builder.info.file_format}; only array_record can be read at random: "
@@ -204,6 +197,24 @@ class TfdsSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _reader=None, _lock=threading.Lock())
+
+
+def _undecoded(features: Any) -> Any:
+    """TFDS's decoders that leave every picture among features encoded, wherever it lies; None where there is none."""
+    import tensorflow_datasets as tfds
+
+    class Encoded(tfds.decode.SkipDecoding):
+        def decode_batch_example_np(self, example_data: Any) -> Any:
+            """The pictures of a sequence, which TFDS's own class does not know."""
+            return example_data
+
+    if isinstance(features, tfds.features.Image):
+        return Encoded()
+    if isinstance(features, tfds.features.Sequence):
+        return _undecoded(features.feature)
+    if isinstance(features, tfds.features.FeaturesDict):
+        return {name: decoder for name, feature in features.items() if (decoder := _undecoded(feature))} or None
+    return None
 
 
 def _open_builder(data_dir: str, name: str) -> Any:

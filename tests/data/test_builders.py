@@ -413,6 +413,18 @@ def test_names_in_two_unicode_forms_pair(tmp_path):
         build(root, tmp_path, "other", both)
 
 
+def test_names_that_are_no_text_are_problems(tmp_path):
+    root = tmp_path / "in"
+    write(root / "rgb" / "all" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    (root / "rgb" / "all" / "a.png").rename(os.fsdecode(os.fsencode(root / "rgb" / "all") + b"/\xff.png"))
+    write(root / "rgb" / "all" / "b.png", np.zeros((9, 9, 3), np.uint8))
+    (root / "rgb" / "all" / "c\x1b[31m.heic").write_bytes(b"x")
+    only = {"rgb": MODALITIES["rgb"]}
+    with pytest.raises(FolderError, match=r"names that are no valid UTF-8 .1.:") as caught:
+        build(root, tmp_path, modalities=only)
+    str(caught.value).encode()
+
+
 def test_files_beside_class_folders_are_no_class(tmp_path):
     make_folder(tmp_path / "in", [*NAMES, "loose"])
     with pytest.raises(FolderError, match=r"files outside the class folders \(3\)"):

@@ -248,3 +248,34 @@ def test_a_damaged_file_is_a_bad_record_and_nothing_worse(root, tmp_path):
     source = TfdsSource(MODALITIES, name="packed", data_dir=str(root))
     with pytest.raises(IndexError, match="record 6 of 6"):
         source[6]
+
+
+def test_pictures_of_others_stay_encoded_wherever_they_lie(tmp_path):
+    """TFDS would decode them with whatever reader Pillow chooses; class maps must keep their samples besides."""
+    import tensorflow_datasets as tfds
+
+    ids = io.BytesIO()
+    Image.fromarray(np.arange(600).reshape(20, 30).astype(np.uint8) % 5).save(ids, "png")
+    picture = tfds.features.Image(shape=(20, 30, 3), encoding_format="png")
+    features = {
+        "rgb": picture,
+        "semseg": tfds.features.LabeledImage(labels=5, shape=(20, 30, 1)),
+        "parts": tfds.features.Sequence(picture),
+        "objects": tfds.features.Sequence({"picture": picture, "count": np.int64}),
+        "more": {"picture": picture},
+    }
+    example = lambda: io.BytesIO(png(7))  # noqa: E731
+    record = dict(
+        rgb=example(),
+        semseg=io.BytesIO(ids.getvalue()),
+        parts=[example()],
+        objects=[dict(picture=example(), count=3)],
+        more=dict(picture=example()),
+    )
+    prepare(tmp_path, "others", features, [record])
+    modalities = parse_modalities({"rgb": RGB, "semseg": {**SEMSEG, "num_classes": 5}})
+    source = TfdsSource(modalities, name="others", data_dir=str(tmp_path))
+    arrays = transforms.decode_record(source[0], modalities)
+    assert (arrays["rgb"] == 7).all() and arrays["semseg"].max() == 4
+    stored = source._open()[0]
+    assert {type(value) for value in (stored["parts"][0], stored["objects"]["picture"][0], stored["more"]["picture"])} == {bytes}

@@ -5,6 +5,7 @@ Everything that is wrong with the folder is told at once, by file name, and so i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from maskvit.data.builders.layout import NO_CLASS, READ, Task, find_splits, folders_in, key_of, list_modality
+from maskvit.data.builders.layout import NO_CLASS, READ, Task, find_splits, key_of, list_modality
 from maskvit.data.builders.records import RecordBuilder, in_processes, progress
 from maskvit.data.builders.samples import Found, read_sample
 from maskvit.data.files import tell
 from maskvit.data.sources import STATED
+from maskvit.errors import printable
 from maskvit.modalities import Modality
 
 SHOWN = 20  # files listed per kind of problem
@@ -39,10 +41,33 @@ def show(problems: Mapping[str, Sequence[str]], shown: int = SHOWN) -> list[str]
     lines = []
     for kind, found in problems.items():
         lines.append(f"{kind} ({len(found)}):")
-        lines += [f"  {problem}" for problem in found[:shown]]
+        lines += [f"  {printable(problem)}" for problem in found[:shown]]
         if len(found) > shown:
             lines.append(f"  ... and {len(found) - shown} more")
     return lines
+
+
+@dataclasses.dataclass
+class Totals:
+    """What the files of one modality held, added up; fields as in `samples.Found`, of which `whole` and behind count files."""
+
+    files: int = 0
+    missing: int = 0
+    beyond: int = 0
+    pixels: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    whole: int = 0
+    turned: int = 0
+    dropped: int = 0
+
+    def add(self, found: Found) -> None:
+        """Count one more file."""
+        self.files += 1
+        for field in ("missing", "beyond", "pixels", "whole", "turned", "dropped"):
+            setattr(self, field, getattr(self, field) + getattr(found, field))
+        if not math.isnan(found.low):
+            self.low, self.high = min(self.low, found.low), max(self.high, found.high)
 
 
 class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -97,7 +122,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         self.passed_over: list[str] = []
         self.left_out = 0
         self.tasks = self._list_tasks(val_fraction, seed)
-        self.found: dict[str, list[Found]] = {modality: [] for modality in self.specs}
+        self.totals = {modality: Totals() for modality in self.specs}
         classes = sorted({task.key.split("/")[0] for tasks in self.tasks.values() for task in tasks})
         stated = {
             modality: {field: getattr(spec, field) for field in STATED if _says(spec, field)} for modality, spec in self.specs.items()
@@ -126,6 +151,8 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         if val_fraction and set(splits) != {"train"}:
             raise ValueError(f"val_fraction is {val_fraction}, but {self.root} has the splits {', '.join(splits)} already: leave it out")
         tasks = {split: self._list_split(root) for split, root in splits.items()}
+        if self.root not in splits.values():
+            self._pass_over(self.root, list(splits), "holds none of the modalities")
         if val_fraction:
             everything = tasks["train"]
             count = round(val_fraction * len(everything))
@@ -155,9 +182,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             for kind, text, key in problems:
                 self.problems.setdefault(kind, []).append(text)
                 bad.add(key)
-        others = [name for name in folders_in(root) if name not in self.specs]
-        if others:
-            self.passed_over.append(f"passed over the folders {', '.join(others)} (not among the modalities)")
+        self._pass_over(root, list(self.specs), "not among the modalities")
         keys = sorted(set().union(*files.values()))
         if not keys:
             raise FileNotFoundError(
@@ -183,16 +208,20 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             keys = [key for key in keys if key not in bad]
         return [Task(key, {name: found[key] for name, found in files.items() if key in found}) for key in keys]
 
+    def _pass_over(self, folder: str, known: Sequence[str], reason: str) -> None:
+        """Note what lies in `folder` beside the `known` folders."""
+        others = {entry.path: reason for entry in os.scandir(folder) if entry.name not in known}
+        self.passed_over += [f"{os.path.relpath(folder, self.root)}: {line}" for line in tell(others, folder)]
+
     def prepare(self) -> str:
         """As `RecordBuilder.prepare`; prints what was passed over, found and assumed. Raises FolderError with all that is wrong."""
         for line in self.passed_over:
             print(f"{self.name}: {line}")
         self._ask_for_units()
         directory = super().prepare()
-        for name, found in self.found.items():
-            if found:
-                for line in describe(self.specs[name], found):
-                    print(f"{self.name}: {line}")
+        for name, totals in self.totals.items():
+            for line in describe(self.specs[name], totals) if totals.files else ():
+                print(f"{self.name}: {line}")
         if self.skip_bad and self.problems:
             lines = show(self.problems)
             print("\n".join([f"{self.name}: {self.left_out} samples were left out:", *lines]) + self._all_listed())
@@ -243,7 +272,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             for kind, text in problems:
                 self.problems.setdefault(kind, []).append(text)
             for name, facts in found.items():
-                self.found[name].append(facts)
+                self.totals[name].add(facts)
             self.left_out += bool(problems)
             yield task, {} if problems else encoded
 
@@ -264,37 +293,26 @@ def _asks_for_unit(spec: Modality, found: Found) -> str:
     )
 
 
-def describe(spec: Modality, found: Sequence[Found]) -> list[str]:
+def describe(spec: Modality, totals: Totals) -> list[str]:
     """What was found in the files of a modality and how it was read, with the setting that changes it, line by line."""
-    low = min((f.low for f in found if not math.isnan(f.low)), default=math.nan)
-    high = max((f.high for f in found if not math.isnan(f.high)), default=math.nan)
-    missing, pixels, beyond = (sum(getattr(f, field) for f in found) for field in ("missing", "pixels", "beyond"))
     name, lines = spec.name, []
     if spec.kind == "categorical":
-        lines.append(f"{name} has class ids {low:.0f} ... {high:.0f} of {spec.num_classes} ({name},num_classes=N)")
+        lines.append(f"{name} has class ids {totals.low:.0f} ... {totals.high:.0f} of {spec.num_classes} ({name},num_classes=N)")
     elif spec.metres_per_count:
-        unit = spec.metres_per_count
-        whole = sum(f.whole for f in found)
-        how = (
-            "whole numbers"
-            if whole == len(found)
-            else "float metres"
-            if not whole
-            else f"whole numbers in {whole} files, else float metres"
-        )
-        reach = f"{name} reaches from {low * unit:.4g} to {high * unit:.4g} m"
+        unit, some = spec.metres_per_count, f"whole numbers in {totals.whole} files, else float metres"
+        how = "whole numbers" if totals.whole == totals.files else some if totals.whole else "float metres"
+        reach = f"{name} reaches from {totals.low * unit:.4g} to {totals.high * unit:.4g} m"
         lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m ({name},metres_per_count=X)")
-        if spec.missing is None and low == 0:
+        if spec.missing is None and totals.low == 0:
             lines.append(f"{name} has distances of 0 m; if 0 means that nothing was measured, add {name},missing=0")
-    if spec.missing is not None or missing:
-        lines.append(f"{name} is missing on {missing / pixels:.1%} of its pixels")
-    if beyond:
-        lines.append(f"{name} has {beyond} distances that the counts cannot hold; they count as missing")
-    turned, dropped = sum(f.turned for f in found), sum(f.dropped for f in found)
-    if turned:
-        lines.append(f"{name}: {turned} of {len(found)} pictures were turned upright, as their EXIF orientation says")
-    if dropped:
-        lines.append(f"{name}: the alpha or further channel of {dropped} of {len(found)} pictures was dropped")
+    if spec.missing is not None or totals.missing:
+        lines.append(f"{name} is missing on {totals.missing / totals.pixels:.1%} of its pixels")
+    if totals.beyond:
+        lines.append(f"{name} has {totals.beyond} distances that the counts cannot hold; they count as missing")
+    if totals.turned:
+        lines.append(f"{name}: {totals.turned} of {totals.files} pictures were turned upright, as their EXIF orientation says")
+    if totals.dropped:
+        lines.append(f"{name}: the alpha or further channel of {totals.dropped} of {totals.files} pictures was dropped")
     return lines
 
 
