@@ -20,7 +20,8 @@ LEVELS = {
     **dict.fromkeys(("models", "data", "checkpoints"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
     "step": 4,
-    **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo"), 5),
+    **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo", "init"), 5),
+    "__main__": 6,
 }
 BESIDE = {
     "configuration": {"errors"},
@@ -34,6 +35,7 @@ BESIDE = {
     "report": {"features", "sweep", "train"},
     "maps": {"features"},
     "sweep": {"train"},
+    "init": {"train"},
     "demo": {"train", "report", "features", "bench"},
 }
 # Narrower than their level: (part, what of lower levels it must not import).

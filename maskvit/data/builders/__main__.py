@@ -41,8 +41,16 @@ def parse_modality(text: str) -> tuple[str, dict[str, Any]]:
 
     Raises ValueError for text that is not of that form and for fields that a builder does not know.
     """
+    name, given = parse_fields(text)
+    fields = {key: value for key, value in DECLARED.get(name, {}).items() if key in (*STATED, "loss")} | given
+    fields["loss"] = known.LOSSES.get(fields.get("kind", "continuous"), ("mse",))[0]
+    return name, fields
+
+
+def parse_fields(text: str) -> tuple[str, dict[str, Any]]:
+    """The name, and the fields that the text itself states. Raises ValueError as `parse_modality`."""
     name, *settings = text.split(",")
-    fields = {key: value for key, value in DECLARED.get(name, {}).items() if key in (*STATED, "loss")}
+    fields: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or key not in STATED:
@@ -54,7 +62,6 @@ def parse_modality(text: str) -> tuple[str, dict[str, Any]]:
             if key != "kind":
                 raise ValueError(f"--modalities {text}: {key} is {value!r}; write a number, a fraction such as 1/1000, or None") from error
             fields[key] = value
-    fields["loss"] = known.LOSSES.get(fields.get("kind", "continuous"), ("mse",))[0]
     return name, fields
 
 
