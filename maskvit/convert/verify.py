@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from maskvit.convert import Checkpoint, family_of, open_checkpoint, understand
 from maskvit.convert.reader import ConversionError
@@ -92,14 +93,28 @@ def sample_batch(config: Mapping[str, Any], images: str | Path | None, rng: np.r
         else:
             batch[name] = rng.uniform(0, 1 / spec.get("scale", 1.0), (*shape, spec["channels"])).astype(np.float32)
     if images is not None:
-        from PIL import Image
-
-        name = config["objective"]["inputs"][0]
-        files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:SAMPLES]
-        if len(files) < SAMPLES:
-            raise ConversionError(f"{images}: needs at least {SAMPLES} pictures (.jpg, .png)")
-        batch[name] = np.stack([np.asarray(Image.open(f).convert("RGB").resize((width, height))) for f in files])
+        batch[config["objective"]["inputs"][0]] = _pictures(Path(images), (height, width))
     return batch
+
+
+def _pictures(folder: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "b h w 3"]:
+    """The first `SAMPLES` pictures of a folder, squeezed to `size` (height, width). Raises ConversionError."""
+    from PIL import Image
+
+    from maskvit.pictures import PictureError, read_picture
+
+    suffixes = (".jpg", ".jpeg", ".png")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))[:SAMPLES]
+    if len(files) < SAMPLES:
+        raise ConversionError(f"{folder}: needs at least {SAMPLES} pictures (.jpg, .png)")
+    pictures = []
+    for file in files:
+        try:
+            picture = Image.fromarray(read_picture(file.read_bytes(), channels=3).array)
+        except PictureError as error:
+            raise ConversionError(f"{file}: {error}") from error
+        pictures.append(np.asarray(picture.convert("RGB").resize(size[::-1])))
+    return np.stack(pictures)
 
 
 def input_sets(inputs: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -197,6 +197,9 @@ def test_allowed_absence(tmp_path):
     data = source(tmp_path)
     assert data.may_lack == ("depth",)
     assert data[0]["depth"] == b"" and data[1]["depth"]
+    (root / "depth").rename(root / "dpeth")
+    with pytest.raises(FileNotFoundError, match="no file at all for 'depth': samples may lack it, but not all of them"):
+        build(root, tmp_path, "other", allow_missing=("depth",))
 
 
 def test_splits_from_folders_and_by_fraction(tmp_path):
@@ -449,6 +452,27 @@ def test_distances_that_are_none(tmp_path, name, array, settings, reason):
     spec = parse_modalities({"depth": {**DEPTH, "missing": 0, "metres_per_count": 0.001, **settings}})
     with pytest.raises(FolderError, match=reason):
         build(tmp_path / "in", tmp_path, modalities=spec)
+
+
+def test_arrays_that_are_none_are_named(tmp_path):
+    folder = tmp_path / "in" / "depth" / "all"
+    folder.mkdir(parents=True)
+    for name, data in (
+        ("a.npy", b"<html>"),
+        ("b.npy", b""),
+        ("c.npz", b"\x93NUMPY"),
+        ("d.npy", b"version https://git-lfs"),
+        ("e.npz", b"PK"),
+    ):
+        (folder / name).write_bytes(data)
+    np.savez(folder / "f.npz", x=np.ones((9, 9)), y=np.ones((9, 9)))
+    np.save(folder / "g.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(FolderError) as caught:
+        build(tmp_path / "in", tmp_path, modalities={"depth": MODALITIES["depth"]})
+    told = str(caught.value)
+    for text in ("a.npy: is a web page", "b.npy: is empty", "c.npz: is a numpy array: name it .npy", "d.npy: is a Git LFS pointer",
+                 "e.npz: no readable array", "f.npz: holds the arrays x, y", "g.npy: no readable array"):  # fmt: skip
+        assert text in told
 
 
 def test_half_precision_metres_are_counted_exactly(tmp_path, capsys):

@@ -153,6 +153,9 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         tasks = {split: self._list_split(root) for split, root in splits.items()}
         if self.root not in splits.values():
             self._pass_over(self.root, list(splits), "holds none of the modalities")
+        for name in self.allowed:
+            if not any(name in task.files for part in tasks.values() for task in part):
+                raise FileNotFoundError(f"{self.root} holds no file at all for {name!r}: samples may lack it, but not all of them")
         if val_fraction:
             everything = tasks["train"]
             count = round(val_fraction * len(everything))

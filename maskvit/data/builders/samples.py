@@ -18,7 +18,7 @@ from maskvit.data.builders.layout import Task
 from maskvit.data.files import ARRAYS
 from maskvit.data.transforms import MIN_SIDE, nearest_indices, resize_continuous
 from maskvit.modalities import Modality
-from maskvit.pictures import Picture, PixelError, misaligned, read_picture
+from maskvit.pictures import Picture, PixelError, foreign, misaligned, read_picture
 
 JPEG_QUALITY = 95  # of JPEG pictures that `short_side` makes smaller
 UNREADABLE, SIZE, IDS, CONTENT = "unreadable files", "wrong size", "class ids out of range", "wrong content"
@@ -60,6 +60,9 @@ class _Unfit(ValueError):
 
 def load_array(data: bytes, suffix: str) -> np.ndarray:
     """The array of a .npy file, or the only one of a .npz file. Raises ValueError for anything else."""
+    if not data.startswith(b"\x93NUMPY" if suffix == ".npy" else b"PK"):
+        known = foreign(data[:256])
+        raise ValueError(f"is {known}" if known else f"is no {suffix} array" if data else "is empty (0 bytes)")
     try:
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         if suffix == ".npy":
