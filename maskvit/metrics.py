@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from absl import logging
-from clu import metrics as clu_metrics
+from jax.typing import ArrayLike
 from jaxtyping import UInt8
 
 from maskvit.types import Metrics
@@ -25,27 +26,35 @@ from maskvit.types import Metrics
 # ---------------------------------------------------------------------------------------------- accumulation
 
 
-@jax.jit
-def _merge(total: dict[str, clu_metrics.Average], new: dict[str, clu_metrics.Average]) -> dict[str, clu_metrics.Average]:
-    return {name: average.merge(new[name]) for name, average in total.items()}
-
-
 class Accumulator:
-    """Sums the metrics of many steps on the device; nothing is copied to the host, or waited for, before `summarize`."""
+    """Sums the metrics of many steps on the host, in float32 like the steps themselves.
 
-    def __init__(self) -> None:
-        self._total: dict[str, clu_metrics.Average] = {}
+    Args:
+      sums: what `as_json` gave, to continue where a run was stopped.
+    """
 
-    def add(self, metrics: Metrics) -> None:
-        """Add one step's {name: (numerator, denominator)}. Steps may have different names."""
-        new = {name: clu_metrics.Average(total=numerator, count=denominator) for name, (numerator, denominator) in metrics.items()}
-        known = {name: average for name, average in self._total.items() if name in new}
-        self._total |= new | _merge(known, {name: new[name] for name in known})
+    def __init__(self, sums: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._sums = {name: (np.float32(total), np.float32(count)) for name, (total, count) in (sums or {}).items()}
+
+    def add(self, metrics: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
+        """Add one step's {name: (numerator, denominator)}. Steps may have different names. Waits until the step is done."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for name, (numerator, denominator) in jax.device_get(metrics).items():
+                total, count = self._sums.get(name, (np.float32(0), np.float32(0)))
+                self._sums[name] = (total + np.float32(numerator), count + np.float32(denominator))
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """{name: (sum of numerators, sum of denominators)} since the last `summarize`."""
+        return {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+
+    def as_json(self) -> dict[str, list[str]]:
+        """The sums, exactly, for a checkpoint's metadata; text, because JSON has no NaN."""
+        return {name: [repr(total), repr(count)] for name, (total, count) in self.sums().items()}
 
     def summarize(self) -> dict[str, float]:
         """Numerator / denominator of each sum since the last call, then start anew; NaN where nothing was counted."""
-        total, self._total = jax.device_get(self._total), {}
-        return {name: float(average.total) / float(average.count) if average.count else math.nan for name, average in total.items()}
+        sums, self._sums = self.sums(), {}
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 def summarize(metrics: Metrics | Sequence[Metrics]) -> dict[str, float]:
@@ -74,9 +83,10 @@ class JsonlWriter:
     """`WORKDIR/metrics.jsonl`, one {"step": ..., name: value} per line, and `WORKDIR/pictures/NAME_STEP.png`.
 
     A value that is not finite is written as null, and named in the row's "non_finite": {name: "nan" | "inf" | "-inf"},
-    so that every line is JSON. Args: `config` is not used; `resume_step` is the step of the checkpoint the run goes on
-    from, None for a new run: rows of later steps, and a line cut short, are removed, so that a run that was stopped
-    writes the file that it would have written without the stop.
+    so that every line is JSON. Args: `config` is not used; `resume_step` is the step of the checkpoint the run resumes
+    from, None for a new run. Rows of later steps, and lines that are damaged or cut short, are removed when resuming; but
+    for the figures of speed a run that was stopped writes the file that it would have written without the stop. A new run
+    leaves the file of an earlier one, which has no checkpoint, under another name.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Mapping[str, Any], resume_step: int | None) -> None:
@@ -84,11 +94,15 @@ class JsonlWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         self._pictures = Path(workdir) / "pictures"
         self._pictures.mkdir(parents=True, exist_ok=True)
+        if resume_step is None and self._path.exists() and self._path.stat().st_size:
+            aside = next(path for n in itertools.count(1) if not (path := self._path.with_name(f"metrics_{n}.jsonl")).exists())
+            os.rename(self._path, aside)
+            logging.warning("%s belongs to a run without a checkpoint: it is now %s", self._path, aside.name)
         kept = [] if resume_step is None else _rows_until(self._path, resume_step)
         partial = self._path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
+        partial.write_bytes(b"".join(kept))
         os.replace(partial, self._path)
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one row and hand it to the operating system: a killed process loses none."""
@@ -99,6 +113,13 @@ class JsonlWriter:
             row["non_finite"] = non_finite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+
+    def written(self, step: int) -> set[str]:
+        """The names of all scalars and pictures that are there of `step`."""
+        rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]
+        suffix = f"_{step:08d}.png"
+        pictures = {path.name.removesuffix(suffix) for path in self._pictures.glob(f"*{suffix}")}
+        return pictures.union(*(row.keys() for row in rows if row["step"] == step))
 
     def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
         from PIL import Image  # only where pictures are written
@@ -113,16 +134,19 @@ class JsonlWriter:
         self._file.close()
 
 
-def _rows_until(path: Path, step: int) -> list[str]:
-    """The complete lines of a metrics.jsonl whose step is at most `step`."""
+def _rows_until(path: Path, step: int) -> list[bytes]:
+    """The sound lines of a metrics.jsonl whose step is at most `step`; the others are dropped, broken ones with a warning."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            keep = line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            its_step = row["step"]
+            if not line.endswith(b"\n") or type(its_step) is not int or its_step < 0:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             logging.warning("%s: dropped the broken line %r", path, line[:80])
-            keep = False
-        if keep:
+            continue
+        if its_step <= step:
             rows.append(line)
     return rows
 
@@ -204,9 +228,20 @@ class Writers:
         for writer in self._writers:
             writer.write_images(step, images)
 
+    def written(self, step: int) -> set[str]:
+        """The names of what `metrics.jsonl` and `pictures` hold of `step`."""
+        return set().union(*(writer.written(step) for writer in self._writers if isinstance(writer, JsonlWriter)))
+
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none of `WRITERS`."""
+    unknown = [name for name in names if name not in WRITERS]
+    if unknown:
+        raise ValueError(f"unknown writer {unknown[0]!r} in config.writers; known: {', '.join(WRITERS)}")
 
 
 def make_writers(names: Sequence[str], workdir: str | os.PathLike, config: Mapping[str, Any], resume_step: int | None) -> Writers:
@@ -214,9 +249,7 @@ def make_writers(names: Sequence[str], workdir: str | os.PathLike, config: Mappi
 
     Raises ValueError for an unknown name, and ImportError naming the extra to install where a package is missing.
     """
-    unknown = [name for name in names if name not in WRITERS]
-    if unknown:
-        raise ValueError(f"unknown writer {unknown[0]!r} in config.writers; known: {', '.join(WRITERS)}")
+    check_writers(names)
     if jax.process_index() != 0:
         return Writers(())
     return Writers([WRITERS[name](workdir, config, resume_step) for name in dict.fromkeys(("jsonl", *names))])
@@ -265,6 +298,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
+# No device of any kind computes faster: a figure above it was measured before the devices had finished.
+NO_DEVICE_FLOPS = 1e17
 # Words after such a start that make it another model.
 _VARIANTS = ("Ti", "SUPER", "Laptop", "D", "lite")
 
@@ -285,18 +320,17 @@ def flops_utilisation(
     """MFU: the share of all devices' dense bfloat16 peak that the model's arithmetic uses; None where the peak is unknown.
 
     `flops_per_step` counts the model's useful arithmetic over all devices (forward, backward and guidance pass; not
-    what remat computes again). Kind and count are those of this run unless given. Raises MeasurementError above 1.
+    what remat computes again). Kind and count are those of this run unless given. Raises MeasurementError above 1, and for a
+    device of unknown peak above what any device can do.
     """
     peak = peak_flops(device_kind or jax.devices()[0].device_kind)
-    if peak is None:
-        return None
-    share = flops_per_step * steps_per_second / (peak * (device_count or jax.device_count()))
+    share = flops_per_step * steps_per_second / ((peak or NO_DEVICE_FLOPS) * (device_count or jax.device_count()))
     if share > 1:
         raise MeasurementError(
             f"{flops_per_step:.3g} FLOPs x {steps_per_second:.3g} steps/s would be {share:.0%} of the devices' peak: "
             "the clock was read before the devices had finished, or the FLOPs are counted wrong"
         )
-    return share
+    return share if peak else None
 
 
 class Throughput:

@@ -1,72 +1,77 @@
-"""`run`: the parts of an experiment built from its config, and the one loop that trains and evaluates everything."""
+"""`run`: the parts of an experiment built and checked from its config, its state restored or begun; `loop` does the rest."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
+import inspect
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from maskvit import checkpoints
 from maskvit.configuration import check_arguments, look_up
 from maskvit.data import SOURCES, open_source
-from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
+from maskvit.data.pipeline import train_batches
 from maskvit.data.transforms import parse_augment
 from maskvit.data.views import GLOBAL_VIEWS
-from maskvit.durations import is_time, to_steps
-from maskvit.errors import all_mistakes
+from maskvit.data.workers import LoaderError
+from maskvit.disk import warn_of_little_space
+from maskvit.durations import to_steps
+from maskvit.errors import FAILED, all_mistakes, message
 from maskvit.evaluators import build_evaluators, check_evaluator
+from maskvit.flight import Results, Telling
 from maskvit.flops import distillation_flops, step_flops
-from maskvit.keys import sample_keys
-from maskvit.metrics import Accumulator, Progress, Throughput, make_writers, peak_flops
+from maskvit.loop import Loop, Run, Stopped, evaluate, write_figures
+from maskvit.metrics import Throughput, Writers, check_writers, make_writers, peak_flops
+from maskvit.microbatches import compile_step, memory_limit, micro_batch_counts
 from maskvit.models import count_parameters, frozen_mask
 from maskvit.objectives import build_objective
 from maskvit.optim import Cosine, adamw, freeze_block, with_adam_moments
+from maskvit.painter import Painter
+from maskvit.profiling import parse_window
 from maskvit.sharding import check_batch, make_mesh, parameter_shardings, place_batch, replicated
+from maskvit.signals import StopSignals
+from maskvit.spikes import Guard, guard_block
 from maskvit.step import init_state, state_from_params, train_step
-from maskvit.types import Batch, TrainState
+from maskvit.types import TrainState
+
+__all__ = ["Stopped", "main", "make_schedule", "run"]
 
 LOG = logging.getLogger("maskvit")
-PICTURE_SAMPLES = 4
-
-
-class ConfigError(ValueError):
-    """The config asks for something that does not exist or does not fit; nothing was computed yet."""
-
-
-class Stopped(SystemExit):
-    """The run was asked to end (SIGTERM); its state is saved. The exit code is the signal's, 143."""
+LOW_RATE = 1e-6  # a learning rate that stays below teaches a model nothing in the time people wait
 
 
 def main(config: Any, workdir: str, profile: str | None = None) -> None:
-    """`run` a ConfigDict, with log lines on standard error."""
+    """`run` a ConfigDict, with log lines on standard error. Raises what `run` raises; several mistakes in the config are one list."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     plain = config.to_dict()
-    with _config_errors():
-        check_config(plain)
-    run(workdir, profile=profile, **plain)
-
-
-@contextlib.contextmanager
-def _config_errors() -> Iterator[None]:
-    """Mistakes found while the parts are built are the config's."""
+    check_config(plain)
     try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        run(workdir, profile=profile, **plain)
+    except LoaderError as error:
+        if not error.thread_hangs:
+            raise
+        print(f"error: {message(error)}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # the interpreter would wait for that thread, for ever
+
+
+def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The config as `run` sees it: every key, without what is no part of it."""
+    bound.apply_defaults()
+    return {key: value for key, value in sorted(bound.arguments.items()) if key not in ("workdir", "profile")}
 
 
 # What the config's blocks may hold: the signatures are the reference.
@@ -97,10 +102,15 @@ def make_schedule(
 
 
 def data_block(
-    *, train: Mapping[str, Any], augment: Mapping[str, Any] | None = None, workers: int = 0, prefetch: int = 2
+    *, train: Mapping[str, Any], augment: Mapping[str, Any] | None = None, workers: int = 0, prefetch: int = 2, timeout: float = 600.0
 ) -> dict[str, Any]:
-    """`config.data`."""
-    return dict(train=dict(train), augment=dict(augment or {}), workers=workers, prefetch=prefetch)
+    """`config.data`. `timeout`: seconds without a batch, or half of those without a finished step, after which a run ends."""
+    for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
+        if value < least:
+            raise ValueError(f"config.data.{name} is {value}; it must be at least {least}")
+    if not timeout > 0:
+        raise ValueError(f"config.data.timeout is {timeout}; it must be above 0 seconds")
+    return dict(train=dict(train), augment=dict(augment or {}), workers=workers, prefetch=prefetch, timeout=float(timeout))
 
 
 def optimizer_block(
@@ -149,6 +159,10 @@ def check_config(config: Mapping[str, Any]) -> None:
         with checks.check():
             _block("config.init_from", init_block, config.get("init_from") or {})
         with checks.check():
+            periods["guard.replicas_every"] = _block("config.guard", guard_block, config.get("guard") or {})["replicas_every"]
+        with checks.check():
+            check_writers(config.get("writers", ()))
+        with checks.check():
             periods["checkpoint.every"] = _block("config.checkpoint", checkpoint_block, config.get("checkpoint") or {})["every"]
         with checks.check():
             given = ("base_lr", "global_batch", "steps_per_epoch", "imported_epochs")
@@ -194,116 +208,6 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
     return params, moments
 
 
-def compile_step(
-    step: Any, state: TrainState, batch: Any, seed: Any, *, global_batch: int, micro_batch: int, devices: int, model: Any
-) -> tuple[Any, int, float]:
-    """Compile the train step with as few micro-batches as fit: (compiled step, micro-batches, bytes per device).
-
-    `micro_batch` > 0 fixes the samples at once over all devices. Else the compiler's own account of memory decides,
-    from an estimate on.
-    """
-    limit = memory_limit()
-    counts = micro_batch_counts(global_batch, micro_batch, devices)
-    if limit is not None:
-        per_sample = activation_bytes(model)
-        counts = [n for n in counts if global_batch / n / devices * per_sample < limit] or counts[-1:]
-    for n in counts:
-        compiled = jax.jit(functools.partial(step, micro_batches=n), donate_argnums=0).lower(state, batch, seed).compile()
-        memory = compiled.memory_analysis()
-        needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-        if limit is None or needed <= limit or n == counts[-1]:
-            break
-        LOG.info("%d micro-batch(es) would need %.1f GB per device of %.1f GB: trying more", n, needed / 1e9, limit / 1e9)
-    if limit is not None and needed > limit:
-        LOG.warning(
-            "the step needs %.1f GB per device, which has %.1f GB: lower config.micro_batch or set remat=True", needed / 1e9, limit / 1e9
-        )
-    return compiled, n, needed
-
-
-def micro_batch_counts(global_batch: int, micro_batch: int, devices: int) -> list[int]:
-    """Into how many micro-batches a batch may be split, fewest first; just one number where `micro_batch` is given."""
-    counts = [n for n in range(1, global_batch // devices + 1) if global_batch % (n * devices) == 0]
-    if not micro_batch:
-        return counts
-    if global_batch % micro_batch or global_batch // micro_batch not in counts:
-        sizes = ", ".join(str(global_batch // n) for n in counts[:6])
-        raise ConfigError(
-            f"config.micro_batch is {micro_batch}: it must divide config.global_batch {global_batch} into equal parts on {devices} "
-            f"devices, for example {sizes}; 0 takes the largest that fits"
-        )
-    return [global_batch // micro_batch]
-
-
-def activation_bytes(model: Any) -> float:
-    """A floor for what one sample keeps for the backward pass: eight activations and one attention map per encoder block.
-
-    Only a first guess, which saves compilations; the compiler's account decides.
-    """
-    encoder = dict(model.encoder)
-    tokens = 100 if model.remat else 200
-    width = 2 if model.compute_dtype == "bfloat16" else 4
-    return tokens * 8 * encoder["width"] * (1 if model.remat else encoder["depth"]) * width
-
-
-def memory_limit() -> float | None:
-    """Bytes one device may use: its own limit, or its share of the free main memory on the CPU."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return 0.8 * free / jax.local_device_count()
-
-
-def stop_on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets; a second signal ends the process at once. Only the main thread can listen."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        return asked
-
-    def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
-            os._exit(128 + number)
-        asked.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    return asked
-
-
-def all_processes_stop(asked: threading.Event, step: int, log_every: int) -> bool:
-    """Whether to stop at this step: the same answer on every process. Several processes agree every `log_every` steps."""
-    if jax.process_count() == 1:
-        return asked.is_set()
-    if step % log_every:
-        return False
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.array(asked.is_set())).any())
-
-
-def profile_window(profile: str | None) -> Any:
-    """`--profile=START:STOP` to a function of (step, directory) that traces those steps with JAX's profiler."""
-    if not profile:
-        return lambda step, directory: None
-    try:
-        start, stop = (int(part) for part in profile.split(":"))
-    except ValueError as error:
-        raise ConfigError(f"--profile is {profile!r}; expected START:STOP in steps, for example 10:20") from error
-
-    def trace(step: int, directory: Path) -> None:
-        if step == start:
-            jax.profiler.start_trace(str(directory))
-        if step == stop:
-            jax.profiler.stop_trace()
-
-    return trace
-
-
 def start_report(
     objective: Any, mesh: Any, source: Any, shapes: Any, schedule: Cosine, step: int, *, total_steps: int, steps_per_epoch: int,
     global_batch: int, micro_batches: int, flops: float, memory: float,
@@ -324,52 +228,119 @@ def start_report(
             f"parameters  {total:,} of which {trainable:,} trained",
             f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
             f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
-            f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit else ""),
+            f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ""),
             f"schedule    steps {step} to {total_steps} ({steps_per_epoch} per epoch), lr " + " -> ".join(f"{r:.3g}" for r in rates),
             f"arithmetic  {flops / 1e12:.3g} TFLOP per step, {work:.3g} FLOP to go{hours}",
         ]
     )
 
 
-def guidance_loading(source: Any) -> dict[str, Any]:
-    """What the loader must deliver for a guidance source: arguments of `train_batches`."""
-    if source is None:
-        return {}
-    extras = tuple(key for key in source.batch_keys if key != "guidance")
-    return dict(extras=extras, whole_every=source.whole_every, maps=source.maps, blocks=source.blocks)
+def warn_of_low_rate(cosine: Cosine, first: int, last: int, base_lr: float, global_batch: int) -> None:
+    """Say so where the learning rate of steps `first` ... `last` - 1 stays so low that next to nothing will be learned."""
+    highest = max(float(cosine(round(step))) for step in np.linspace(first, max(first, last - 1), 20))
+    if highest < LOW_RATE:
+        LOG.warning(
+            "the learning rate stays below %.1e: config.optimizer.base_lr %g x config.global_batch %d / 256 = %.1e at its peak, and this "
+            "run is at steps %d to %d of a schedule of %d. Hardly anything will be learned: raise config.optimizer.base_lr or "
+            "config.global_batch, or start earlier in the schedule (config.schedule.start_epochs)",
+            highest * 1.01, base_lr, global_batch, base_lr * global_batch / 256, cosine.start + first, cosine.start + last, cosine.total,
+        )  # fmt: skip
 
 
-# Pictures
+# The parts
 
 
-class Painter:
-    """Draws the same few unaugmented samples every time, on process 0."""
+@dataclass
+class Parts:
+    """What a config stands for, built and checked; nothing was computed yet. Periods and lengths are in steps."""
 
-    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, loading: Mapping[str, Any]):
-        self._objective, self._seed = objective, seed
-        self._modalities = modalities
-        size = objective.model.image_size
-        loading = {key: value for key, value in loading.items() if key != "whole_every"}
-        batches = eval_batches(
-            source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES, inputs=objective.model.inputs, **loading
-        )
-        with batches:
-            first = next(batches)
-        self._batch = {k: v for k, v in first.items() if isinstance(v, np.ndarray) and k not in ("valid", "label")}
-        self._visualize = jax.jit(objective.visualize)
+    data: dict[str, Any]
+    init_from: dict[str, Any]
+    checkpoint: dict[str, Any]
+    guard: dict[str, Any]
+    optimizer: dict[str, Any]
+    base_lr: float
+    method: Any
+    mesh: Any
+    specs: dict[str, Any]
+    source: Any
+    views: Any
+    steps_per_epoch: int
+    total_steps: int
+    periods: dict[str, int]
+    evaluations: dict[str, int]
+    evaluators: dict[str, Any]
+    profile: tuple[int, int] | None
 
-    def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
-        """{name: picture} for the writers."""
-        from PIL import Image
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What the loader must deliver for a guidance source: arguments of `train_batches`."""
+        source = self.method.guidance
+        if source is None:
+            return {}
+        extras = tuple(key for key in source.batch_keys if key != "guidance")
+        return dict(extras=extras, whole_every=source.whole_every, maps=source.maps, blocks=source.blocks)
 
-        from maskvit.figures import masking_panel
 
-        # Parameters are the same on every device: one local copy serves, and the other processes need not take part.
-        params, objective_state = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.objective_state))
-        keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
-        step = state.step.addressable_data(0)
-        arrays = jax.device_get(self._visualize(params, objective_state, self._batch, keys, step=step))
-        return {"masking": np.asarray(Image.open(io.BytesIO(masking_panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}
+def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
+    """The parts of a whole config. Raises `Mistakes` with everything that is wrong in any block of it."""
+    check_config(config)
+    checkpoint = checkpoint_block(**config["checkpoint"] or {})
+    guard = guard_block(**config["guard"] or {})
+    data = data_block(**config["data"])
+    views = parse_augment(data["augment"]).views
+    optimizer = dict(config["optimizer"])
+    base_lr, global_batch = optimizer.pop("base_lr"), config["global_batch"]
+    method = build_objective({key: config[key] for key in ("modalities", "image_size", "objective")})
+    specs = {spec.name: spec for spec in method.model.modalities}
+    mesh = make_mesh()
+    with all_mistakes() as checks:
+        with checks.check():
+            if not method.model.outputs and not method.model.projection:
+                raise ValueError("config.objective.outputs is empty: there is nothing to train for")
+        with checks.check():
+            if bool(method.model.projection) != (views is not None):
+                what = "takes one view of a record: remove" if views is not None else "learns from several views of a record: set"
+                raise ValueError(f"config.objective.name {config['objective']['name']!r} {what} config.data.augment.views")
+        with checks.check():
+            check_batch(global_batch, mesh)
+            micro_batch_counts(global_batch, config["micro_batch"], mesh.size)
+        with checks.check():
+            window = parse_window(profile)
+        with checks.check(FileNotFoundError):
+            train_source = dict(data["train"])
+            source = open_source(train_source.pop("source", "tfds"), specs, **train_source)
+            steps_per_epoch = epoch_steps(len(source), global_batch)
+    with all_mistakes() as checks:
+        duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
+        total_steps = duration(config["total"])
+        period = functools.partial(duration, total_steps=total_steps)
+        with checks.check():
+            if not _continues_imported(config):
+                _schedule(config, base_lr, steps_per_epoch, total_steps, None)
+        with checks.check():
+            method = method.resolve(period)
+        with checks.check():
+            if optimizer.get("freeze"):
+                freeze = _block("config.optimizer.freeze", freeze_block, optimizer["freeze"])
+                optimizer["freeze"] = dict(freeze, until=period(freeze["until"]))
+        blocks, evaluations, periods, evaluators = config["evaluators"] or {}, {}, {}, {}
+        wanted = {"checkpoint": checkpoint["every"], "picture": config["picture_every"], "replicas": guard["replicas_every"]}
+        for name, every in wanted.items():
+            with checks.check():
+                periods[name] = period(every) if every else 0
+        for name, block in blocks.items():
+            with checks.check():
+                evaluations[name] = period(block.get("every", total_steps))
+        with checks.check(FileNotFoundError):
+            evaluators = build_evaluators(
+                {name: {key: value for key, value in block.items() if key != "every"} for name, block in blocks.items()},
+                objective=method, modalities=specs, image_size=method.model.image_size, mesh=mesh, data=data,
+            )  # fmt: skip
+    return Parts(
+        data, init_block(**config["init_from"] or {}), checkpoint, guard, optimizer, base_lr, method, mesh, specs, source, views,
+        steps_per_epoch, total_steps, periods, evaluations, evaluators, window,
+    )  # fmt: skip
 
 
 # The run
@@ -393,210 +364,152 @@ def run(
     log_every: int = 50,
     picture_every: str | int = 0,
     checkpoint: Mapping[str, Any] | None = None,
+    guard: Mapping[str, Any] | None = None,
     writers: Sequence[str] = (),
     profile: str | None = None,
 ) -> TrainState:
-    """Train to `total` (a duration: "100 epochs", "2000 steps"; 0 only evaluates), or go on where `workdir` stopped.
+    """Train to `total` (a duration: "100 epochs", "2000 steps"; 0 only evaluates), or resume where `workdir` stopped.
 
     Start order: resume from the newest sound checkpoint of `workdir`, else `init_from`, else scratch. `global_batch` is
-    the recipe's; `micro_batch` samples (0: as many as fit) are worked off at once. `log_every` is in steps, `picture_every`
-    and `checkpoint.every` are durations. Returns the final state.
+    the recipe's; `micro_batch` samples (0: as many as fit) are processed at once. `log_every` is in steps, `picture_every`
+    and `checkpoint.every` are durations. `guard`: see `maskvit.spikes`. Returns the final state.
+
+    Raises `Mistakes` for a config that cannot work, before anything is computed, and Stopped after a signal.
     """
-    arguments = dict(locals())
-    config = {key: arguments[key] for key in sorted(arguments) if key not in ("workdir", "profile")}
-
-    # The parts, cheap ones first: whatever is wrong is said before any work is lost.
-    with _config_errors():
-        checkpoint = _block("config.checkpoint", checkpoint_block, checkpoint or {})
-        init_from = _block("config.init_from", init_block, init_from or {})
-        data = _block("config.data", data_block, data)
-        check_arguments("config.schedule", make_schedule, schedule, ("base_lr", "global_batch", "steps_per_epoch", "imported_epochs"))
-        check_arguments("config.optimizer", optimizer_block, optimizer)
-        optimizer = dict(optimizer)
-        base_lr = optimizer.pop("base_lr")
-        method = build_objective(dict(modalities=modalities, image_size=image_size, objective=objective))
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"config.seed is {seed}; it must be at least 0 and below 2**31")
-        model = method.model
-        if not model.outputs and not model.projection:
-            raise ValueError("config.objective.outputs is empty: there is nothing to train for")
-        mesh = make_mesh()
-        check_batch(global_batch, mesh)
-        specs = {spec.name: spec for spec in model.modalities}
-        train_source = dict(data["train"])
-        source = open_source(train_source.pop("source", "tfds"), specs, **train_source)
-        steps_per_epoch = epoch_steps(len(source), global_batch)
-        views = parse_augment(data["augment"]).views
-        needs_views = bool(model.projection)
-        if needs_views != (views is not None):
-            what = "learns from several views of a record: set" if needs_views else "takes one view of a record: remove"
-            raise ValueError(f"config.objective.name {objective['name']!r} {what} config.data.augment.views")
-        micro_batch_counts(global_batch, micro_batch, mesh.size)
-        duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
-        total_steps = duration(total)
-        method = method.resolve(functools.partial(duration, total_steps=total_steps))
-        if optimizer.get("freeze"):
-            freeze = _block("config.optimizer.freeze", freeze_block, optimizer["freeze"])
-            optimizer["freeze"] = dict(freeze, until=duration(freeze["until"], total_steps=total_steps))
-        loading = guidance_loading(method.guidance)
-        every = {"checkpoint": duration(checkpoint["every"], total_steps=total_steps)}
-        every["picture"] = duration(picture_every, total_steps=total_steps) if picture_every else 0
-        evaluations = {
-            name: duration(block.get("every", total_steps), total_steps=total_steps) for name, block in (evaluators or {}).items()
-        }
-        runners = build_evaluators(
-            {n: {k: v for k, v in b.items() if k != "every"} for n, b in (evaluators or {}).items()},
-            objective=method, modalities=specs, image_size=model.image_size, mesh=mesh, data=data,
-        )  # fmt: skip
-    store = checkpoints.CheckpointStore(Path(workdir) / "checkpoints", keep=checkpoint["keep"])
-
-    # Resume > init_from > scratch.
-    resume_step = store.latest_valid()
-    saved = store.metadata(resume_step) if resume_step is not None else {}
-    with _config_errors():
+    given = dict(locals())
+    config = _arguments(inspect.signature(run).bind(**given))
+    parts = build_parts(config, profile)
+    with contextlib.ExitStack() as closing:
+        store = checkpoints.CheckpointStore(Path(workdir) / "checkpoints", keep=parts.checkpoint["keep"])
+        closing.callback(store.close)
+        resume_step = store.latest_valid()
+        saved = store.metadata(resume_step) if resume_step is not None else {}
         if saved:
             checkpoints.check_same_run(saved["config"], config)
-        shapes = jax.eval_shape(lambda key: method.init(key)[0], jax.random.key(seed))
-        imported_epochs = saved.get("imported_epochs")
-        if resume_step is None and init_from["path"] and schedule.get("start_epochs", 0) is None:
-            imported_epochs = checkpoints.load_params(init_from["path"])[1].get("source", {}).get("epochs_done")
-        cosine = make_schedule(base_lr, global_batch, steps_per_epoch, imported_epochs=imported_epochs, **schedule)
-        if cosine.start + total_steps > cosine.total:
-            raise ValueError(
-                f"config.total is {total_steps} steps from step {cosine.start} of a schedule of {cosine.total}: it would run "
-                "past the schedule's end; raise config.schedule.total_epochs or lower config.total"
-            )
-        optim = adamw(shapes, frozen_mask(shapes, model), cosine, **optimizer)
+        imported_epochs = _imported_epochs(config, parts, saved)
+        cosine = _schedule(config, parts.base_lr, parts.steps_per_epoch, parts.total_steps, imported_epochs)
+        shapes = jax.eval_shape(lambda key: parts.method.init(key)[0], jax.random.key(seed))
+        optim = adamw(shapes, frozen_mask(shapes, parts.method.model), cosine, **parts.optimizer)
         log = make_writers(writers, workdir, config, resume_step)
+        closing.callback(log.close)
 
-    abstract = jax.eval_shape(lambda: init_state(method, optim, seed, len(source)))
-    shardings = parameter_shardings(abstract, mesh)
-    if resume_step is not None:
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        state = store.restore(resume_step, target)
-        LOG.info("resuming at step %d of %d from %s", resume_step, total_steps, workdir)
-    else:
-        with _config_errors():
-            params, moments = start_params(method, seed, init_from)
-        objective_state = jax.jit(lambda p: method.init_state(p, len(source)))(params)
-        if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
-            objective_state = checkpoints.with_stored_teacher(objective_state, init_from["path"])
-        state = state_from_params(params, objective_state, optim)
-        if moments is not None:
-            state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
-        # Through host memory: every process holds the same values, and places its own part of them.
-        state = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
-        del params, objective_state, moments
+        abstract = jax.eval_shape(lambda: init_state(parts.method, optim, seed, len(parts.source)))
+        shardings = parameter_shardings(abstract, parts.mesh)
+        if resume_step is not None:
+            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            state = store.restore(resume_step, target)
+            LOG.info("resuming at step %d of %d from %s", resume_step, parts.total_steps, workdir)
+        else:
+            state = _first_state(parts, optim, shardings, seed)
 
-    metadata = dict(config=config, versions=checkpoints.versions(), imported_epochs=imported_epochs, steps_per_epoch=steps_per_epoch)
-    step = int(state.step)
+        step = int(state.step)
+        if step >= parts.total_steps:
+            _evaluate_alone(parts, state, log)
+            LOG.info("nothing to train: step %d of %d", step, parts.total_steps)
+            return state
+        signals = closing.enter_context(StopSignals())
+        warn_of_low_rate(cosine, step, parts.total_steps, parts.base_lr, global_batch)
+        if jax.process_index() == 0:
+            warn_of_little_space(store.directory, sum(x.nbytes for x in jax.tree.leaves(state)), store.keep)
+        batches = train_batches(
+            parts.source, parts.specs, parts.method.model.image_size, seed=seed, global_batch=global_batch, start_step=step,
+            augment=parts.data["augment"], process_index=jax.process_index(), process_count=jax.process_count(),
+            workers=parts.data["workers"], prefetch=parts.data["prefetch"], timeout=parts.data["timeout"],
+            inputs=parts.method.model.inputs, **parts.loading,
+        )  # fmt: skip
+        closing.callback(batches.close)
+        place = functools.partial(place_batch, mesh=parts.mesh)
+        batch, telling = place(next(batches)), Telling(parts.mesh)
+        pure_step = functools.partial(
+            _placed_step, objective=parts.method, optimizer=optim, shardings=shardings, result_sharding=replicated(parts.mesh)
+        )
+        compiled, micro_batches, memory = compile_step(
+            pure_step, (state, batch, np.int32(seed), np.float32(0), telling(0, has_batch=True)), global_batch=global_batch,
+            micro_batch=micro_batch, before=int(saved.get("micro_batches", 0)), devices=parts.mesh.size, model=parts.method.model,
+        )  # fmt: skip
+        flops = _flops(parts, global_batch)
+        if jax.process_index() == 0:
+            LOG.info("%s", start_report(
+                parts.method, parts.mesh, parts.source, shapes, cosine, step, total_steps=parts.total_steps,
+                steps_per_epoch=parts.steps_per_epoch, global_batch=global_batch, micro_batches=micro_batches, flops=flops, memory=memory,
+            ))  # fmt: skip
+        draws = parts.periods["picture"] > 0
+        parts_of_loop = Run(
+            workdir=Path(workdir), total_steps=parts.total_steps, steps_per_epoch=parts.steps_per_epoch, log_every=log_every, seed=seed,
+            periods=parts.periods, evaluations=parts.evaluations, evaluators=parts.evaluators, draws=draws,
+            painter=Painter(parts.method, parts.source, parts.specs, seed, parts.loading) if draws and jax.process_index() == 0 else None,
+            store=store, log=log, batches=batches, place=place, compiled=compiled, telling=telling,
+            guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
+            throughput=Throughput(global_batch, flops), profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
+            metadata=dict(
+                config=config, versions=checkpoints.versions(), imported_epochs=imported_epochs, steps_per_epoch=parts.steps_per_epoch,
+                micro_batches=micro_batches,
+            ),
+        )  # fmt: skip
+        return Loop(parts_of_loop, state, batch, signals, closing).run()
 
-    def evaluate(due: Sequence[str]) -> None:
-        for name in due:
-            results = {f"{name}/{key}": value for key, value in runners[name].run(state.params, state.objective_state)}
-            LOG.info("step %d  %s", step, "  ".join(f"{key} {value:.2f}" for key, value in results.items()))
-            log.write_scalars(step, results)
 
-    if step >= total_steps:
-        evaluate(list(runners) if total_steps == 0 else [])
-        LOG.info("nothing to train: step %d of %d", step, total_steps)
-        log.close()
-        store.close()
-        return state
+def _imported_epochs(config: Mapping[str, Any], parts: Parts, saved: Mapping[str, Any]) -> float | None:
+    """For how many epochs the imported checkpoint was trained, where the schedule continues there."""
+    if saved or not _continues_imported(config) or not parts.init_from["path"]:
+        return saved.get("imported_epochs")
+    return checkpoints.load_params(parts.init_from["path"])[1].get("source", {}).get("epochs_done")
 
-    batches = train_batches(
-        source, specs, model.image_size, seed=seed, global_batch=global_batch, start_step=step, augment=data["augment"],
-        process_index=jax.process_index(), process_count=jax.process_count(), workers=data["workers"], prefetch=data["prefetch"],
-        inputs=model.inputs, **loading,
-    )  # fmt: skip
-    batch: Batch | None = place_batch(next(batches), mesh)
-    pure_step = functools.partial(_placed_step, objective=method, optimizer=optim, shardings=shardings, metric_sharding=replicated(mesh))
-    # An argument, not a constant: runs that differ in their seed alone share a compilation.
-    step_seed = np.int32(seed)
-    compiled, micro_batches, memory = compile_step(
-        pure_step, state, batch, step_seed, global_batch=global_batch, micro_batch=micro_batch, devices=mesh.size, model=model
-    )
-    if views is None:
-        flops = global_batch * step_flops(method)
-    else:
-        flops = global_batch * distillation_flops(method, GLOBAL_VIEWS, views.local_crops, views.local_image_size)
-    if jax.process_index() == 0:
-        LOG.info("%s", start_report(
-            method, mesh, source, shapes, cosine, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch,
-            micro_batches=micro_batches, flops=flops, memory=memory,
-        ))  # fmt: skip
-    painter = Painter(method, source, specs, seed, loading) if every["picture"] and jax.process_index() == 0 else None
-    asked_to_stop = stop_on_sigterm()
-    accumulated, throughput, progress = Accumulator(), Throughput(global_batch, flops), Progress(total_steps, step)
-    trace = profile_window(profile)
-    bad_before = int(saved.get("bad_samples", 0))
 
-    def save() -> None:
-        with throughput.paused():
-            store.save(step, state, dict(metadata, bad_samples=bad_before + batches.bad_samples))
+def _continues_imported(config: Mapping[str, Any]) -> bool:
+    return config["schedule"].get("start_epochs", 0) is None
 
-    # The order of these lines is what makes a resumed run equal an uninterrupted one: a checkpoint at step s holds
-    # the state before batch s, and batch s is a function of s.
-    try:
-        while True:
-            # A resumed run did all that is due at its first step before it stopped.
-            fresh = step != resume_step
-            due = [name for name, period in evaluations.items() if fresh and is_time(step, period, total_steps)]
-            draw = painter if painter is not None and fresh and is_time(step, every["picture"], total_steps, first=True) else None
-            if due or draw is not None:
-                with throughput.paused():
-                    jax.block_until_ready(state)
-                    evaluate(due)
-                    if draw is not None:
-                        log.write_images(step, draw(state))
-            if fresh and is_time(step, every["checkpoint"], total_steps):
-                save()
-            if step == total_steps:
-                break
-            if all_processes_stop(asked_to_stop, step, log_every):
-                save()
-                store.wait()
-                LOG.info("stopped by SIGTERM at step %d, state saved: the same command goes on from here", step)
-                raise Stopped(143)
-            if batch is None:
-                with throughput.waiting():
-                    host_batch = next(batches)
-                batch = place_batch(host_batch, mesh)
-            trace(step, Path(workdir) / "profile")
-            state, metrics = compiled(state, batch, step_seed)
-            accumulated.add(metrics)
-            batch, step = None, step + 1
-            throughput.step()
-            progress.update(step)
-            if step % log_every == 0 or step == total_steps:
-                values = accumulated.summarize()
-                skipped = values.pop("skipped") * (log_every if step % log_every == 0 else step % log_every)
-                values |= throughput.read() | {"skipped_steps": float(state.skipped), "epoch": step / steps_per_epoch}
-                if bad_before + batches.bad_samples:
-                    values["bad_samples"] = float(bad_before + batches.bad_samples)
-                progress.report(step, values)
-                for alarm in (name for name, value in values.items() if name.startswith("alarm/") and value > 0):
-                    progress.message(f"step {step}: ALARM {alarm.removeprefix('alarm/')} in {values[alarm]:.0%} of the last steps")
-                if skipped:
-                    progress.message(f"step {step}: {round(skipped)} of the last steps skipped, loss or gradient was not finite")
-                log.write_scalars(step, values)
-                if round(skipped) >= log_every > 1:
-                    raise FloatingPointError(
-                        f"all of the last {log_every} steps up to step {step} had a non-finite loss or gradient: look at the data and the "
-                        f"learning rate; the last checkpoint in {workdir} is from before the loss was lost"
-                    )
-    finally:
-        batches.close()
-        progress.close()
-        store.close()
-        log.close()
-    return state
+
+def _schedule(config: Mapping[str, Any], base_lr: float, steps_per_epoch: int, total_steps: int, imported_epochs: float | None) -> Cosine:
+    """The learning rate of the run. Raises where the run is longer than its schedule."""
+    cosine = make_schedule(base_lr, config["global_batch"], steps_per_epoch, imported_epochs=imported_epochs, **config["schedule"])
+    if cosine.start + total_steps > cosine.total:
+        raise ValueError(
+            f"config.total is {total_steps} steps from step {cosine.start} of a schedule of {cosine.total}: it would run "
+            "past the schedule's end; raise config.schedule.total_epochs or lower config.total"
+        )
+    return cosine
+
+
+def _first_state(parts: Parts, optim: Any, shardings: Any, seed: int) -> TrainState:
+    """The state of step 0: fresh, or from a checkpoint's parameters, moments and teacher."""
+    init_from = parts.init_from
+    params, moments = start_params(parts.method, seed, init_from)
+    objective_state = jax.jit(lambda p: parts.method.init_state(p, len(parts.source)))(params)
+    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
+        objective_state = checkpoints.with_stored_teacher(objective_state, init_from["path"])
+    state = state_from_params(params, objective_state, optim)
+    if moments is not None:
+        state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
+    # Through host memory: every process holds the same values, and places its own part of them.
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
+
+
+def _evaluate_alone(parts: Parts, state: TrainState, log: Writers) -> None:
+    """`config.total = 0`: the evaluators once, and nothing else."""
+    for name in parts.evaluators if parts.total_steps == 0 else ():
+        write_figures(log, int(state.step), evaluate(parts.evaluators, name, state, lambda: None))
+
+
+def _flops(parts: Parts, global_batch: int) -> float:
+    """The model's arithmetic per step, in FLOP."""
+    if parts.views is None:
+        return global_batch * step_flops(parts.method)
+    return global_batch * distillation_flops(parts.method, GLOBAL_VIEWS, parts.views.local_crops, parts.views.local_image_size)
 
 
 def _placed_step(
-    state: Any, batch: Any, seed: Any, *, objective: Any, optimizer: Any, micro_batches: int, shardings: Any, metric_sharding: Any
-):
-    """`train_step` whose results stay where the rules put them."""
-    state, metrics = train_step(state, batch, objective=objective, optimizer=optimizer, seed=seed, micro_batches=micro_batches)
+    state: Any, batch: Any, seed: Any, loss_limit: Any, word: Any, *, objective: Any, optimizer: Any, micro_batches: int, shardings: Any,
+    result_sharding: Any,
+) -> tuple[TrainState, Results]:  # fmt: skip
+    """`train_step` whose results stay where the rules put them, with what the processes told along with it (see `Telling`)."""
+    told = word.max(axis=0)
+    # Whatever is communicated in the step comes after this: two exchanges without an order can block each other on the CPU. All of
+    # them depend on the seed; that of a void step does not matter.
+    seed = jnp.where(told[1] > 0, 0, seed)
+    state, metrics = train_step(
+        state, batch, objective=objective, optimizer=optimizer, seed=seed, micro_batches=micro_batches, loss_limit=loss_limit,
+        void=told[1] > 0,
+    )  # fmt: skip
     state = jax.lax.with_sharding_constraint(state, shardings)
-    return state, jax.lax.with_sharding_constraint(metrics, metric_sharding)
+    return state, jax.lax.with_sharding_constraint(Results(metrics, told, optax.tree.norm(state.params)), result_sharding)

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "maskvit"
 LEVELS = {
     **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "config_files", "arguments", "errors", "keys"), 0),
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops", "pictures"), 1),
+    **dict.fromkeys(("disk", "profiling", "signals", "spikes", "watchdog"), 1),
     **dict.fromkeys(("models", "data", "checkpoints"), 2),
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
-    "step": 4,
+    **dict.fromkeys(("step", "flight", "microbatches", "painter", "loop"), 4),
     **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo", "init"), 5),
     "__main__": 6,
 }
@@ -34,6 +35,7 @@ BESIDE = {
     "bench": {"features"},
     "report": {"features", "sweep", "train"},
     "maps": {"features"},
+    "loop": {"flight"},
     "sweep": {"train"},
     "init": {"train"},
     "demo": {"train", "report", "features", "bench"},

@@ -32,6 +32,17 @@ def test_accumulator_starts_anew_after_a_summary():
     assert accumulator.summarize() == {}
 
 
+def test_an_accumulator_continues_exactly_where_it_was_saved():
+    rng = np.random.default_rng(0)
+    parts = [{"loss": pair(*rng.random(2)), "nan": pair(np.nan, 1.0)} for _ in range(20)]
+    whole, stopped = Accumulator(), Accumulator()
+    for part in parts:
+        whole.add(part)
+        stopped.add(part)
+        stopped = Accumulator(json.loads(json.dumps(stopped.as_json(), allow_nan=False)))
+    assert stopped.sums()["loss"] == whole.sums()["loss"] and np.isnan(stopped.summarize()["nan"])
+
+
 def write_run(workdir, resume_step, steps):
     writer = JsonlWriter(workdir, {}, resume_step)
     for step in steps:
@@ -48,8 +59,43 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
         file.write('{"step": 7, "lo')  # killed while writing
     write_run(stopped, 4, range(5, 9))
     assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    write_run(stopped, None, [1])
-    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_new_run_keeps_the_file_of_one_that_left_no_checkpoint(tmp_path):
+    write_run(tmp_path, None, range(1, 4))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    write_run(tmp_path, None, [1])
+    write_run(tmp_path, None, [1, 2])
+    assert (tmp_path / "metrics_1.jsonl").read_bytes() == before
+    assert [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("*.jsonl"))] == [4, 6, 2]
+
+
+def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, caplog):
+    write_run(tmp_path, None, range(1, 5))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = [
+        lines[1].replace(b"step", b"st\xf4p"),  # one flipped bit, no UTF-8
+        lines[2].replace(b'"step": 2', b'"step": 2e0'),
+        b"\x00\x00\x00\n",
+        b"[" * 100_000 + b"\n",
+        b'{"step": true}\n',
+        b"7\n",
+    ]
+    path.write_bytes(b"".join([lines[0], *damaged, *lines[3:]]))
+    with caplog.at_level("WARNING"):
+        JsonlWriter(tmp_path, {}, 3).close()
+    assert path.read_bytes().splitlines(keepends=True) == [lines[0], *lines[3:6]]
+    assert caplog.text.count("dropped the broken line") == len(damaged)
+
+
+def test_what_was_written_of_a_step(tmp_path):
+    writers = make_writers([], tmp_path, {}, None)
+    writers.write_scalars(2, {"loss": 1.0})
+    writers.write_scalars(3, {"knn/top1": 1.0})
+    writers.write_images(3, {"masking": np.zeros((4, 4, 3), np.uint8)})
+    assert writers.written(3) == {"step", "knn/top1", "masking"} and writers.written(4) == set()
+    writers.close()
 
 
 def test_rows_are_json_whatever_the_values(tmp_path):
@@ -128,6 +174,17 @@ def test_utilisation_is_known_or_absent_and_never_above_one(monkeypatch):
     clock.now += 1
     throughput.step()
     assert throughput.read() == {}  # impossible, so not reported
+
+
+def test_no_device_is_as_fast_as_a_clock_that_was_read_too_early():
+    clock = Clock()
+    throughput = Throughput(global_batch=8, flops_per_step=1e15, clock=clock)  # on the CPU, whose peak is not known
+    clock.now += 1
+    throughput.step()
+    assert throughput.read()["steps_per_second"] == 1
+    clock.now += 1e-4
+    throughput.step()
+    assert throughput.read() == {}
 
 
 @pytest.mark.parametrize(

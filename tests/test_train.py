@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,13 +16,14 @@ from configs import common
 from maskvit import train
 from maskvit.checkpoints import CheckpointError, find_checkpoint
 from maskvit.durations import to_steps
+from maskvit.evaluators import EVALUATORS
+from maskvit.loop import Loop
 from maskvit.objectives import build_objective
 from tests.runs import (
     child,
     distinct_smoke_forms,
     finish,
     get_config,
-    losses,
     make_scenes,
     on_scenes,
     same_params,
@@ -68,14 +71,108 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
 
 
 def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
-    config = small_run(data_dir, guided=True, total="6 steps", checkpoint=dict(every="6 steps", keep=2))
+    config = small_run(data_dir, guided=True, total="6 steps", log_every=4, checkpoint=dict(every="6 steps", keep=2))
     train.run(str(tmp_path / "whole"), **config)
     for stop in (1, 5):  # 5 steps are an epoch
         workdir = tmp_path / f"stopped_{stop}"
-        train.run(str(workdir), **{**config, "total": f"{stop} steps"})
+        stop_at(stop, str(workdir), config)
         train.run(str(workdir), **config)
         assert same_params(workdir, tmp_path / "whole")
-        np.testing.assert_array_equal(losses(workdir), losses(tmp_path / "whole"))
+        assert measured(workdir) == measured(tmp_path / "whole")
+
+
+def stop_at(step: int, workdir: str, config: dict) -> None:
+    """Run until SIGTERM comes while step `step - 1` is handed over."""
+    take_step = Loop._take_step
+
+    def then_stop(loop):
+        take_step(loop)
+        if loop.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not loop._signals.asked:
+                time.sleep(0.001)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped) as stopped:
+        patch.setattr(Loop, "_take_step", then_stop)
+        train.run(workdir, **config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+def measured(workdir) -> list[dict]:
+    """The rows of a run without the figures of its speed."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "steps_per_second", "data_wait")} for row in rows]
+
+
+def skip_steps(monkeypatch, first: int, end: int) -> None:
+    """The updates of steps first ... end - 1 are refused, as for a gradient that is not finite."""
+    step = train.train_step
+
+    def refusing(state, batch, *, loss_limit, **settings):
+        refused = (state.step >= first) & (state.step < end)
+        return step(state, batch, loss_limit=jnp.where(refused, -jnp.inf, loss_limit), **settings)
+
+    monkeypatch.setattr(train, "train_step", refusing)
+
+
+def test_skips_in_a_row_go_back_to_a_healthy_checkpoint_that_nothing_replaced(data_dir, tmp_path, monkeypatch, capsys):
+    config = small_run(data_dir, total="16 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
+    skip_steps(monkeypatch, 8, 11)
+    whole = train.run(str(tmp_path / "whole"), **config)
+    # Known at step 12, two steps later: back to step 8, of whose successors (10) none was healthy.
+    assert "step 12: 3 updates in a row were skipped. Back to the parameters of step 8" in capsys.readouterr().err
+    assert int(whole.step) == 16 and int(whole.skipped) == 4
+    stop_at(11, str(tmp_path / "stopped"), config)
+    assert {p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir() if p.name.isdigit()} == {"8", "11"}
+    resumed = train.run(str(tmp_path / "stopped"), **config)
+    for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_skips_that_never_end_stop_the_run_with_what_is_true(data_dir, tmp_path, monkeypatch):
+    config = small_run(data_dir, total="40 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
+    skip_steps(monkeypatch, 2, 1000)
+    with pytest.raises(FloatingPointError, match="step 10: 3 updates in a row were skipped, and it was so again after returning to step 2"):
+        train.run(str(tmp_path), **config)
+    skip_steps(monkeypatch, 0, 1000)
+    with pytest.raises(FloatingPointError, match="there is no checkpoint from before to return to"):
+        train.run(str(tmp_path / "from_the_start"), **config)
+
+
+class Faulty:
+    """An evaluator that fails at first, then is told to stop in the middle, then works."""
+
+    calls = 0
+
+    def __init__(self, objective, modalities, image_size, mesh, data):
+        del objective, modalities, image_size, mesh, data
+
+    def run(self, params, objective_state, between):
+        Faulty.calls += 1
+        if Faulty.calls == 1:
+            raise RuntimeError("no figures today")
+        if Faulty.calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        yield "figure", float(Faulty.calls)
+
+
+def test_an_evaluation_that_fails_or_is_stopped_loses_nothing_and_is_made_up_for(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(EVALUATORS, "faulty", Faulty)
+    evaluators = dict(faulty=dict(type="faulty", every="2 steps"))
+    config = small_run(data_dir, total="3 steps", checkpoint=dict(every="100 steps", keep=2), evaluators=evaluators)
+    with pytest.raises(RuntimeError, match="no figures today"):
+        train.run(str(tmp_path), **config)
+    assert find_checkpoint(tmp_path).name == "2"
+    start = time.monotonic()
+    with pytest.raises(train.Stopped) as stopped:
+        train.run(str(tmp_path), **config)
+    assert stopped.value.code == 130 and time.monotonic() - start < 50
+    train.run(str(tmp_path), **config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["faulty/figure"]) for row in rows if "faulty/figure" in row] == [(2, 3.0), (3, 4.0)]
+    train.run(str(tmp_path), **config)  # nothing is left to do
+    assert Faulty.calls == 4
 
 
 def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):

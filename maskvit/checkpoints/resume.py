@@ -19,6 +19,8 @@ MAY_DIFFER = (
     "evaluators",
     "data.workers",
     "data.prefetch",
+    "data.timeout",
+    "guard",
     "data.train.data_dir",
     "micro_batch",
     "total",

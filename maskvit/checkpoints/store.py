@@ -41,7 +41,8 @@ class CheckpointStore:
 
     Args:
       directory: the run's checkpoints directory; made if absent. CheckpointError at once where it cannot be written.
-      keep: how many newest verified checkpoints stay. An older one goes only after the new one was verified.
+      keep: how many newest verified checkpoints stay. An older one goes only after the new one was verified, and the newest
+        whose metadata do not say "healthy": false stays in any case.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3) -> None:
@@ -100,9 +101,29 @@ class CheckpointStore:
             if problems:
                 raise CheckpointError("; ".join(problems))
             (self.directory / f".unfinished-{step}").unlink()
-            for old in self._sound_looking()[: -self.keep]:
+            steps = self._sound_looking()
+            healthy = [step for step in steps if self._is_healthy(step)]
+            for old in set(steps[: -self.keep]) - set(healthy[-1:]):
                 _remove(self.directory / str(old))
         self._saved.add(step)
+
+    def has(self, step: int) -> bool:
+        """Whether this store has saved or restored `step`."""
+        return step in self._saved
+
+    def latest_healthy(self) -> int | None:
+        """The newest step that verifies and was saved without "healthy": false in its metadata; None if there is none."""
+        self.wait()
+        found = -1
+        if jax.process_index() == 0:
+            step, _ = newest_sound(self.directory, [step for step in self._sound_looking() if self._is_healthy(step)])
+            found = -1 if step is None else step
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        return None if found < 0 else found
+
+    def _is_healthy(self, step: int) -> bool:
+        return bool(read_metadata(self.directory / str(step)).get("healthy", True))
 
     def _sound_looking(self) -> list[int]:
         """Steps that have a manifest: the ones that retention counts. Unverified ones are nobody's to delete."""

@@ -18,7 +18,6 @@ import os
 import queue
 import re
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -494,7 +493,7 @@ class Batches(Iterator[dict[str, Any]]):
     def _hangs(self) -> LoaderError:
         """Name what hangs, write the stacks of everything to standard error, and end the workers, which will not end by themselves."""
         worker = self._table.hanging()
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
         self._table.dump_stacks()
         self._table.kill()
         if worker is None:
@@ -507,7 +506,8 @@ class Batches(Iterator[dict[str, Any]]):
             )
         return LoaderError(
             f"the loader gave no batch for {self._timeout:g} s (config.data.timeout): {which}. The stacks of all threads and workers are "
-            f"in the lines above; look at the disk or network that holds {self._chunks.source.describe()}"
+            f"in the lines above; look at the disk or network that holds {self._chunks.source.describe()}",
+            thread_hangs=not self._table.count,
         )
 
     def _count_bad(self, bad: list[tuple[str, str]], rows: int) -> RuntimeError | None:

@@ -26,7 +26,14 @@ _ROW = struct.Struct("qqd")  # process id (0: not started yet), chunk in hand (-
 
 
 class LoaderError(RuntimeError):
-    """No further batch will come: a worker died, or nothing came within the time allowed."""
+    """No further batch will come: a worker died, or nothing came within the time allowed.
+
+    `thread_hangs`: a thread of this process is stuck, so that the interpreter cannot end by itself.
+    """
+
+    def __init__(self, message: str, thread_hangs: bool = False):
+        super().__init__(message)
+        self.thread_hangs = thread_hangs
 
 
 class Worker(NamedTuple):
@@ -118,7 +125,7 @@ def start_worker(table: Any, number: int, count: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     _mine = table
     table.enter(number)
     parent = multiprocessing.parent_process()

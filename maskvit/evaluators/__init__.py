@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
@@ -20,10 +20,11 @@ class Evaluator(Protocol):
     ValueError or FileNotFoundError for whatever can be known to be wrong before any work.
     """
 
-    def run(self, params: Any, objective_state: Any) -> Iterator[tuple[str, float]]:
+    def run(self, params: Any, objective_state: Any, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
         """Yield (name of a figure, its value); the loop puts the evaluator's own name before it ("knn/mean/top1_k20").
 
-        Every process must iterate, and all get the same values.
+        Every process must iterate, and all get the same values. `between` is called after every batch, on every process: it
+        ends the evaluation, by an exception, where one of them is asked to stop.
         """
         ...
 

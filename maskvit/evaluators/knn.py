@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,6 +145,10 @@ def _has_labels(source: Source) -> bool:
     return False
 
 
+def _nothing() -> None:
+    pass
+
+
 class Knn:
     """Weighted k-NN on the features of an unmasked pass over the first input modality.
 
@@ -188,7 +192,7 @@ class Knn:
             raise ValueError(f"k-NN baselines need pixels, but the first input {self._input!r} has class ids: set baselines=False")
         self._ks, self._temperature, self._baselines = tuple(int(k) for k in ks), temperature, baselines
         self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-        self._workers, self._crop = int(data.get("workers", 0)), crop
+        self._workers, self._crop, self._timeout = int(data.get("workers", 0)), crop, float(data.get("timeout", 600.0))
         self._limits = {"train": limit_train, "test": limit_test}
         default = dict(data["train"])
         blocks = {"train": train or default, "test": test or {**default, "split": "val"}}
@@ -220,7 +224,7 @@ class Knn:
         features |= pixel_features(batch[self._input]) if pixels else {}
         return features, batch["label"], batch["valid"]
 
-    def examples(self, split: str, params: Any, objective_state: Any, pixels: bool) -> Examples:
+    def examples(self, split: str, params: Any, objective_state: Any, pixels: bool, between: Callable[[], None] = _nothing) -> Examples:
         """All usable examples of "train" or "test", each once, the same on every process."""
         from tqdm import tqdm
 
@@ -229,6 +233,7 @@ class Knn:
         batches = eval_batches(
             source, self._modalities, self._image_size, batch_size=self._batch_size, process_index=jax.process_index(),
             process_count=jax.process_count(), workers=self._workers, crop=self._crop, limit=limit, inputs=(self._input,),
+            timeout=self._timeout,
         )  # fmt: skip
         parts: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         hidden = True if jax.process_index() else None  # None: shown on a terminal only
@@ -238,16 +243,17 @@ class Knn:
                 features, labels, valid = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
                 parts.append(({name: values[valid] for name, values in features.items()}, labels[valid]))
                 bar.update()
+                between()
         labels = np.concatenate([part for _, part in parts])
         if (labels < 0).any():
             raise ValueError(f"k-NN needs labels, but {(labels < 0).sum()} of {len(labels)} records have none: {source.describe()}")
         return Examples({name: np.concatenate([features[name] for features, _ in parts]) for name in parts[0][0]}, labels)
 
-    def run(self, params: Any, objective_state: Any) -> Iterator[tuple[str, float]]:
+    def run(self, params: Any, objective_state: Any, between: Callable[[], None] = _nothing) -> Iterator[tuple[str, float]]:
         """Yield ("mean/top1_k20", percent) and so on; the baselines, which no training changes, are computed once."""
         pixels = self._baselines and not self._baseline_figures
-        train = self.examples("train", params, objective_state, pixels)
-        test = self.examples("test", params, objective_state, pixels)
+        train = self.examples("train", params, objective_state, pixels, between)
+        test = self.examples("test", params, objective_state, pixels, between)
         names = [len(source.label_names) for source in self._sources.values()]
         num_classes = int(max(*names, train.labels.max() + 1, test.labels.max() + 1))
         for feature, train_features in train.features.items():
