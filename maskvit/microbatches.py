@@ -12,10 +12,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 LOG = logging.getLogger("maskvit")
+# By default some sums on a GPU (of gradients that meet at one place) are taken in the order in which they happen to arrive.
+DETERMINISTIC: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 
 def compile_step(
-    step: Any, arguments: tuple[Any, ...], *, global_batch: int, micro_batch: int, before: int, devices: int, model: Any
+    step: Any,
+    arguments: tuple[Any, ...],
+    *,
+    global_batch: int,
+    micro_batch: int,
+    before: int,
+    devices: int,
+    model: Any,
+    deterministic: bool = False,
 ) -> tuple[Any, int, float]:
     """Compile the train step with as few micro-batches as fit: (compiled step, micro-batches, bytes per device).
 
@@ -23,6 +33,7 @@ def compile_step(
       arguments: of the step, the state first, which it may use up.
       micro_batch: samples at once over all devices; 0 lets the compiler's own account of memory decide, from an estimate on.
       before: the number of micro-batches before a stop, 0 if there was none: then no fewer, so that sums round alike.
+      deterministic: the same numbers in every run on the same GPUs, at some cost; elsewhere that is so anyway.
 
     Free memory differs between processes: the least of all decides, so that all compile the same program.
     """
@@ -32,8 +43,10 @@ def compile_step(
         counts = [n for n in counts if n >= before]
     per_sample = activation_bytes(model)
     counts = [n for n in counts if global_batch / n / devices * per_sample < limit or n == before] or counts[-1:]
+    options = DETERMINISTIC if deterministic and jax.default_backend() == "gpu" else None
     for n in counts:
-        compiled = jax.jit(functools.partial(step, micro_batches=n), donate_argnums=0).lower(*arguments).compile()
+        lowered = jax.jit(functools.partial(step, micro_batches=n), donate_argnums=0).lower(*arguments)
+        compiled = lowered.compile(compiler_options=options)
         memory = compiled.memory_analysis()
         needed = _over_all(memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0, max)
         if needed <= limit or n == counts[-1]:

@@ -365,6 +365,7 @@ def run(
     picture_every: str | int = 0,
     checkpoint: Mapping[str, Any] | None = None,
     guard: Mapping[str, Any] | None = None,
+    deterministic: bool = False,
     writers: Sequence[str] = (),
     profile: str | None = None,
 ) -> TrainState:
@@ -372,7 +373,8 @@ def run(
 
     Start order: resume from the newest sound checkpoint of `workdir`, else `init_from`, else scratch. `global_batch` is
     the recipe's; `micro_batch` samples (0: as many as fit) are processed at once. `log_every` is in steps, `picture_every`
-    and `checkpoint.every` are durations. `guard`: see `maskvit.spikes`. Returns the final state.
+    and `checkpoint.every` are durations. `guard`: see `maskvit.spikes`. `deterministic`: on GPUs too a run is repeated bit for bit.
+    Returns the final state.
 
     Raises `Mistakes` for a config that cannot work, before anything is computed, and Stopped after a signal.
     """
@@ -426,6 +428,7 @@ def run(
         compiled, micro_batches, memory = compile_step(
             pure_step, (state, batch, np.int32(seed), np.float32(0), telling(0, has_batch=True)), global_batch=global_batch,
             micro_batch=micro_batch, before=int(saved.get("micro_batches", 0)), devices=parts.mesh.size, model=parts.method.model,
+            deterministic=deterministic,
         )  # fmt: skip
         flops = _flops(parts, global_batch)
         if jax.process_index() == 0:

@@ -10,8 +10,8 @@ import ml_collections
 from absl import logging
 
 # Keys a resumed run may change, because none of them changes what is computed at a step: how often things are written
-# or evaluated, loader speed, how the global batch is split (equal but for rounding), when to stop (the schedule has
-# lengths of its own), and where the data lies. Everything else makes it another run.
+# or evaluated, loader speed, how the global batch is split and in which order sums are taken (equal but for rounding),
+# when to stop (the schedule has lengths of its own), and where the data lies. Everything else makes it another run.
 MAY_DIFFER = (
     "log_every",
     "picture_every",
@@ -23,6 +23,7 @@ MAY_DIFFER = (
     "guard",
     "data.train.data_dir",
     "micro_batch",
+    "deterministic",
     "total",
 )
 
