@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 
 def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int) -> dict[str, Any]:
     """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed."""
-    import tensorflow_datasets as tfds
-
     from maskvit.data import open_source
     from maskvit.data.pipeline import train_batches
-    from maskvit.data.sources import STATED
+    from maskvit.data.sources import STATED, open_builder
     from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 
     # What the data set states of itself (class count, code for missing depth) goes before the published declarations.
-    stated = (tfds.builder(name, data_dir=data_dir).info.metadata or {}).get("modalities", {})
+    stated = (open_builder(os.path.abspath(os.path.expanduser(data_dir)), name).info.metadata or {}).get("modalities", {})
     declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
     modalities = parse_modalities(
         {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}

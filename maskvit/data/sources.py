@@ -99,7 +99,7 @@ class TfdsSource:
         per_class: int | None = None,
     ):
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
-        builder = _open_builder(data_dir, name)
+        builder = open_builder(data_dir, name)
         self.directory = str(builder.data_dir)  # one version's folder: workers open it without looking for the name
         self.name = builder.info.full_name
         self.split = split
@@ -217,7 +217,8 @@ def _undecoded(features: Any) -> Any:
     return None
 
 
-def _open_builder(data_dir: str, name: str) -> Any:
+def open_builder(data_dir: str, name: str) -> Any:
+    """The TFDS builder of a prepared data set, as `TfdsSource` names it. Raises FileNotFoundError where there is none."""
     import tensorflow_datasets as tfds
 
     if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
@@ -232,7 +233,7 @@ def _open_builder(data_dir: str, name: str) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"no prepared data set {name!r} under {data_dir}: prepare it first, or set config.data's name and data_dir to a folder "
-            f"that holds <name>/<version>/dataset_info.json ({error})"
+            "that holds <name>/<version>/dataset_info.json"
         ) from error
 
 

@@ -1,0 +1,232 @@
+"""What a person can get wrong at each command: one line, or one list, exit status 2, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import maskvit.bench.__main__
+import maskvit.data.builders.__main__
+import maskvit.demo
+import maskvit.features
+import maskvit.guidance.maps
+import maskvit.init.__main__
+import maskvit.report.__main__
+import maskvit.sweep.__main__
+from tests.runs import ROOT, small_run, write_config
+
+MAINS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "bench": maskvit.bench.__main__.main,
+    "builders": maskvit.data.builders.__main__.main,
+    "demo": maskvit.demo.main,
+    "features": maskvit.features.main,
+    "maps": maskvit.guidance.maps.main,
+    "init": maskvit.init.__main__.main,
+    "report": maskvit.report.__main__.main,
+    "sweep": maskvit.sweep.__main__.main,
+}
+MAPS = dict(
+    data=dict(source="tfds", name="scenes", data_dir="nowhere"), modalities=dict(rgb={}), model=dict(checkpoint="nowhere"),
+    source=dict(name="self_attention"), out=dict(data_dir="maps", name="maps"), image_size=32, batch_size=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder with the things that the commands below are pointed at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures" / "rgb" / "all").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "pictures" / "rgb" / "all" / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no picture")
+    (tmp_path / "syntax.py").write_text("def get_config(:\n")
+    (tmp_path / "nothing.py").write_text("x = 1\n")
+    (tmp_path / "raises.py").write_text("def get_config():\n    return unknown\n")
+    (tmp_path / "cells.py").write_text(
+        "from configs import common\nget_config = common.scenes\ndef get_sweep():\n    return {'a': {}, 'b': {'seed.x': 1}}\n"
+    )
+    write_config(tmp_path / "run.py", small_run("nowhere"))
+    write_config(tmp_path / "maps.py", MAPS)
+    for name, text in {"broken": '{"step": 1,\n', "list": "[1]\n", "blank": ""}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
+    (tmp_path / "sweep" / "total=1_steps" / "seed_0").mkdir(parents=True)
+    (tmp_path / "sweep" / "total=1_steps" / "seed_0" / "result.json").write_text("{")
+    damaged = tmp_path / "checkpoint" / "checkpoints" / "1"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text(json.dumps([]))
+    return tmp_path
+
+
+FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
+SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
+MISTAKES: list[tuple[str, list[str], str]] = [
+    # files that are not there, or are not what they should be
+    ("features", FEATURES, "nowhere"),
+    ("features", [*FEATURES[:1], "empty", *FEATURES[2:]], "empty"),
+    ("features", [*FEATURES[:1], "checkpoint", *FEATURES[2:]], "checkpoint"),
+    ("features", [*FEATURES[:1], "text.txt", *FEATURES[2:]], "text.txt"),
+    ("features", [*FEATURES[:3], "empty", *FEATURES[4:]], "no images below empty"),
+    ("features", [*FEATURES[:3], "text.txt", *FEATURES[4:]], "no folder"),
+    ("features", [*FEATURES[:5], "f.csv"], ".npz or .safetensors"),
+    ("features", [*FEATURES[:5], "none/f.npz"], "the folder none does not exist"),
+    ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "a.html"], "nowhere"),
+    ("report", ["attention", "--checkpoint", "nowhere", "--images", "empty", "--out", "a.html"], "no images below empty"),
+    ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "empty"], "--out is 'empty', which is a folder"),
+    ("report", ["decoder", "--checkpoint", "checkpoint", "--images", "pictures", "--out", "a.html"], "checkpoint"),
+    ("report", ["rows", "--checkpoint", "empty", "--data_dir", "empty"], "empty"),
+    ("report", ["compare", "nowhere", "--out", "a.html"], "nowhere holds no run"),
+    ("report", ["compare", "runs/broken", "--out", "a.html"], "runs/broken"),
+    ("report", ["compare", "runs/list", "--out", "a.html"], "runs/list"),
+    ("report", ["compare", "runs/blank", "--out", "a.html"], "runs/blank"),
+    ("report", ["compare", "runs/blank", "--baseline", "x", "--out", "a.html"], "--baseline is 'x'"),
+    ("report", ["masks", "--config", "nowhere.py", "--out", "a.html"], "the config file nowhere.py does not exist"),
+    ("report", ["masks", "--config", "syntax.py", "--out", "a.html"], "syntax.py:1"),
+    ("report", ["masks", "--config", "cells.py", "--out", "a.html"], "cell 'b' of cells.py sets 'seed.x'"),
+    ("report", ["masks", "--config", "run.py", "--strategies", "x", "--out", "a.html"], "it has no get_sweep()"),
+    ("report", ["masks", "--config", "run.py", "--strategies", "nowhere.py", "--out", "a.html"], "nowhere.py does not exist"),
+    ("report", ["masks", "--config", "run.py", "--out", "a.html"], "no prepared data set"),
+    ("report", ["guidance", "--config", "run.py", "--maps", "a=nowhere", "--out", "a.html"], "no strategy can be shown"),
+    ("sweep", ["--config", "nowhere.py", "--out", "s"], "does not exist"),
+    ("sweep", ["--config", "empty", "--out", "s"], "is a folder"),
+    ("sweep", ["--config", "syntax.py", "--out", "s"], "syntax.py:1"),
+    ("sweep", ["--config", "nothing.py", "--out", "s"], "defines no function get_config()"),
+    ("sweep", ["--config", "raises.py", "--out", "s"], "raises.py:2: NameError"),
+    ("sweep", ["--config", "run.py", "--out", "s"], "nothing to sweep"),
+    ("sweep", ["--config", "cells.py", "--out", "s"], "seed.x"),
+    ("sweep", ["--config", "run.py", "--grid", "total", "--out", "s"], "--grid 'total' is not of the form"),
+    ("sweep", ["--config", "run.py", "--grid", "objective.nam=a", "--out", "s"], "config.objective has unknown key 'nam'; known: inputs"),
+    ("sweep", ["--config", "run.py", "--grid", "global_batch=a,1.5", "--out", "s"], "2 mistakes"),
+    ("sweep", SWEEP, "result.json is damaged"),
+    ("sweep", [*SWEEP[:5], "text.txt"], "text.txt"),
+    ("sweep", [*SWEEP[:5], "s"], "no prepared data set"),
+    ("maps", ["--config", "nowhere.py"], "does not exist"),
+    ("maps", ["--config", "syntax.py"], "syntax.py:1"),
+    ("maps", ["--config", "maps.py"], "nowhere"),
+    ("maps", ["--config", "maps.py", "--config.sauce.name=x"], "config has unknown key 'sauce'; known: data"),
+    ("maps", ["--config", "maps.py", "--config.source.name=x"], "config.source.name is 'x'; known: self_attention"),
+    ("maps", ["--config", "maps.py", "--config.batch_size=x"], "config.batch_size is 'x'; it must be a whole number"),
+    ("maps", ["--config", "maps.py", "--config.batch_size.x=1"], "not a block"),
+    ("init", ["nowhere"], "there is no folder nowhere"),
+    ("init", ["empty"], "expected"),
+    ("init", ["text.txt"], "there is no folder text.txt"),
+    ("builders", ["folder", "--root", "nowhere", "--name", "x", "--data_dir", "d"], "nowhere"),
+    ("builders", ["folder", "--root", "pictures", "--name", "x y", "--data_dir", "d", "--modalities", "rgb"], "'x y'"),
+    ("builders", ["folder", "--root", "pictures", "--name", "x", "--data_dir", "text.txt", "--modalities", "rgb"], "text.txt"),
+    ("bench", ["loader", "--data-dir", "nowhere"], "nowhere"),
+    ("bench", ["guidance", "--no-time", "--checkpoint", "nowhere", "--images", "pictures", "--learn-from", "pictures"], "nowhere"),
+    ("bench", ["guidance", "--no-time", "--scenes", "nowhere.pth"], "nowhere.pth"),
+    ("bench", ["--cpu-threads", "100000"], "--cpu-threads 100000"),
+    ("bench", ["--image", "30", "--no-torch"], "30"),
+    ("bench", ["--out", "text.txt", "guidance", "--no-time"], "text.txt"),
+    ("demo", ["--workdir", "runs"], "run the demo in the repository's root"),
+]
+
+
+def started(main: Callable[[], int | None]) -> tuple[int, str]:
+    """(exit status, standard error)."""
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main() or 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+    return status, error.getvalue()
+
+
+@pytest.mark.parametrize(("command", "arguments", "message"), MISTAKES, ids=[f"{c} {' '.join(a)}"[:90] for c, a, _ in MISTAKES])
+def test_a_mistake_is_one_line(command, arguments, message, here):
+    before = sorted(str(path) for path in here.rglob("*"))
+    status, error = started(lambda: MAINS[command](arguments))
+    assert status == 2 and error.count("error: ") == 1 and "Traceback" not in error and "fault of maskvit" not in error, error
+    line, *more = error[error.index("error: ") :].splitlines()
+    assert message in error, error
+    # A list has a heading and its items; checkpoints that are all damaged are one too, with what to do below it.
+    assert not more or line.endswith(":") and all(text.startswith("  ") for text in more[: -1 if "checkpoints" in line else None]), error
+    made = {path for path in map(str, here.rglob("*")) if path not in before}
+    assert not [path for path in made if os.path.splitext(path)[1] in (".html", ".npz", ".json")]
+
+
+ARGPARSE = [
+    ("features", [*FEATURES, "--crop", "0"], "--crop: 0 must be above 0 and at most 1"),
+    ("features", [*FEATURES, "--crop", "nan"], "--crop: nan must be"),
+    ("features", [*FEATURES, "--batch_size", "many"], "--batch_size: 'many' is no whole number"),
+    ("features", FEATURES[2:], "--checkpoint"),
+    ("report", ["masks", "--config", "run.py", "--images", "0", "--out", "a.html"], "--images: 0 must be at least 1"),
+    ("report", ["guidance", "--config", "run.py", "--tau", "-1", "--out", "a.html"], "--tau"),
+    ("report", ["rows", "--checkpoint", "x", "--data_dir", "x", "--limit", "-3"], "--limit: -3 must be at least 1"),
+    ("report", ["pie"], "invalid choice: 'pie'"),
+    ("sweep", [*SWEEP, "--seeds", "0"], "--seeds: 0 must be at least 1"),
+    ("bench", ["--batch", "8,x"], "--batch: 'x' is no whole number"),
+    ("bench", ["--size", "Q"], "invalid choice: 'Q'"),
+    ("bench", ["--steps", "0"], "--steps: 0 must be at least 1"),
+    ("init", ["pictures", "--image_size", "0"], "--image_size: 0 must be at least 1"),
+    ("maps", [], "--config"),
+    ("builders", ["folder"], "--root"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "message"), ARGPARSE, ids=[f"{c} {' '.join(a)}"[:90] for c, a, _ in ARGPARSE])
+def test_wrong_flags_are_named_with_the_usage(command, arguments, message, here):
+    status, error = started(lambda: MAINS[command](arguments))
+    assert status == 2 and message in error and error.startswith("usage: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", MAINS)
+def test_debug_shows_where(command, here):
+    """The traceback of the first mistake above."""
+    arguments = next(arguments for name, arguments, _ in MISTAKES if name == command)
+    with pytest.raises(Exception) as error, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        MAINS[command]([*arguments, "--debug"])
+    assert not isinstance(error.value, SystemExit)
+
+
+RUN = ["--config=run.py", "--workdir=w"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "2 mistakes:\n  - the flag --config is missing\n  - the flag --workdir is missing"),
+        (RUN[:1], "the flag --workdir is missing"),
+        (["--config=nowhere.py", RUN[1]], "the config file nowhere.py does not exist"),
+        (["--config=syntax.py", RUN[1]], "syntax.py:1"),
+        (["--config=nothing.py", RUN[1]], "nothing.py defines no function get_config()"),
+        (["--config=raises.py", RUN[1]], "raises.py:2: NameError"),
+        ([*RUN, "--wokdir=x"], "Unknown command line flag 'wokdir'"),
+        ([*RUN, "--num_processes=many"], "--num_processes=many"),
+        ([*RUN, "stray"], "unknown argument 'stray'"),
+        ([*RUN, "--config.modalities.rbg.patch=4"], "config.modalities has no 'rbg'; it has: depth, rgb, semseg"),
+        ([*RUN, "--config.totl=4"], "config has unknown key 'totl'; known: total"),
+        ([*RUN, "--config.global_batch=a", "--config.seed=b"], "2 mistakes:\n"),
+        ([*RUN, "--config.total=ten", "--config.data.wokers=1"], "config.data has unknown key 'wokers'; known: train"),
+        (RUN, "no prepared data set 'scenes'"),
+    ],
+)
+def test_mistakes_at_main(arguments: list[str], message: str, here):
+    child = subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], capture_output=True, text=True, cwd=here, check=False)
+    lines = child.stderr.splitlines()
+    assert child.returncode == 2 and message in child.stderr and "Traceback" not in child.stderr, child.stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    assert all(line.startswith("  - ") for line in lines[1 + next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
+    assert not list((here / "w").rglob("*.jsonl"))
+
+
+def test_main_shows_tracebacks_and_help_when_asked(here: Any):
+    def start(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], capture_output=True, text=True, cwd=here, check=False)
+
+    assert "Traceback" in start("--config=nowhere.py", "--workdir=w", "--debug").stderr
+    shown = start("--help")
+    assert "--workdir" in shown.stdout and "Traceback" not in shown.stderr
