@@ -187,7 +187,7 @@ def read_picture(data: bytes, kind: str = "continuous", channels: int | None = N
     """
     with open_picture(data) as (image, header):
         if header.animated:
-            raise PixelError(f"holds {getattr(image, 'n_frames', 'several')} pictures (pages or frames), one is expected: store them apart")
+            raise PixelError("holds several pictures (pages or frames), one is expected: store them apart")
         if kind == "categorical":
             _check_ids(header)
         elif header.bits > 8 and header.mode not in ("I", "F") and not header.mode.startswith("I;16"):

@@ -98,7 +98,7 @@ def test_class_ids_of_more_kinds():
         (encoded(COLORS, "PNG"), "holds colors .mode RGB."),
         (encoded(COLORS, "PNG", "RGBA"), "holds colors .mode RGBA."),
         (encoded(RAMP.astype(np.float32), "TIFF"), "holds fractions"),
-        (encoded(RAMP, "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "holds 2 pictures"),
+        (encoded(RAMP, "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "holds several pictures"),
     ],
 )
 def test_class_ids_that_are_refused(data, reason):
@@ -239,3 +239,23 @@ def test_no_picture_starts_another_program(monkeypatch, tmp_path):
             pass
         with pytest.raises(PictureError, match="PostScript"):
             read_picture(data)
+
+
+def test_mutated_files_are_read_or_refused_and_nothing_else():
+    """Whatever Pillow raises on damage, here it is a PictureError; a fault of ours would leave as itself."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [encoded(COLORS, form, exif=exif) for form in ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")]
+    files += [encoded(RAMP, "TIFF", mode) for mode in ("1", "L", "P", "LA", "I", "F")] + [b"P5 4 4 9\n" + bytes(16)]
+    refused = 0
+    for number in range(600):
+        data = bytearray(files[number % len(files)])
+        for position in rng.integers(0, min(len(data), 300), rng.integers(1, 6)):
+            data[position] = rng.integers(0, 256)
+        for arguments in (("continuous", 3), ("continuous", 1), ("categorical",)):
+            try:
+                read_picture(bytes(data), *arguments)
+            except PictureError:
+                refused += 1
+    assert 600 < refused < 1800

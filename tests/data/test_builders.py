@@ -482,7 +482,8 @@ def test_half_precision_metres_are_counted_exactly(tmp_path, capsys):
     build(tmp_path / "in", tmp_path, modalities=spec)
     expected = np.rint(metres.astype(np.float64) * 1000)
     np.testing.assert_array_equal(codec.decode(source(tmp_path, modalities=spec)[0]["depth"]), expected)
-    assert "depth reaches from 1 to 65 m: float metres, stored as counts of 0.001 m (depth,metres_per_count=X)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "depth reaches from 1 to 65 m: float metres, stored as counts of 0.001 m; --modalities depth,metres_per_count=X changes" in told
 
 
 def test_the_unit_of_whole_numbers_is_asked_for(tmp_path, capsys):

@@ -259,7 +259,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             for other in self.unread:
                 for _ in self._read(other):
                     pass
-            remedy = "" if self.skip_bad else "\nMend them, or leave these samples out with --skip_bad"
+            remedy = "" if self.skip_bad else "\nFix them, or leave these samples out with --skip_bad"
             raise FolderError(self.root, self.problems, self._all_listed() + remedy)
 
     def _read(self, split: str) -> Iterator[tuple[Task, dict[str, bytes]]]:
@@ -300,12 +300,13 @@ def describe(spec: Modality, totals: Totals) -> list[str]:
     """What was found in the files of a modality and how it was read, with the setting that changes it, line by line."""
     name, lines = spec.name, []
     if spec.kind == "categorical":
-        lines.append(f"{name} has class ids {totals.low:.0f} ... {totals.high:.0f} of {spec.num_classes} ({name},num_classes=N)")
+        ids = f"{name} has class ids {totals.low:.0f} ... {totals.high:.0f} of {spec.num_classes}"
+        lines.append(f"{ids}; --modalities {name},num_classes=N changes that")
     elif spec.metres_per_count:
         unit, some = spec.metres_per_count, f"whole numbers in {totals.whole} files, else float metres"
         how = "whole numbers" if totals.whole == totals.files else some if totals.whole else "float metres"
         reach = f"{name} reaches from {totals.low * unit:.4g} to {totals.high * unit:.4g} m"
-        lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m ({name},metres_per_count=X)")
+        lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m; --modalities {name},metres_per_count=X changes that")
         if spec.missing is None and totals.low == 0:
             lines.append(f"{name} has distances of 0 m; if 0 means that nothing was measured, add {name},missing=0")
     if spec.missing is not None or totals.missing:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -109,12 +110,12 @@ def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: 
     if workers < 1:
         yield from map(function, items)
         return
-    # Workers inherit that Ctrl-C is not theirs: it goes to the whole process group, and this process ends them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    # Ctrl-C goes to the whole process group. Workers inherit that they ignore it: this process ends them.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if threading.current_thread() is threading.main_thread() else None
     try:
         pool = multiprocessing.get_context("spawn").Pool(workers)  # spawned, not forked: the parent may run threads (JAX's)
     finally:
         if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGINT, before)
     with pool:
         yield from pool.imap(function, items, chunksize=16)
