@@ -1,0 +1,86 @@
+"""The commands that README, docs, configs and docstrings print exist, with their flags and files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import convert_torch_checkpoint
+from tests.runs import ROOT
+from tests.test_commands import MAINS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [*sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "maskvit").rglob("*.py")), ROOT / "main.py"]
+# A line of shell, or of inline code, that starts one of ours; what follows it up to the end of the line or of the code.
+COMMAND = re.compile(r"python (?:-m (maskvit(?:\.[\w.]+)?)|(main\.py|convert_torch_checkpoint\.py))\b([^\n`|#\"]*)")
+PROGRAMS = {"maskvit.data.builders": "builders", "maskvit.guidance.maps": "maps"}
+WITH_SUBCOMMAND = ("report", "builders")
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """(where, program, arguments) of every command printed; lines that a backslash continues are joined."""
+    found = []
+    for path in (*PAGES, *SOURCES):
+        text = re.sub(r"\\+\n\s*", " ", path.read_text(encoding="utf-8"))
+        if path.suffix == ".py":
+            text = "\n".join(re.findall(r'"""(.*?)"""', text, re.DOTALL))
+        for match in COMMAND.finditer(text):
+            module = match[1] or match[2].removesuffix(".py")
+            arguments = match[3]
+            if module == "maskvit":
+                if not arguments.strip().startswith("init"):
+                    continue
+                module, arguments = "maskvit.init", arguments.strip().removeprefix("init")
+            found.append((str(path.relative_to(ROOT)), PROGRAMS.get(module, module.removeprefix("maskvit.")), arguments))
+    return found
+
+
+@functools.cache
+def known_flags(program: str, subcommand: str) -> frozenset[str]:
+    """The flags that the help of a command lists."""
+    if program == "main":
+        said = subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+        ).stdout
+        return frozenset(re.findall(r"--(?:\[no\])?([\w-]+)", said))
+    if program == "convert_torch_checkpoint":
+        return frozenset(re.findall(r"--([\w-]+)", convert_torch_checkpoint.parser().format_help()))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        MAINS[program]([*([subcommand] if subcommand else []), "--help"])
+    return frozenset(re.findall(r"--([\w-]+)", out.getvalue()))
+
+
+@pytest.mark.parametrize(("where", "program", "arguments"), commands(), ids=[f"{w}: {p}" for w, p, _ in commands()])
+def test_a_printed_command_exists(where, program, arguments):
+    words = arguments.split()
+    subcommand = words[0] if program in WITH_SUBCOMMAND and words and re.fullmatch(r"[a-z]+", words[0]) else ""
+    if subcommand or program not in WITH_SUBCOMMAND:
+        flags = known_flags(program, subcommand)
+        assert flags, f"{where}: {program} {subcommand} has no help"
+        for word in words:
+            name = re.match(r"\[?--([\w-]+)(?![\w.-])", word)
+            if name and not word.lstrip("[").startswith(("--config.", "--noconfig.")):
+                assert name[1] in flags, f"{where} prints --{name[1]}, which {program} {subcommand} does not have"
+    for file in re.findall(r"\bconfigs/[\w/]+\.py\b", arguments):
+        assert (ROOT / file).is_file(), f"{where} names {file}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_enough_is_found():
+    """The pattern above sees them."""
+    found = {program for _, program, _ in commands()}
+    assert found >= {*MAINS, "main", "convert_torch_checkpoint"} - {"demo"} and len(commands()) > 60
+    assert pathlib.Path("docs/own_config.md") in [path.relative_to(ROOT) for path in PAGES]
