@@ -20,6 +20,8 @@ from maskvit.data.sources import Source, TfdsSource, open_directory
 from maskvit.modalities import Modality
 
 REMEDY = "make the maps with python -m maskvit.guidance.maps for these data, or set config.objective.guidance.path to another map set"
+# What a manifest must hold.
+MANIFEST: dict[str, Any] = {"data": dict, "modalities": (list, tuple), "maps": int, "grid": (list, tuple), "without_map": int}
 PROBES = 8  # ids compared before the first batch
 
 
@@ -168,7 +170,20 @@ def _open(path: str) -> TfdsSource:
 def read_manifest(directory: str) -> dict[str, Any]:
     """What the map set in `directory` (that of a version) was made from, and how. Raises ValueError where it does not say."""
     manifest = dict(open_directory(directory).info.metadata or {}).get("recipe", {})
-    lacking = [key for key in ("data", "modalities", "maps", "grid", "without_map") if key not in manifest]
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{directory} is no map set: its recipe is {manifest!r:.80}")
+    lacking = [key for key in MANIFEST if key not in manifest]
     if lacking:
         raise ValueError(f"{directory} is no map set: its metadata lack {lacking[0]!r}")
+    for key, kind in MANIFEST.items():
+        if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
+            raise ValueError(f"{directory}/metadata.json: {key!r} is {manifest[key]!r:.80}, which no map set has there")
+    wrong = [key for key in ("name", "split", "records") if key not in manifest["data"]]
+    whole = [number for number in (manifest["maps"], *manifest["grid"]) if isinstance(number, int) and number >= 1]
+    if wrong or len(whole) != 3:
+        raise ValueError(
+            f"{directory}/metadata.json: its data lack {wrong[0]!r}"
+            if wrong
+            else f"{directory}/metadata.json: its maps have no whole sizes"
+        )
     return manifest

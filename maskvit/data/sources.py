@@ -133,16 +133,20 @@ class TfdsSource:
             raise IndexError(f"record {index} of {self._length}")
         if self._chosen is not None:
             index = int(self._chosen[index])
-        reader = self._open()
-        try:
-            stored = reader[index]
-        except Exception as error:  # what readers raise on damaged files differs from one to the next
-            raise RecordError(f"cannot be read from {self.directory}: {str(error) or type(error).__name__}") from error
+        stored = self._read(index)
         record: dict[str, Any] = {modality: _as_data(stored[feature]) for modality, feature in self.features.items()}
         record["id"] = _as_text(stored["id"]) if "id" in stored else f"{self.name}/{self.split}/{index}"
         if self.label is not None:
             record["label"] = int(stored[self.label])
         return record
+
+    def _read(self, index: int) -> Any:
+        """Record `index` of the split as TFDS gives it. Raises RecordError for a damaged one."""
+        reader = self._open()
+        try:
+            return reader[index]
+        except Exception as error:  # what readers raise on damaged files differs from one to the next
+            raise RecordError(f"cannot be read from {self.directory}: {str(error) or type(error).__name__}") from error
 
     def describe(self) -> str:
         share = "" if self._chosen is None else ", the first of each class"
@@ -156,11 +160,13 @@ class TfdsSource:
             raise ValueError(
                 f"config.data per_class needs labels, but {self.name} has no classes in use: set config.data label, or drop per_class"
             )
-        reader = self._open(builder)
         counts = np.zeros(len(self.label_names), int)
         chosen = []
-        for index in range(len(reader)):
-            label = int(reader[index][self.label])
+        for index in range(len(self._open(builder))):
+            try:
+                label = int(self._read(index)[self.label])
+            except RecordError:
+                continue  # it would be no example
             if label >= 0 and counts[label] < per_class:
                 counts[label] += 1
                 chosen.append(index)
@@ -291,8 +297,13 @@ def _match_features(modalities: Mapping[str, Modality], renamed: dict[str, str],
 
 
 def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality], directory: str) -> None:
-    """Raise where what the builder stored about a modality contradicts the config."""
-    for name, stated in (metadata.get("modalities") or {}).items():
+    """Raise where what the builder stored about a modality contradicts the config, or is not of the form that ours store."""
+    described = metadata.get("modalities") or {}
+    if not isinstance(described, dict) or not all(isinstance(stated, dict) for stated in described.values()):
+        raise ValueError(f"{directory}/metadata.json: 'modalities' is {described!r:.80}; a block of fields per modality belongs there")
+    if not isinstance(metadata.get("may_lack", []), (list, tuple)):
+        raise ValueError(f"{directory}/metadata.json: 'may_lack' is {metadata['may_lack']!r:.80}; a list of modalities belongs there")
+    for name, stated in described.items():
         if name not in modalities:
             continue
         for field in STATED:

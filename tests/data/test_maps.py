@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -252,3 +253,29 @@ def test_no_map_set(map_set, tmp_path):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"recipe": {}}))
     with pytest.raises(ValueError, match="is no map set: its metadata lack 'data'"):
         start(path)
+
+
+GOOD = dict(data=dict(name="x", split="train", records=3), modalities=["rgb"], maps=1, grid=[4, 4], without_map=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grid": 5}, "'grid' is 5"),
+        ({"grid": [4, -4]}, "no whole sizes"),
+        ({"grid": [4, "x"]}, "no whole sizes"),
+        ({"grid": [4]}, "no whole sizes"),
+        ({"maps": True}, "'maps' is True"),
+        ({"maps": 0}, "no whole sizes"),
+        ({"data": {"name": "x"}}, "its data lack 'split'"),
+        ({"data": [1]}, "'data' is"),
+        ({"modalities": None}, "'modalities' is None"),
+    ],
+)
+def test_manifests_of_another_form_are_named(monkeypatch, changed, message):
+    info = types.SimpleNamespace(metadata={"recipe": {**GOOD, **changed}})
+    monkeypatch.setattr(stored_maps, "open_directory", lambda directory: types.SimpleNamespace(info=info))
+    with pytest.raises(ValueError, match=message):
+        stored_maps.read_manifest("somewhere")
+    info.metadata["recipe"] = GOOD
+    assert stored_maps.read_manifest("somewhere") == GOOD

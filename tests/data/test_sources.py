@@ -279,3 +279,12 @@ def test_pictures_of_others_stay_encoded_wherever_they_lie(tmp_path):
     assert (arrays["rgb"] == 7).all() and arrays["semseg"].max() == 4
     stored = source._open()[0]
     assert {type(value) for value in (stored["parts"][0], stored["objects"]["picture"][0], stored["more"]["picture"])} == {bytes}
+
+
+@pytest.mark.parametrize(("key", "value"), [("modalities", [1]), ("modalities", {"rgb": 3}), ("may_lack", 5)])
+def test_metadata_of_another_form_are_named(root, tmp_path, key, value):
+    shutil.copytree(root / "packed", tmp_path / "packed")
+    file = tmp_path / "packed" / "1.0.0" / "metadata.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"metadata.json: '{key}' is"):
+        TfdsSource(MODALITIES, name="packed", data_dir=str(tmp_path))

@@ -82,6 +82,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
                 stored = json.load(file).get("recipe", {})
         except FileNotFoundError:
             stored = {}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{directory}/metadata.json is damaged ({error}): remove the folder, or give the new data set another name"
+            ) from error
         for key in sorted({*stored, *self.recipe}):
             if stored.get(key) != self.recipe.get(key):
                 raise ValueError(
