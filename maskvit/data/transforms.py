@@ -26,6 +26,7 @@ CROPS = ("random_resized", "center", "none")
 RESIZES = ("pil", "cv2")
 TRIES = 10  # of the crop sampler before it falls back to the central crop
 MIN_SIDE = 8  # pixels of a picture's shorter side: what is smaller is a placeholder
+MAX_ASPECT = 100  # longer side over shorter side: what is longer would be enlarged beyond all memory before the middle is cut out
 MIN_VALID = 0.5  # share of a resized pixel's support that must have been measured
 
 
@@ -95,8 +96,8 @@ def decode_record(record: Mapping[str, Any], modalities: Mapping[str, Modality])
     Returns: continuous "h w c" (any number type), categorical "h w" (integers), all of one height and width.
 
     Raises:
-      RecordError: undecodable, other channels than declared, smaller than `MIN_SIDE`, sizes that differ, pictures turned by their
-        EXIF orientation that may not lie over the others, or no modality at all.
+      RecordError: undecodable, other channels than declared, a size that is none of a picture (`unfit_size`), sizes that differ,
+        pictures turned by their EXIF orientation that may not lie over the others, or no modality at all.
     """
     arrays, orientations = {}, {}
     for name, modality in modalities.items():
@@ -148,9 +149,18 @@ def _check_array(array: np.ndarray, modality: Modality) -> np.ndarray:
             )
         if array.dtype.kind not in "iuf":
             raise RecordError(f"has dtype {array.dtype}, which is no number")
-    if min(array.shape[:2]) < MIN_SIDE:
-        raise RecordError(f"is {array.shape[0]} x {array.shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+    if reason := unfit_size(array.shape[0], array.shape[1]):
+        raise RecordError(reason)
     return array
+
+
+def unfit_size(height: int, width: int) -> str | None:
+    """Why a picture of that size is none; None where it is one."""
+    if min(height, width) < MIN_SIDE:
+        return f"is {height} x {width} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed"
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return f"is {height} x {width} pixels; the longer side may be {MAX_ASPECT} times the shorter one at most"
+    return None
 
 
 def output_dtype(array: np.ndarray, modality: Modality) -> np.dtype:

@@ -348,3 +348,5 @@ def test_turned_pictures_of_a_record():
 def test_placeholders_are_no_pictures():
     with pytest.raises(RecordError, match="modality 'rgb': is 1 x 1 pixels; at least 8 x 8"):
         transforms.decode_record({"rgb": encoded(np.zeros((1, 1, 3), np.uint8))}, MODALITIES)
+    with pytest.raises(RecordError, match="is 8 x 900 pixels; the longer side may be 100 times the shorter one at most"):
+        transforms.decode_record({"rgb": encoded(np.zeros((8, 900, 3), np.uint8))}, MODALITIES)

@@ -201,7 +201,9 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             lacking = [key for key in keys if key not in files[name]]
             bad.update(lacking)
             if len(lacking) == len(keys) and not any((name, key) in unread for key in lacking):
-                self.problems.setdefault(MISSING, []).append(f"{os.path.join(root, name)}: no file at all for {name!r}")
+                self.problems.setdefault(MISSING, []).append(
+                    f"{os.path.join(root, name)}: no file at all for {name!r}; if there are none, leave it out of --modalities"
+                )
                 continue
             for key in lacking:
                 text = unread.get((name, key), os.path.join(root, name, key) + ".*")

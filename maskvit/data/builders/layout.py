@@ -103,6 +103,11 @@ def find_splits(root: str, modalities: Sequence[str]) -> dict[str, str]:
         raise FileNotFoundError(
             f"{root} holds none of the modalities {', '.join(modalities)}: expected {root}/<modality>/<class or {NO_CLASS}>/<file>, "
             f"or one such tree per split ({root}/train/..., {root}/val/...)"
+            + (
+                f"; it holds {', '.join(folders_in(root)[:5])}: if these are classes, move them into {root}/rgb/"
+                if folders_in(root)
+                else ""
+            )
         )
     return splits
 

@@ -16,7 +16,7 @@ from PIL import Image
 from maskvit.data import codec
 from maskvit.data.builders.layout import Task
 from maskvit.data.files import ARRAYS
-from maskvit.data.transforms import MIN_SIDE, nearest_indices, resize_continuous
+from maskvit.data.transforms import nearest_indices, resize_continuous, unfit_size
 from maskvit.modalities import Modality
 from maskvit.pictures import Picture, PixelError, foreign, misaligned, read_picture
 
@@ -264,8 +264,8 @@ def read_sample(
             array, far = (_class_ids(files[name].array, modality), 0) if modality.kind == "categorical" else _numbers(files[name], modality)
             if 0 in array.shape:
                 raise _Unfit(CONTENT, f"is empty: shape {array.shape}")
-            if min(array.shape[:2]) < MIN_SIDE:
-                raise _Unfit(SIZE, f"{array.shape[0]} x {array.shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+            if reason := unfit_size(array.shape[0], array.shape[1]):
+                raise _Unfit(SIZE, reason)
             arrays[name], beyond[name] = array, far
         except _Unfit as error:
             kind, text = error.args
