@@ -108,14 +108,35 @@ def models_of(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray
             if name.startswith(root):
                 found[model][key.removeprefix(root)] = state[key]
                 break
+        else:
+            found.setdefault("", {})[key] = state[key]  # beside the models
     return {name: tensors for name, tensors in found.items() if tensors}
 
 
 def tensors_of(part: Any) -> dict[str, np.ndarray]:
-    """The tensors that lie in a mapping under string keys, without what lies beside them."""
+    """The tensors that lie in a mapping under string keys, without what lies beside them; of a pickled module its state dict."""
+    if isinstance(part, Inert):
+        return module_tensors(part)
     if not isinstance(part, Mapping):
         return {}
     return {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, np.ndarray)}
+
+
+def module_tensors(module: Inert) -> dict[str, np.ndarray]:
+    """The parameters and buffers in the stand-in for a `torch.nn.Module` that was pickled whole, by their names in its state dict."""
+    found: dict[str, np.ndarray] = {}
+    level, seen = [("", module)], set[int]()
+    while level:
+        prefix, part = level.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for name in ("_parameters", "_buffers"):
+            found |= {f"{prefix}{key}": value for key, value in tensors_of(part.facts.get(name)).items()}
+        inside = part.facts.get("_modules")
+        below = inside.items() if isinstance(inside, Mapping) else ()
+        level += [(f"{prefix}{key}.", value) for key, value in below if isinstance(key, str) and isinstance(value, Inert)]
+    return found
 
 
 def find_models(content: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -135,7 +156,7 @@ def find_models(content: Any) -> dict[str, dict[str, np.ndarray]]:
             below += [
                 (f"{place}.{key}" if place else str(key), value)
                 for key, value in entries
-                if isinstance(value, (Mapping, list, tuple)) and (str(key) in LOSSES or not NO_MODEL.search(str(key)))
+                if isinstance(value, (Mapping, list, tuple, Inert)) and (str(key) in LOSSES or not NO_MODEL.search(str(key)))
             ]
         level = below
     return found

@@ -128,6 +128,8 @@ def source_of(state: Mapping[str, np.ndarray], family: Family, where: str, said:
     left_out: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, name in names.items():
         reason = next((why for pattern, why in family.left_out if re.fullmatch(pattern, name)), None)
+        if state[key].size <= 1 and state[key].dtype.kind in "iub" and not name.endswith(".num_batches_tracked"):
+            reason = "a counter beside the weights"
         if name in allow or key in allow:
             reason = "allowed"
         if reason:

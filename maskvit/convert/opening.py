@@ -68,6 +68,9 @@ def open_checkpoint(path: str | Path, model: str = "teacher", allow: Container[s
         raise ConversionError(f"{path}: holds no state dict; {holds}")
     place, said = _chosen(models, model, str(path))
     state = models[place]
+    others = [f"{name or 'beside them'} ({len(part)} tensors)" for name, part in models.items() if name != place and _idle(name, part)]
+    if others:
+        said.append(f"not read: {listed(others)}")
     missed = stand_ins(content)
     if missed:
         said.append(f"left out of the file's bookkeeping: {listed(f'{place} ({name})' for place, name in missed.items())}")
@@ -146,6 +149,11 @@ def _chosen(models: Mapping[str, Mapping[str, np.ndarray]], model: str, where: s
     return wanted[0], [
         f"holds {len(pool)} models: {listed(named)}; taken is {wanted[0] or 'the file itself'}{average}; {others} takes another"
     ]
+
+
+def _idle(place: str, state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict is of no model that is known, and of no loss: its tensors are read in no case."""
+    return place.rpartition(".")[2] not in LOSSES and family_of(state)[0] is None
 
 
 def _equal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:

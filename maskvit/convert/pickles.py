@@ -67,6 +67,7 @@ INERT = frozenset(
 INERT_PACKAGES = (
     *("numpy.random.", "numpy.dtypes.", "torch.optim.", "torch.cuda.amp.", "torch.amp.", "torch.distributed."),
     *("omegaconf.", "yacs.config.", "addict.", "easydict.", "ml_collections.", "munch.", "attrdict.", "box.", "fvcore.common.config."),
+    *("torch.nn.modules.", "torch.nn.parallel."),
     *("mmengine.config.", "mmcv.utils.config.", "mmengine.logging.", "detectron2.config.", "torchmetrics.", "accelerate.", "deepspeed."),
     *("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities."),
     *("transformers.training_args.", "transformers.trainer_utils.", "transformers.trainer_pt_utils.", "transformers.integrations."),

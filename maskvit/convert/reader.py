@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConversionError(f"{path}: has {path.stat().st_size:,} bytes, more than such a file needs")
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes().decode())  # UTF-8, as JSON is; bytes would be guessed at
     except ConversionError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -229,9 +229,9 @@ def _read_safetensors(path: Path, size: int, length: int, tensors: bool = True) 
     try:
         with open(path, "rb") as file:
             file.seek(8)
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
         stated = header.pop("__metadata__", {})
-        others = sorted({str(entry["dtype"]) for entry in header.values()} - set(SAFE_TYPES))
+        others = sorted(name if name.isprintable() else repr(name) for name in {str(e["dtype"]) for e in header.values()} - set(SAFE_TYPES))
         deep = [name for name, entry in header.items() if len(entry["shape"]) > MAX_AXES]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{problem} (its header: {type(error).__name__}: {str(error)[:200]})") from error

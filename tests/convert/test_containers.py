@@ -80,6 +80,19 @@ def test_weight_normalization_of_torch_2():
 # ------------------------------------------------------------------------------------------ containers
 
 
+def module_of(state):
+    """A module with these tensors, to be pickled whole."""
+    root = torch.nn.Module()
+    for key, value in state.items():
+        part, (*parents, last) = root, key.split(".")
+        for name in parents:
+            if name not in part._modules:
+                part.add_module(name, torch.nn.Module())
+            part = part._modules[name]
+        part.register_parameter(last, torch.nn.Parameter(value))
+    return root
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -91,6 +104,10 @@ def test_weight_normalization_of_torch_2():
         lambda t: {"model": t, "head": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}},
         lambda t: {"model_ema": t, "epoch": 3},
         lambda t: {"state_dict": t, "model": collections.OrderedDict(t)},
+        lambda t: {"averaged": {"n_averaged": torch.tensor(7), **{f"module.{key}": value for key, value in t.items()}}},
+        lambda t: {"state_dict": {"loss.weight": torch.ones(3), "ema_model.x": torch.ones(1)}, "weights": t},
+        lambda t: module_of(t),
+        lambda t: {"model": module_of(t), "epoch": 3},
     ],
 )
 def test_a_single_model_counts_under_any_name(content, tmp_path):
@@ -117,6 +134,15 @@ def test_the_average_is_taken_and_said_and_the_other_can_be_asked_for(names, tmp
     last = names[0].rpartition(".")[2]
     with pytest.raises(ConversionError, match=f"--model is 'other'; known: teacher, student, both, .*{last}"):
         understood(path, which="other")
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    content = {"model": tensors(timm_state()), "head": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}}
+    flat = {f"online.{key}": value for key, value in timm_state().items()} | {"ema.decay": np.ones(1, np.float32)}
+    flat |= {f"ema.{key}": value for key, value in timm_state(1).items()} | {"initted": np.ones(1, np.float32)}
+    assert "not read: head (2 tensors)" in understood(saved(tmp_path / "x.pth", content)).said
+    save_file({key: value for key, value in flat.items() if key != "ema.decay"}, tmp_path / "x.safetensors")
+    assert "not read: beside them (1 tensors)" in understood(tmp_path / "x.safetensors").said
 
 
 def test_models_that_no_name_tells_apart_are_asked_for(tmp_path):
