@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maskvit.convert.pickles import Inert
+from maskvit.convert.stand_ins import Inert
 
 # What data parallelism, compilation, sharding and checkpointing put into keys, anywhere and any number of times.
 WRAPPERS = frozenset(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from maskvit.convert.formats import ConversionError
-from maskvit.convert.pickles import Inert
 from maskvit.convert.reader import is_file, read_json, read_stated
+from maskvit.convert.stand_ins import Inert
 
 # Our own notes: an entry of a .pth, a text in a .safetensors file.
 OWN = "maskvit"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from maskvit.errors import printable
+
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # torch's default since 2.6, weights_only=True, refuses tar files and files with a Namespace, and so would not rewrite them.
 REWRITE = (
@@ -62,7 +64,13 @@ ZIPS: tuple[tuple[str, str, str], ...] = (
 
 
 class ConversionError(ValueError):
-    """A file is not what it claims, not what is needed, or not safe; nothing in it was imported or called."""
+    """A file is not what it claims, not what is needed, or not safe; nothing in it was imported or called.
+
+    Its message may quote the file: control characters are spelled out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def foreign_file(path: Path, start: bytes, end: bytes) -> str | None:

@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from maskvit.convert.formats import ConversionError, check_directory, foreign_file, foreign_zip
-from maskvit.convert.pickles import MAX_AXES, STORAGE_TYPES, Machine, Stored
+from maskvit.convert.pickles import MAX_AXES, Machine
+from maskvit.convert.stand_ins import STORAGE_TYPES, Stored
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_DIRECTORY_BYTES = 16 * 2**20

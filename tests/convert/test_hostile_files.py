@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from maskvit import convert
 from maskvit.convert import pickles
 from maskvit.convert.formats import ConversionError
-from maskvit.convert.pickles import Inert
 from maskvit.convert.reader import find_files, read_checkpoint
+from maskvit.convert.stand_ins import Inert
 from tests.convert.test_reader import global_, tensor_pickle, write
 
 BFLOAT16 = np.arange(3, dtype=np.float32).astype(ml_dtypes.bfloat16)

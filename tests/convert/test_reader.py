@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from maskvit.convert.pickles import Inert
 from maskvit.convert.reader import ConversionError, read_checkpoint
+from maskvit.convert.stand_ins import Inert
 
 STOLEN: list[str] = []
 

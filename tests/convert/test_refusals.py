@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 
 from maskvit import convert
 from maskvit.convert import multimae, opening
-from maskvit.convert.pickles import Inert, Stored
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import check_keys, key_shapes
 from maskvit.convert.source import Hints, Source
+from maskvit.convert.stand_ins import Inert, Stored
 from tests.convert.test_reader import global_, tensor_pickle, write
 
 
