@@ -32,7 +32,7 @@ import numpy as np
 
 from tests.fuzz_files import Right, make, right_files
 
-BATCH = 1000
+BATCH, WARM_UP = 1000, 40
 SECONDS_PER_FILE = 20
 MEMORY = 2**30  # beyond what the libraries take
 NUMBER_TYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
@@ -71,6 +71,13 @@ def examine(path: Path) -> None:
     convert.understand(convert.open_checkpoint(path), 2, 2)
 
 
+def _resize() -> None:
+    """What a graph's position table goes through."""
+    from maskvit.patches import resample_pos_embed
+
+    resample_pos_embed(np.ones((2, 2, 4), np.float32), (3, 3))
+
+
 def kind_of(error: str, path: Path) -> str:
     """A refusal without what differs between two of its kind."""
     line = error.replace(str(path), "").replace(str(path.parent), "").splitlines()[0].lstrip(": ")
@@ -86,8 +93,9 @@ def batch(first: int, count: int, seed: int, results: Any, progress: mmap.mmap) 
     failures, slowest = [], 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for warm_up in range(40):
+        for warm_up in range(WARM_UP):  # what libraries import at their first use is no change
             _one(-1 - warm_up, seed, folder, right, ConversionError)
+        _resize()
         before = state_of_the_world()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

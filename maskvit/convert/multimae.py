@@ -81,6 +81,11 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         declared = DECLARED.get(name, {})
         alike = all(declared.get(field) == fields.get(field) for field in ("kind", "channels"))
         modalities[name] = {**declared, **fields} if alike else fields
+        if not alike and name == "rgb":
+            modalities[name] |= hints.statistics(channels, where)
+        elif not alike and fields["kind"] == "continuous":
+            change = f"config.modalities.{name}.scale, mean and std change it"
+            hints.said.append(f"assumed: values of {name!r} are read as they are stored; {change}")
     for name in outputs:
         if name not in modalities and name.removeprefix("norm_") not in modalities:
             raise ConversionError(f"{where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")

@@ -232,7 +232,7 @@ def test_a_known_name_with_other_contents(state):
     """A modality named rgb, but with four channels: rgb's own mean and deviation do not belong to it."""
     four = {**state, "input_adapters.rgb.proj.weight": np.zeros((48, 4, 8, 8), np.float32)}
     config = multimae.infer_config(source(four), HINTS)
-    assert config["modalities"]["rgb"]["channels"] == 4 and "mean" not in config["modalities"]["rgb"]
+    assert config["modalities"]["rgb"]["channels"] == 4 and config["modalities"]["rgb"]["mean"] == (0.0,)
     assert multimae.infer_config(source(state), HINTS)["modalities"]["rgb"]["mean"] == (0.485, 0.456, 0.406)
 
 
