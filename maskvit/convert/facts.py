@@ -65,10 +65,11 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e6
 
 
-def facts_beside(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """(what the file's own notes and the files beside it say, from which files)."""
+def facts_beside(path: Path) -> tuple[dict[str, Any], list[str], list[str]]:
+    """(what the file's own notes and the files beside it say, from which files, what is to be said of those that are of no use)."""
     found: dict[str, Any] = {}
     files: list[str] = []
+    said: list[str] = []
     own = read_stated(path).get(OWN)
     if own is not None:
         try:
@@ -83,18 +84,21 @@ def facts_beside(path: Path) -> tuple[dict[str, Any], list[str]]:
             continue
         try:
             content = read_json(beside)
-        except ConversionError:
+        except ConversionError as error:
+            said.append(f"{str(error).removeprefix(f'{path.parent}/')}: not used")
             continue
         facts = read(content, beside) if isinstance(content, dict) else {}
         if facts:
             files.append(name)
             found = {**facts, **found}
-    return found, files
+        elif name in PREPROCESSING:
+            said.append(f"{name}: holds no mean and deviation that could be used")
+    return found, files, said
 
 
 def _of_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Hugging Face's config.json of one of the models here, or timm's."""
-    if config.get("model_type") in MODEL_TYPES:
+    if config.get("model_type") in MODEL_TYPES or ("model_type" in config and "hidden_size" in config):
         if config.get("hidden_act", "gelu") != "gelu":
             raise ConversionError(f"{path}: hidden_act is {config['hidden_act']!r}; models here have 'gelu'")
         return config

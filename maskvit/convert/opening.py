@@ -79,8 +79,8 @@ def open_checkpoint(path: str | Path, model: str = "teacher", allow: Container[s
     if loss is not None:
         parts["loss"] = loss
     args = settings_in(content)
-    beside, sources = facts_beside(files[0])
-    said += _used(beside, sources, state)
+    beside, sources, idle = facts_beside(files[0])
+    said += [*idle, *_used(beside, sources, state)]
     adam = None
     if isinstance(content, Mapping) and "optimizer" in content and multimae.is_multimae(state):
         if AVERAGED.search(place) and len(models) > 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvit import modalities as known
+from maskvit.convert.facts import statistics
 from maskvit.convert.formats import ConversionError
 
 TARGETS = ("normalized", "raw")
@@ -140,10 +141,9 @@ class Hints:
 
     def statistics(self, channels: int, where: str) -> dict[str, Any]:
         """`scale`, `mean` and `std` of the input: model value = (stored value * scale - mean) / std."""
-        stated = {name: self.args[f"rgb_{name}"] for name in STATISTICS if f"rgb_{name}" in self.args}
-        lists = [stated.get("mean", ()), stated.get("std", ())]
-        if stated and not all(isinstance(values, (list, tuple)) and len(values) in (1, channels) for values in lists):
-            self.said.append(f"the mean and deviation stated beside it are not those of {channels} channels, and not used")
+        stated = {name.removeprefix("rgb_"): value for name, value in statistics(*(self.args.get(f"rgb_{n}") for n in STATISTICS)).items()}
+        if stated and not all(len(stated[name]) in (1, channels) for name in ("mean", "std")):
+            self.said.append(f"the mean and deviation that are stated are not those of {channels} channels, and not used")
             stated = {}
         usual: dict[str, Any] = {name: known.RGB[name] for name in STATISTICS} if channels == 3 else dict(NO_STATISTICS)
         usual["scale"] = 1 / 255 if channels in (1, 3) else 1.0

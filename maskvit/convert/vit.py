@@ -83,6 +83,7 @@ LAYOUTS = (TIMM, HUGGING_FACE, HUGGING_FACE_5, DINOV2)
 LEFT_OUT = (
     (r"((dino|ibot)_)?head\.(mlp\.\d+\.\w+|last_layer2?\.\w+)", "the projection head of self-distillation"),
     (r"mask_token|masked_embed|embeddings\.mask_token", "the token of hidden patches in pretraining"),
+    (r"(.*\.)?position_ids", "indices of positions"),
     (r"pooler\.dense\.\w+", "a pooler behind the class token"),
     (r"decoder\.(upconv|bn)\d\.\w+|decoder\.final_conv\.\w+", "a saliency decoder"),
 )

@@ -344,7 +344,23 @@ def test_preprocessing_beside_the_weights_is_used_and_said(name, content, expect
 def test_preprocessing_that_says_nothing_sound(content, tmp_path):
     save_file(timm_state(), tmp_path / "model.safetensors")
     (tmp_path / "preprocessor_config.json").write_text(content)
-    assert any("ImageNet's mean" in line for line in understood(tmp_path).said)
+    said = understood(tmp_path).said
+    assert any("ImageNet's mean" in line for line in said)
+    assert any("not used" in line or "holds no mean and deviation" in line for line in said)
+
+
+@pytest.mark.parametrize("own", ["[", "[]", '{"rgb_mean": [null], "rgb_std": ["x"], "rgb_scale": {}, "num_heads": "3", "image_size": [4]}'])
+def test_own_notes_that_say_nothing_sound(own, tmp_path):
+    save_file(timm_state(), tmp_path / "x.safetensors", metadata={"format": "pt", "maskvit": own})
+    plan = understood(tmp_path / "x.safetensors")
+    assert plan.config["image_size"] == (16, 16) and any("ImageNet's mean" in line for line in plan.said)
+
+
+def test_heads_of_other_models_of_hugging_face(tmp_path):
+    save_file(hugging_face(timm_state(scale=True)) | {"embeddings.position_ids": np.arange(17)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="ijepa", hidden_size=WIDTH, num_attention_heads=4)))
+    plan = understood(tmp_path, None)
+    assert plan.config["objective"]["encoder"]["heads"] == 4 and "embeddings.position_ids" in plan.left_out
 
 
 def test_the_config_of_another_model_is_not_used(tmp_path):
