@@ -13,6 +13,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0;
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of a run over several machines.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 _CLUSTER = flags.DEFINE_bool("cluster", False, "Find the other processes by the scheduler (TPU pods, SLURM, Kubernetes, MPI).")
+_STARTUP_TIMEOUT = flags.DEFINE_integer("startup_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1)
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to trace into WORKDIR/profile.")
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -20,14 +21,10 @@ flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 def main(argv: list[str]) -> None:
     """The command, without what becomes of its errors."""
     config = config_files.parse_flags(argv, required=("config", "workdir"))
-    from maskvit import train
+    from maskvit import processes, train
 
     if _CLUSTER.value or _COORDINATOR.value:
-        import jax
-
-        # Without this the CPU backend would leave every process on its own.
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _STARTUP_TIMEOUT.value)
     train.main(config, str(_WORKDIR.value), profile=_PROFILE.value)
 
 

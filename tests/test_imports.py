@@ -16,6 +16,7 @@ PACKAGE = ROOT / "maskvit"
 # A part is a file or a folder of maskvit/; a part may import parts of lower levels, and of its own level what `BESIDE` names.
 LEVELS = {
     **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "config_files", "arguments", "errors", "keys"), 0),
+    "processes": 0,
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops", "pictures"), 1),
     **dict.fromkeys(("disk", "profiling", "signals", "spikes", "watchdog"), 1),
     **dict.fromkeys(("models", "data", "checkpoints"), 2),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from maskvit.checkpoints.manifest import CheckpointError, check_format
+from maskvit.types import tree_paths
 
 
 def plain_tree(tree: Any) -> dict[str, Any]:
@@ -43,27 +47,59 @@ def shaped_like(abstract: Any, plain: Mapping[str, Any]) -> Any:
 
 def stored_shapes(step_dir: Path) -> dict[str, Any]:
     """The nested dict of array metadata (`.shape`, `.dtype`) of the state in `step_dir`."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(step_dir / "state")
-    return metadata.tree if hasattr(metadata, "tree") else metadata
+    with reading(step_dir):
+        metadata = ocp.PyTreeCheckpointHandler().metadata(step_dir / "state")
+        tree = metadata.tree if hasattr(metadata, "tree") else metadata
+        for path, leaf in tree_paths(tree).items():
+            if not hasattr(leaf, "shape"):
+                raise ValueError(f"{path} is no array")
+    return tree
 
 
 def read_state_part(step_dir: Path, part: tuple[str, ...]) -> dict[str, Any]:
     """The sub-tree `part` of a stored state as numpy arrays, on any topology; nothing else is read."""
     tree = stored_shapes(step_dir)
-    for key in part:
-        tree = tree[key]
-    item = jax.tree.map(lambda _: 0, tree)
-    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    for key in reversed(part):
-        item, arguments = {key: item}, {key: arguments}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            step_dir / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-        )
-    for key in part:
-        restored = restored[key]
+    with reading(step_dir):
+        for key in part:
+            tree = tree[key]
+        item = jax.tree.map(lambda _: 0, tree)
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        for key in reversed(part):
+            item, arguments = {key: item}, {key: arguments}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                step_dir / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            )
+        for key in part:
+            restored = restored[key]
     return restored
 
 
 def read_metadata(step_dir: Path) -> dict[str, Any]:
-    return ocp.JsonCheckpointHandler().restore(step_dir / "metadata", args=ocp.args.JsonRestore())
+    """The JSON data saved with a checkpoint; its "config", where there is one, is a dict."""
+    with reading(step_dir):
+        metadata = ocp.JsonCheckpointHandler().restore(step_dir / "metadata", args=ocp.args.JsonRestore())
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its metadata are a {type(metadata).__name__}, not a table")
+        check_format(metadata)
+        if not isinstance(metadata.get("config", {}), dict):
+            raise ValueError("its config is no table")
+    return metadata
+
+
+@contextlib.contextmanager
+def reading(step_dir: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the checkpoint's fault (its files match their manifest, but make no sense): CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {step_dir} cannot be read: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that began it, with its type."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,27 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
-from maskvit.checkpoints.arrays import plain_tree, read_metadata, shaped_like, stored_shapes
+from maskvit.checkpoints.arrays import plain_tree, read_metadata, reading, root_cause, shaped_like, stored_shapes
+from maskvit.checkpoints.lock import DirectoryLock
 from maskvit.checkpoints.manifest import (
     FORMAT,
+    ITEMS,
     MANIFEST,
     CheckpointError,
+    local_path,
     newest_sound,
     none_sound_message,
+    step_of,
     steps_in,
     verify,
     write_manifest,
 )
+from maskvit.errors import message
+from maskvit.processes import ProcessError, agree, first_decides
 from maskvit.types import TrainState, tree_paths
 
-ITEMS = ("state", "metadata")
+_STORES = itertools.count()  # every process opens the same stores in the same order
 
 
 class CheckpointStore:
@@ -48,18 +54,21 @@ class CheckpointStore:
     def __init__(self, directory: str | os.PathLike, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"config.checkpoint.keep is {keep}; at least 1 checkpoint must stay")
-        self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
+        self.directory = local_path(directory, "a workdir")
         self.keep = keep
         self._saved: set[int] = set()  # saved or restored by this process: a second save of the same step is the same state
         self._verified: set[int] = set()  # by `latest_valid`, so that `restore` need not read the files once more
         self._pending: Future | None = None
         self._pending_step = -1
-        _require_writable(self.directory)
-        if jax.process_index() == 0:
-            _remove_leftovers(self.directory)
-        _barrier("maskvit_checkpoint_open")
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        self._decisions = (f"checkpoints/{store}/{number}" for store in [next(_STORES)] for number in itertools.count())
+        with contextlib.ExitStack() as undo:
+            with self._on_all():
+                self._lock = _claim(self.directory)
+                undo.callback(self._lock.release)
+            self._by_first(lambda: _remove_leftovers(self.directory))
+            options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+            undo.pop_all()
         # One worker: after Orbax committed a step it writes the manifest, verifies and drops what is too old.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
@@ -76,36 +85,58 @@ class CheckpointStore:
         self.wait()
         if step in self._saved:
             return
-        if (self.directory / str(step)).exists():
-            raise CheckpointError(
-                f"{self.directory / str(step)} exists already and was not written by this process; choose another directory, or resume "
-                "from its newest checkpoint"
-            )
         metadata = json.loads(json.dumps({"format": FORMAT, "step": step, **metadata}))  # what is no JSON data fails here, not in a thread
-        try:
-            if jax.process_index() == 0:
-                (self.directory / f".unfinished-{step}").touch()
-            items = ocp.args.Composite(state=ocp.args.StandardSave(plain), metadata=ocp.args.JsonSave(metadata))
-            self._manager.save(step, args=items, force=True)
-        except Exception as error:
-            raise self._not_saved(step, error) from error
+        with self._on_all():
+            if jax.process_index() == 0 and (self.directory / str(step)).exists():
+                raise CheckpointError(
+                    f"{self.directory / str(step)} exists already and was not written by this process; choose another directory, or "
+                    "resume from its newest checkpoint"
+                )
+            try:
+                if jax.process_index() == 0:
+                    (self.directory / f".unfinished-{step}").touch()
+                items = ocp.args.Composite(state=ocp.args.StandardSave(plain), metadata=ocp.args.JsonSave(metadata))
+                self._manager.save(step, args=items, force=True)
+            except Exception as error:
+                raise self._not_saved(step, error) from error
         self._pending_step = step
-        self._pending = self._finisher.submit(self._finish, step)
+        self._pending = self._finisher.submit(self._finish, step, next(self._decisions))
 
-    def _finish(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            step_dir = self.directory / str(step)
-            write_manifest(step_dir)
-            problems = verify(step_dir)
-            if problems:
-                raise CheckpointError("; ".join(problems))
-            (self.directory / f".unfinished-{step}").unlink()
-            steps = self._sound_looking()
-            healthy = [step for step in steps if self._is_healthy(step)]
-            for old in set(steps[: -self.keep]) - set(healthy[-1:]):
-                _remove(self.directory / str(old))
+    def _finish(self, step: int, decision: str) -> None:
+        with self._on_all(decision):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                step_dir = self.directory / str(step)
+                write_manifest(step_dir)
+                problems = verify(step_dir)
+                if problems:
+                    raise CheckpointError("; ".join(problems))
+                (self.directory / f".unfinished-{step}").unlink()
+                steps = self._sound_looking()
+                healthy = [step for step in steps if self._is_healthy(step)]
+                for old in set(steps[: -self.keep]) - set(healthy[-1:]):
+                    _remove(self.directory / str(old))
         self._saved.add(step)
+
+    @contextlib.contextmanager
+    def _on_all(self, decision: str | None = None) -> Iterator[None]:
+        """A block that every process runs: where it fails on one of them, all raise CheckpointError. `decision` names it, unique."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        try:
+            agree(decision or next(self._decisions), None if failure is None else message(failure))
+        except ProcessError as error:
+            raise CheckpointError(str(error)) from failure or error
+
+    def _by_first(self, decide: Callable[[], Any]) -> Any:
+        """What process 0 answers, on every process; its failure is everyone's CheckpointError."""
+        try:
+            return first_decides(next(self._decisions), decide)
+        except (ProcessError, OSError) as error:
+            raise CheckpointError(message(error)) from error
 
     def has(self, step: int) -> bool:
         """Whether this store has saved or restored `step`."""
@@ -114,13 +145,7 @@ class CheckpointStore:
     def latest_healthy(self) -> int | None:
         """The newest step that verifies and was saved without "healthy": false in its metadata; None if there is none."""
         self.wait()
-        found = -1
-        if jax.process_index() == 0:
-            step, _ = newest_sound(self.directory, [step for step in self._sound_looking() if self._is_healthy(step)])
-            found = -1 if step is None else step
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        return None if found < 0 else found
+        return self._by_first(lambda: newest_sound(self.directory, [step for step in self._sound_looking() if self._is_healthy(step)])[0])
 
     def _is_healthy(self, step: int) -> bool:
         return bool(read_metadata(self.directory / str(step)).get("healthy", True))
@@ -147,7 +172,7 @@ class CheckpointStore:
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
         kept = ", ".join(str(other) for other in self._sound_looking() if other != step) or "none"
         return CheckpointError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({_root_cause(error)}); free space or repair the "
+            f"the checkpoint of step {step} could not be written to {self.directory} ({root_cause(error)}); free space or repair the "
             f"disk and start the same command again. Sound checkpoints kept: {kept}"
         )
 
@@ -159,28 +184,23 @@ class CheckpointStore:
         scratch over somebody's checkpoints is not a fall-back.
         """
         self.wait()
-        found, message = -1, ""
-        if jax.process_index() == 0:
-            steps = steps_in(self.directory)
-            step, skipped = newest_sound(self.directory, steps)
-            if step is None and steps:
-                found, message = -2, none_sound_message(self.directory, skipped)
-            elif step is not None:
-                found = step
-                self._verified.add(step)
-                for damaged in skipped:
-                    aside = _free_name(self.directory / f"{damaged}.damaged")
-                    os.rename(self.directory / str(damaged), aside)
-                    logging.error("going back to step %d; the damaged checkpoint of step %d was moved to %s", step, damaged, aside)
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        if found == -2:
-            raise CheckpointError(message or f"process 0 found no sound checkpoint in {self.directory}; see its log")
-        if found < 0:
-            return None
-        self._saved = {step for step in self._saved if step <= found}
-        self._manager.reload()
+        found = self._by_first(self._newest_valid)
+        if found is not None:
+            self._saved = {step for step in self._saved if step <= found}
+            self._verified.add(found)
+            self._manager.reload()
         return found
+
+    def _newest_valid(self) -> int | None:
+        steps = steps_in(self.directory)
+        step, skipped = newest_sound(self.directory, steps)
+        if step is None and steps:
+            raise CheckpointError(none_sound_message(self.directory, skipped))
+        for damaged in skipped:
+            aside = _free_name(self.directory / f"{damaged}.damaged")
+            os.rename(self.directory / str(damaged), aside)
+            logging.error("going back to step %d; the damaged checkpoint of step %d was moved to %s", step, damaged, aside)
+        return step
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Read the state of `step` into the structure, dtypes and shardings of `abstract_state`.
@@ -192,8 +212,8 @@ class CheckpointStore:
         step_dir = self.directory / str(step)
         if not step_dir.is_dir():
             raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {steps_in(self.directory) or 'none'}")
-        if jax.process_index() == 0 and step not in self._verified:
-            problems = verify(step_dir)
+        if step not in self._verified:
+            problems = self._by_first(lambda: verify(step_dir))
             if problems:
                 raise CheckpointError(f"the checkpoint {step_dir} is damaged: " + "; ".join(problems))
         abstract = jax.tree.map(_abstract_leaf, plain_tree(abstract_state))
@@ -202,7 +222,8 @@ class CheckpointStore:
             raise CheckpointError(
                 f"the checkpoint {step_dir} does not fit this run's state:\n" + "\n".join(f"  {line}" for line in differences)
             )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        with reading(step_dir):
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         self._saved.add(step)
         return shaped_like(abstract_state, restored.state)
 
@@ -217,6 +238,7 @@ class CheckpointStore:
         finally:
             self._finisher.shutdown(wait=True)
             self._manager.close()
+            self._lock.release()
 
 
 def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -240,32 +262,37 @@ def _shape_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     return lines
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _require_writable(directory: Path) -> None:
+def _claim(directory: Path) -> DirectoryLock:
+    """Make the directory, lock it (on process 0, for all) and see that it can be written."""
     probe = directory / f".probe-{jax.process_index()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"writable")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoints cannot be written to {directory} ({error.strerror}: {error.filename}); "
-            "choose another --workdir or make this one a writable directory"
-        ) from error
+    with contextlib.ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = DirectoryLock(directory, shared=jax.process_index() > 0)
+            undo.callback(lock.release)
+            probe.write_bytes(b"writable")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be written to {directory} ({error.strerror}: {error.filename}); "
+                "choose another --workdir or make this one a writable directory"
+            ) from error
+        undo.pop_all()
+    return lock
 
 
 def _remove_leftovers(directory: Path) -> None:
     """Remove what a killed process left: unfinished saves, Orbax's temporaries, half-deleted checkpoints."""
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".unfinished-"):
-            logging.warning("the save of step %s was cut short; its remains are removed", path.name.removeprefix(".unfinished-"))
-            _remove_unfinished(directory, int(path.name.removeprefix(".unfinished-")))
-        elif path.name.startswith(".deleted-"):
+        kind, _, rest = path.name.partition("-")
+        step = step_of(rest.partition(".")[0])
+        if kind == ".unfinished" and step is not None:
+            logging.warning("the save of step %d was cut short; its remains are removed", step)
+            _remove_unfinished(directory, step)
+        elif kind == ".deleted" and step is not None:
             shutil.rmtree(path, ignore_errors=True)
+        elif kind == ".probe" and step is not None:
+            path.unlink()
 
 
 def _remove_unfinished(directory: Path, step: int) -> None:
@@ -288,9 +315,3 @@ def _remove(step_dir: Path) -> None:
 def _free_name(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
