@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from maskvit import checkpoints
+from maskvit.config_files import get_value
 from maskvit.configuration import check_arguments, look_up
 from maskvit.data import SOURCES, open_source
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
@@ -136,17 +137,48 @@ def _block(where: str, function: Any, values: Mapping[str, Any]) -> dict[str, An
     return function(**values)
 
 
+# Numbers of the config and their limits; what is not here is limited where it is used.
+RANGES: dict[str, tuple[float, float]] = {
+    "global_batch": (1, 2**31 - 1),
+    "micro_batch": (0, 2**31 - 1),
+    "log_every": (1, 2**31 - 1),
+    "seed": (0, 2**31 - 1),
+    "optimizer.base_lr": (0, 1e6),
+    "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.999999999),
+    "optimizer.eps": (0, 1),
+    "optimizer.weight_decay": (0, 1e3),
+    "optimizer.clip_norm": (1e-12, 1e12),
+    "optimizer.clip_tensor_norm": (1e-12, 1e12),
+    "schedule.total_epochs": (1e-9, 1e9),
+    "schedule.start_epochs": (0, 1e9),
+    "schedule.warmup_epochs": (0, 1e9),
+    "schedule.min_lr": (0, 1e6),
+    "data.workers": (0, 1024),
+    "data.prefetch": (0, 1024),
+    "checkpoint.keep": (1, 10**6),
+}
+
+
+def _check_ranges(config: Mapping[str, Any]) -> None:
+    with all_mistakes() as checks:
+        for key, (least, most) in RANGES.items():
+            value = get_value(config, key)
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                # What is no number at all is told by the types of the blocks. NaN is within no limits.
+                with checks.check():
+                    if isinstance(one, (int, float)) and not least <= one <= most:
+                        raise ValueError(f"config.{key} is {value}; it must be at least {least:g} and at most {most:g}")
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise `Mistakes` with all that is wrong with a plain config, as far as it shows without data, devices and files."""
-    arguments: dict[str, Any] = {"seed": 0, "micro_batch": 0, "log_every": 50, "picture_every": 0, **config}
     with all_mistakes() as checks, checks.check():
         check_arguments("config", run, config, given=("workdir", "profile"))
     with all_mistakes() as checks:
-        for key, least in (("global_batch", 1), ("micro_batch", 0), ("log_every", 1), ("seed", 0)):
-            with checks.check():
-                if not least <= arguments[key] < 2**31:
-                    raise ValueError(f"config.{key} is {arguments[key]}; it must be at least {least} and below 2**31")
-        periods = {"total": config["total"], "picture_every": arguments["picture_every"]}
+        with checks.check():
+            _check_ranges(config)
+        periods = {"total": config["total"], "picture_every": config.get("picture_every", 0)}
         data: dict[str, Any] = {}
         with checks.check():
             data = _block("config.data", data_block, config["data"])
@@ -180,7 +212,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         for key, period in periods.items():
             with checks.check():
                 try:
-                    to_steps(period, steps_per_epoch=1, global_batch=1, total_steps=None if key == "total" else 1)
+                    steps = to_steps(period, steps_per_epoch=1, global_batch=1, total_steps=None if key == "total" else 1)
+                    if steps >= 2**31:
+                        raise ValueError(f"{period!r} is longer than any run")
                 except ValueError as error:
                     raise ValueError(f"config.{key}: {error}") from error
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
+from maskvit import train
 from maskvit.config_files import apply_overrides, load_config, parse_value, split_overrides
 from maskvit.configuration import check_arguments
 from maskvit.objectives import build_objective
-from tests.runs import shipped_configs
 
 
 def overridden(config: ConfigDict, *words: str) -> dict[str, Any]:
@@ -164,16 +163,16 @@ def leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str,
     return found
 
 
-WRONG = ["x", "", -1, 0, 1.5, float("nan"), 10**30, True, None, (), (1,), ("a", 2), {}, {"name": "x"}, {"name": 3}, {1: 2}, [[]]]
+WRONG = ["x", -1, 0, 1.5, float("nan"), 10**30, True, None, (), ("a", 2), {}, {"name": 3}, {1: 2}, [[]]]
+MODEL = ("modalities", "image_size", "objective")
 
 
-@pytest.mark.parametrize("path", [p for p in shipped_configs() if re.search("demo|attg_b|crossmae_s|ibot|attmask_s_100e|_400e", p)])
-def test_no_value_of_a_config_that_builds_the_model_ends_in_anything_but_a_value_error(path):
-    """Whatever stands in the blocks `modalities`, `image_size` and `objective`."""
-    whole = load_config(str(pathlib.Path(path))).to_dict()
-    config = {key: whole[key] for key in ("modalities", "image_size", "objective")}
+def broken(config: dict[str, Any], check: Callable[[dict[str, Any]], Any], chosen: Callable[[str], bool]) -> list[str]:
+    """What `check` makes of a config with a wrong value in one place, where that is another error than ValueError."""
     failed = []
     for place in leaves(config):
+        if not chosen(place[0]):
+            continue
         for value in WRONG:
             changed = load_copy(config)
             node = changed
@@ -181,12 +180,40 @@ def test_no_value_of_a_config_that_builds_the_model_ends_in_anything_but_a_value
                 node = node[key]
             node[place[-1]] = value
             try:
-                build_objective(changed)
+                check(changed)
             except ValueError:
                 pass
             except Exception as error:
                 failed.append(f"config.{'.'.join(place)} = {value!r}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return failed
+
+
+@pytest.mark.parametrize("path", ["demo", "pretrain/crossmae_s", "pretrain/attmask_s_100e"])
+def test_no_value_of_a_config_ends_in_anything_but_a_value_error(path, monkeypatch):
+    """Whatever stands in whatever place."""
+    config = load_config(f"configs/{path}.py").to_dict()
+    failed = broken(config, build_objective, lambda block: block in MODEL)
+    monkeypatch.setattr(train, "build_objective", lambda config: None)
+    failed += broken(config, train.check_config, lambda block: block not in MODEL)
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("optimizer.base_lr=nan", "'nan'; it must be a number"),
+        ("optimizer.base_lr=1e400", "config.optimizer.base_lr is inf; it must be at least 0"),
+        ("optimizer.b1=1.0", "config.optimizer.b1 is 1.0"),
+        ("optimizer.weight_decay=(0.1,-1)", r"config.optimizer.weight_decay is \(0.1, -1\)"),
+        ("schedule.warmup_epochs=-1", "config.schedule.warmup_epochs is -1"),
+        ("checkpoint.keep=0", "config.checkpoint.keep is 0"),
+        ("data.workers=-1", "config.data.workers is -1"),
+        ("total=99999999999", "config.total: '99999999999' is longer than any run"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        train.check_config(overridden(common.scenes(), f"--config.{words}"))
 
 
 def load_copy(tree: Any) -> Any:

@@ -71,8 +71,9 @@ def parse_augment(settings: Mapping[str, Any] | None) -> Augment:
     check_arguments("config.data.augment", Augment, settings)
     plain = lambda block: {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in block.items()}  # noqa: E731
     values: dict[str, Any] = plain(settings)
-    views: dict[str, Any] = plain(values.pop("views", None) or {})
-    check_arguments("config.data.augment.views", MultiCrop, views)
+    given = values.pop("views", None) or {}
+    check_arguments("config.data.augment.views", MultiCrop, given)
+    views: dict[str, Any] = plain(given)
     return Augment(**values, views=MultiCrop(**views) if views else None)
 
 

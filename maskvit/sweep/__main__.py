@@ -51,7 +51,11 @@ def sweep(
             print(f"{head}: finished before", flush=True)
         else:
             print(f"{head} ...", flush=True)
-            result = carry_out(run)
+            try:
+                result = carry_out(run)
+            except SystemExit:  # Ctrl-C or SIGTERM, with the state saved
+                print(f"{head}: stopped, its state is saved; the same command resumes it", flush=True)
+                raise
             results = [r for r in (other.result() for other in runs) if r is not None]
             left = sum(expected_seconds(other.cell, results) for other in wanted[number:] if other.result() is None)
             shown = {k: v for k, v in result["final"].items() if k == "loss" or k in judged(list(result["final"]))}

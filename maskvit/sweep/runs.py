@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +79,7 @@ def carry_out(run: Run) -> dict[str, Any]:
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     start, failed = time.perf_counter(), ""
-    with _log_to(run.folder / "log.txt"), _own_signals():
+    with _log_to(run.folder / "log.txt"):
         try:
             train.run(str(run.folder), **run.config)
         except FloatingPointError as error:
@@ -113,17 +112,6 @@ def _log_to(path: Path) -> Iterator[None]:
             logger.removeHandler(handler)
             logger.setLevel(level)
             logger.propagate = propagates
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """A run listens to SIGTERM for itself: between runs the signal must mean what it meant before."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # not in the main thread, where the run did not listen either
-            signal.signal(signal.SIGTERM, before)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
