@@ -124,6 +124,7 @@ class Loop:
                     self._save()
                 self._evaluate()
             self._settle(0)
+            self._wait_for_save()
         except StopAsked as asked:
             self._stop(asked.number)
         except NoBatch as told:
@@ -251,7 +252,7 @@ class Loop:
         run = self._run
         self._settle(0)
         with run.throughput.paused(), self._watchdog.watching(f"the checkpoint of step {self.step}"):
-            if jax.process_index() == 0 and not run.store.has(self.step):
+            if not run.store.has(self.step):
                 require_space(run.store.directory, self._bytes, f"the checkpoint of step {self.step}")
             run.store.save(
                 self.step,
@@ -312,7 +313,7 @@ class Loop:
                     self._draw()
                 else:
                     self._between()
-                    with self._signals.interruptible() if jax.process_count() == 1 else contextlib.nullcontext():
+                    with self._giving_up():
                         figures = evaluate(self._run.evaluators, self._due[0], self.state, self._between)
                     write_figures(self._run.log, self.step, figures)
                 del self._due[0]
@@ -321,9 +322,15 @@ class Loop:
         if self._run.painter is None:  # another process draws
             return
         try:
-            self._run.log.write_images(self.step, self._run.painter(self.state))
+            with self._giving_up():
+                pictures = self._run.painter(self.state)
+            self._run.log.write_images(self.step, pictures)
         except Exception as error:  # a picture is not worth a run
             LOG.warning("step %d: the pictures could not be drawn: %s", self.step, error)
+
+    def _giving_up(self) -> contextlib.AbstractContextManager[None]:
+        """Around what a signal may end at once. Several processes must agree first: see `_between`."""
+        return self._signals.interruptible() if jax.process_count() == 1 else contextlib.nullcontext()
 
     def _between(self) -> None:
         """Between two batches of an evaluation: StopAsked on every process where any is asked to stop."""

@@ -445,8 +445,7 @@ def run(
             return state
         signals = closing.enter_context(StopSignals())
         warn_of_low_rate(cosine, step, parts.total_steps, parts.base_lr, global_batch)
-        if jax.process_index() == 0:
-            warn_of_little_space(store.directory, sum(x.nbytes for x in jax.tree.leaves(state)), store.keep)
+        warn_of_little_space(store.directory, sum(x.nbytes for x in jax.tree.leaves(state)), store.keep)
         batches = train_batches(
             parts.source, parts.specs, parts.method.model.image_size, seed=seed, global_batch=global_batch, start_step=step,
             augment=parts.data["augment"], process_index=jax.process_index(), process_count=jax.process_count(),

@@ -99,6 +99,12 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return said
 
 
+def loader_workers(pid: int) -> list[int]:
+    """The loader's worker processes of process `pid`."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "multiprocessing.spawn" in line]
+
+
 def free_port() -> int:
     """A port of this machine nobody listens on."""
     with socket.socket() as listener:

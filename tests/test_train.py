@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import threading
 import time
 
 import jax
@@ -15,6 +17,8 @@ import pytest
 from configs import common
 from maskvit import train
 from maskvit.checkpoints import CheckpointError, find_checkpoint
+from maskvit.data.pipeline import Batches
+from maskvit.data.workers import LoaderError
 from maskvit.durations import to_steps
 from maskvit.evaluators import EVALUATORS
 from maskvit.loop import Loop
@@ -24,6 +28,7 @@ from tests.runs import (
     distinct_smoke_forms,
     finish,
     get_config,
+    loader_workers,
     make_scenes,
     on_scenes,
     same_params,
@@ -87,6 +92,7 @@ def stop_at(step: int, workdir: str, config: dict) -> None:
 
     def then_stop(loop):
         take_step(loop)
+        assert len(loop._flight._steps) <= 2
         if loop.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
             while not loop._signals.asked:
@@ -192,27 +198,59 @@ def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
     assert set(whole.objective_state) == {"guidance", "averages"}
 
 
-def test_killed_and_terminated_runs_go_on(data_dir, tmp_path):
+def test_killed_and_terminated_runs_and_those_that_lost_a_worker_go_on(data_dir, tmp_path):
     config = small_run(data_dir, guided=True, total="30 steps", checkpoint=dict(every="2 steps", keep=2))
+    config["data"]["workers"] = 1
     file = write_config(tmp_path / "config.py", config)
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     finish(child(file, whole))
 
-    def run_until(step: int, number: int) -> int:
+    def run_until(step: int, act) -> tuple[int, str]:
         process = child(file, workdir)
         metrics = workdir / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
             time.sleep(0.02)
-        process.send_signal(number)
-        process.communicate(timeout=120)
-        return process.returncode
+        act(process)
+        return process.communicate(timeout=120)[0], process.returncode
 
-    assert run_until(5, signal.SIGKILL) == -signal.SIGKILL
-    assert run_until(11, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert run_until(5, lambda process: process.kill())[1] == -signal.SIGKILL
+    said, status = run_until(9, lambda process: os.kill(loader_workers(process.pid)[0], signal.SIGKILL))
+    assert status == 2 and "Traceback" not in said
+    assert re.search(r"\nthe state of step (\d+) is saved.*\nerror: loader worker 0 of 1 \(process \d+\) died", said), said[-2000:]
+    said, status = run_until(17, lambda process: process.send_signal(signal.SIGTERM))
+    assert status == 128 + signal.SIGTERM and re.search(r"stopped by SIGTERM at step \d+, state saved", said)
     said = finish(child(file, workdir))[0]
     assert "resuming at step" in said
     assert same_params(workdir, whole)
     assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name or p.name.startswith(".unfinished")]
+
+
+def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(data_dir, tmp_path, monkeypatch):
+    config = small_run(data_dir, total="5 steps", checkpoint=dict(every="100 steps", keep=3))
+    deliver = Batches.__next__
+
+    def from_batch(number: int, act) -> None:
+        taken = iter(range(100))
+        monkeypatch.setattr(Batches, "__next__", lambda batches: act() if next(taken) >= number else deliver(batches))
+
+    def hang():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Event().wait(60)
+
+    from_batch(2, hang)
+    with pytest.raises(train.Stopped) as stopped:
+        train.run(str(tmp_path), **config)
+    assert stopped.value.code == 143 and find_checkpoint(tmp_path).name == "2"
+
+    def fail():
+        raise LoaderError("no batch for 600 s")
+
+    from_batch(2, fail)
+    with pytest.raises(LoaderError, match="600 s"):
+        train.run(str(tmp_path), **config)
+    assert find_checkpoint(tmp_path).name == "4"
+    metadata = json.loads((find_checkpoint(tmp_path) / "metadata" / "metadata").read_text())
+    assert metadata["micro_batches"] == 1 and metadata["healthy"] is True and metadata["due"] == []
 
 
 def test_evaluation_alone(data_dir, tmp_path):
@@ -271,6 +309,14 @@ def test_bad_config_is_refused_before_the_first_step(path, value, message, data_
         train.run(str(tmp_path), **config)
     metrics = tmp_path / "metrics.jsonl"
     assert not metrics.exists() or not metrics.read_text()
+
+
+def test_a_low_learning_rate_is_told_with_its_numbers(caplog):
+    with caplog.at_level("WARNING"):
+        train.warn_of_low_rate(train.make_schedule(1e-4, 2048, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 2048)
+        assert not caplog.text
+        train.warn_of_low_rate(train.make_schedule(1e-4, 8, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 8)
+    assert "config.optimizer.base_lr 0.0001 x config.global_batch 8 / 256 = 3.1e-06 at its peak" in caplog.text
 
 
 def test_unknown_top_level_key_and_one_line_errors(data_dir, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import resource
@@ -57,9 +56,7 @@ def compiled_gb(compiled: Any) -> float | None:
 
 
 def utilisation(flops_per_s: float, device_kind: str, devices: int) -> float | None:
-    """Share of the devices' dense bfloat16 peak; None where the peak is not known, or `clu`, which metrics need, is absent."""
-    if importlib.util.find_spec("clu") is None:
-        return None
+    """Share of the devices' dense bfloat16 peak; None where the peak is not known."""
     from maskvit.metrics import flops_utilisation
 
     return flops_utilisation(flops_per_s, 1.0, device_kind=device_kind, device_count=devices)
