@@ -138,7 +138,12 @@ class Guard:
         self.in_a_row, self.trouble, self.returned_to, self.pending = 0, "", to, []
 
     def healthy(self) -> bool:
-        """Whether the state after the last step observed is one to return to."""
+        """Whether the state after the last step observed is one to return to: no trouble now, and none that will turn the run back."""
         ahead = copy.deepcopy(self)
-        ahead.judge(1 << 62)
+        if ahead.must_go_back():
+            return False
+        for seen in self.pending:
+            ahead.judge(before=seen.step + 1)
+            if ahead.must_go_back():
+                return False
         return not ahead.trouble

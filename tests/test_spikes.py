@@ -65,6 +65,8 @@ def test_skips_in_a_row_ask_to_go_back_whatever_is_logged():
     told(judge, [1.0], 7)
     told(judge, [math.nan, 1.0, math.inf], 8, skipped=True)  # a finite loss whose gradient was not
     assert judge.in_a_row == 3 and judge.must_go_back()
+    judge.observe(11, 1.0, False, 50.0)
+    assert not judge.healthy()
     judge.went_back(4)
     assert not judge.must_go_back() and judge.returned_to == 4 and judge.healthy()
 
@@ -85,7 +87,7 @@ def test_looking_ahead_decides_nothing_and_a_resumed_guard_judges_alike():
         for judge in (whole, stopped):
             judge.observe(step, loss, math.isnan(loss), 50.0)
         if step in (60, 120, 121, 122):
-            assert stopped.healthy() == (step in (60, 121))
+            assert stopped.healthy() == (step in (60, 121))  # a single skip is over, a spike turns the run back
             saved = json.loads(json.dumps(stopped.as_json(), allow_nan=False))
             stopped = Guard.resumed(dict(max_skipped=3, sigmas=10.0, on_spike="rollback"), saved)
         decisions.append([(judge.judge(before=step - 1), judge.must_go_back(), judge.limit()) for judge in (whole, stopped)])
