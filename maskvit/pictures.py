@@ -75,12 +75,11 @@ class PixelError(PictureError):
 class Header(NamedTuple):
     """What a file says of itself before its pixels are read.
 
-    `size`: (height, width) as stored; `mode`: Pillow's; `raw`: the stored layout in Pillow's notation ("L;4", "RGB;16B");
-    `bits` per sample; `maximum`: the largest sample of a PNM file that is scaled on reading, else 0; `signed`: of 8 bits.
+    `mode`: Pillow's; `raw`: the stored layout in Pillow's notation ("L;4", "RGB;16B"); `bits` per sample; `maximum`: the
+    largest sample of a PNM file that is scaled on reading, else 0; `signed`: whether samples of 8 bits are.
     """
 
     format: str
-    size: tuple[int, int]
     mode: str
     raw: str
     bits: int
@@ -166,7 +165,7 @@ def _header(image: Image.Image) -> Header:
     lossy = name not in EXACT or (name == "TIFF" and image.info.get("compression") in LOSSY_TIFF)
     animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a phone's gain map behind its picture
     return Header(
-        name, (image.height, image.width), image.mode, raw, bits, arguments[-1] if scaled else 0,
+        name, image.mode, raw, bits, arguments[-1] if scaled else 0,
         image.mode == "L" and sample_format in (2, (2,)), lossy, animated,
     )  # fmt: skip
 
@@ -204,7 +203,7 @@ def read_picture(data: bytes, kind: str = "continuous", channels: int | None = N
                 image = image.transpose(TURNS[orientation])
         orientation = orientation if orientation in TURNS else 1
         with _damage(header.format):
-            array, dropped = (_ids(image, header), False) if kind == "categorical" else _numbers(image, header, channels)
+            array, dropped = _ids(image, header) if kind == "categorical" else _numbers(image, header, channels)
         return Picture(array, header, orientation, dropped)
 
 
@@ -218,21 +217,22 @@ def _orientation(image: Image.Image) -> int:
 def _check_ids(header: Header) -> None:
     if header.lossy:
         raise PixelError(f"is {header.format}, whose compression changes class ids: store them as PNG, TIFF or .npy")
-    if header.mode in ("F",) or header.mode not in ("1", "L", "LA", "La", "P", "PA", "I") and not header.mode.startswith("I;16"):
+    if not (header.mode in ("1", "L", "LA", "La", "P", "PA", "I") or header.mode.startswith("I;16")):
         what = "fractions" if header.mode == "F" else f"colors (mode {header.mode})"
         raise PixelError(f"holds {what}, but class ids are whole numbers in one channel: store them so, as PNG or .npy")
 
 
-def _ids(image: Image.Image, header: Header) -> np.ndarray:
-    """The stored samples of the first channel."""
-    array = np.array(image.getchannel(0) if len(image.getbands()) > 1 else image)
+def _ids(image: Image.Image, header: Header) -> tuple[np.ndarray, bool]:
+    """(the stored samples of the first channel, whether an alpha channel was dropped)."""
+    alpha = len(image.getbands()) > 1
+    array = np.array(image.getchannel(0) if alpha else image)
     if header.mode == "1":
         array = array.astype(np.uint8)
     elif header.mode in ("L", "LA") and header.bits in (2, 4):
         array //= 255 // (2**header.bits - 1)  # Pillow spreads them over 0 ... 255
     if re.match(r"[1L];\d?I", header.raw):  # white is 0, and Pillow has undone it
         array = (2**header.bits - 1) - array
-    return _samples(array, header)
+    return _samples(array, header), alpha
 
 
 def _samples(array: np.ndarray, header: Header) -> np.ndarray:
