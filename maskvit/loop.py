@@ -81,6 +81,16 @@ class Run:
     saved: Mapping[str, Any]
 
 
+def first_batch(batches: Any, signals: StopSignals) -> dict[str, Any]:
+    """The batch a run starts with; Stopped where a signal comes while it is waited for: nothing is there to save."""
+    try:
+        with signals.interruptible():
+            return next(batches)
+    except StopAsked as asked:
+        LOG.info("stopped by %s before the first step", name(asked.number))
+        raise Stopped(128 + asked.number) from None
+
+
 class Loop:
     """Trains from `state` on, whose first batch was fetched already. `run()` returns the last state."""
 

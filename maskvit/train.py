@@ -33,7 +33,7 @@ from maskvit.errors import FAILED, all_mistakes, message
 from maskvit.evaluators import build_evaluators, check_evaluator
 from maskvit.flight import Results, Telling
 from maskvit.flops import distillation_flops, step_flops
-from maskvit.loop import Loop, Run, Stopped, evaluate, write_figures
+from maskvit.loop import Loop, Run, Stopped, evaluate, first_batch, write_figures
 from maskvit.metrics import Throughput, Writers, check_writers, make_writers, peak_flops
 from maskvit.microbatches import compile_step, memory_limit, micro_batch_counts
 from maskvit.models import count_parameters, frozen_mask
@@ -454,7 +454,7 @@ def run(
         )  # fmt: skip
         closing.callback(batches.close)
         place = functools.partial(place_batch, mesh=parts.mesh)
-        batch, telling = place(next(batches)), Telling(parts.mesh)
+        batch, telling = place(first_batch(batches, signals)), Telling(parts.mesh)
         pure_step = functools.partial(
             _placed_step, objective=parts.method, optimizer=optim, shardings=shardings, result_sharding=replicated(parts.mesh)
         )

@@ -16,7 +16,7 @@ import pytest
 
 from configs import common
 from maskvit import train
-from maskvit.checkpoints import CheckpointError, find_checkpoint
+from maskvit.checkpoints import CheckpointError, CheckpointStore, find_checkpoint
 from maskvit.data.pipeline import Batches
 from maskvit.data.workers import LoaderError
 from maskvit.durations import to_steps
@@ -87,10 +87,20 @@ def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
 
 
 def stop_at(step: int, workdir: str, config: dict) -> None:
-    """Run until SIGTERM comes while step `step - 1` is handed over."""
-    take_step = Loop._take_step
+    """Run until SIGTERM comes while step `step - 1` is handed over. On the way: how many steps are under way, and when."""
+    take_step, fetch, save = Loop._take_step, Loop._fetch, CheckpointStore.save
+    loops = []
+
+    def then_fetch(loop):
+        assert len(loop._flight._steps) <= 1  # what is waited for then is the loader
+        fetch(loop)
+
+    def then_save(*arguments):
+        assert not loops[-1]._flight._steps  # or the devices' work would count as a pause
+        save(*arguments)
 
     def then_stop(loop):
+        loops.append(loop)
         take_step(loop)
         assert len(loop._flight._steps) <= 2
         if loop.step == step:
@@ -100,6 +110,8 @@ def stop_at(step: int, workdir: str, config: dict) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped) as stopped:
         patch.setattr(Loop, "_take_step", then_stop)
+        patch.setattr(Loop, "_fetch", then_fetch)
+        patch.setattr(CheckpointStore, "save", then_save)
         train.run(workdir, **config)
     assert stopped.value.code == 128 + signal.SIGTERM
 
@@ -237,6 +249,11 @@ def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(dat
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         threading.Event().wait(60)
 
+    from_batch(0, hang)
+    with pytest.raises(train.Stopped) as stopped:
+        train.run(str(tmp_path / "at_once"), **config)
+    assert stopped.value.code == 143
+
     from_batch(2, hang)
     with pytest.raises(train.Stopped) as stopped:
         train.run(str(tmp_path), **config)
@@ -258,6 +275,18 @@ def test_evaluation_alone(data_dir, tmp_path):
     train.run(str(tmp_path), **small_run(data_dir, total=0, evaluators=evaluators))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["step"] == 0 and "knn/global/top1_k3" in row
+
+
+def test_an_error_at_the_start_leaves_nothing_open(data_dir, tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("the compiler gave up")
+
+    monkeypatch.setattr(train, "compile_step", fail)
+    for _ in range(2):  # the second start finds no lock of the first
+        with pytest.raises(RuntimeError, match="the compiler gave up"):
+            train.run(str(tmp_path), **small_run(data_dir))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("maskvit")]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def change(config, path, value):

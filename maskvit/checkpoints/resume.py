@@ -11,7 +11,8 @@ from absl import logging
 
 # Keys a resumed run may change, because none of them changes what is computed at a step: how often things are written
 # or evaluated, loader speed, how the global batch is split and in which order sums are taken (equal but for rounding),
-# when to stop (the schedule has lengths of its own), and where the data lies. Everything else makes it another run.
+# when to stop (the schedule has lengths of its own), what to do when the loss is lost, and where the data lies. Everything
+# else makes it another run.
 MAY_DIFFER = (
     "log_every",
     "picture_every",

@@ -110,6 +110,9 @@ class _OwnRow:
         self._number = number
         self.note(-1)
 
+    def remove(self) -> None:
+        Path(self._path).unlink(missing_ok=True)
+
     def note(self, chunk: int) -> None:
         if self._rows is not None:
             self._rows[self._number * _ROW.size : (self._number + 1) * _ROW.size] = _ROW.pack(os.getpid(), chunk, time.time())
@@ -130,11 +133,12 @@ def start_worker(table: Any, number: int, count: int) -> None:
     table.enter(number)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="maskvit-parent-watch", daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent, table), name="maskvit-parent-watch", daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _end_with(parent: Any, table: _OwnRow) -> None:
     parent.join()
+    table.remove()  # the parent was killed, or did it itself
     os._exit(1)
 
 

@@ -514,7 +514,8 @@ def test_a_thread_that_hangs_is_an_error_in_time(source, capfd, monkeypatch):
 
 
 @linux
-def test_workers_survive_the_groups_sigterm_and_end_with_their_parent():
+def test_workers_survive_the_groups_sigterm_and_end_with_their_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = child(
         "signal.signal(signal.SIGTERM, lambda *_: None)\nos.killpg(0, signal.SIGTERM)\n"
         "for _ in range(20): next(batches)\nprint('went on', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
@@ -526,6 +527,7 @@ def test_workers_survive_the_groups_sigterm_and_end_with_their_parent():
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process.returncode == -signal.SIGKILL and not any(map(alive, workers))
+    assert not list(tmp_path.iterdir())  # nor is anything left on the disk
 
 
 @linux
