@@ -242,6 +242,14 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
     return params, moments
 
 
+def write_parameter_table(workdir: str, shapes: Any) -> None:
+    """Every parameter's name, shape and size as WORKDIR/parameters.txt."""
+    from clu import parameter_overview
+
+    table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
+    (Path(workdir) / "parameters.txt").write_text(table + "\n")
+
+
 def start_report(
     objective: Any, mesh: Any, source: Any, shapes: Any, schedule: Cosine, step: int, *, total_steps: int, steps_per_epoch: int,
     global_batch: int, micro_batches: int, flops: float, memory: float,
@@ -259,7 +267,7 @@ def start_report(
         [
             f"devices     {mesh.size} x {device.device_kind} in {jax.process_count()} process(es)",
             f"data        {source.describe()}",
-            f"parameters  {total:,} of which {trainable:,} trained",
+            f"parameters  {total:,} of which {trainable:,} trained; parameters.txt lists them",
             f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
             f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
             f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ""),
@@ -465,6 +473,7 @@ def run(
         )  # fmt: skip
         flops = _flops(parts, global_batch)
         if jax.process_index() == 0:
+            write_parameter_table(workdir, shapes)
             LOG.info("%s", start_report(
                 parts.method, parts.mesh, parts.source, shapes, cosine, step, total_steps=parts.total_steps,
                 steps_per_epoch=parts.steps_per_epoch, global_batch=global_batch, micro_batches=micro_batches, flops=flops, memory=memory,

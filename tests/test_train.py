@@ -67,6 +67,7 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
     train.run(str(tmp_path), **{**settings, "total": "1 steps"})
     state = train.run(str(tmp_path), **settings)
     assert int(state.step) == 2 and int(state.skipped) == 0
+    assert "| encoder/block_00/attn/qkv/kernel " in (tmp_path / "parameters.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert find_checkpoint(tmp_path).name == "2"
