@@ -24,15 +24,16 @@ class Watchdog:
 
     def __init__(self, seconds: float, end: Callable[[int], object] = os._exit):
         self._seconds, self._end = seconds, end
+        self._look = min(5.0, seconds / 4)
         self._changed = threading.Condition()
-        self._what, self._deadline = "", float("inf")
+        self._what, self._left = "", float("inf")
         self._closed = False
         threading.Thread(target=self._watch, name="maskvit-watchdog", daemon=True).start()
 
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[None]:
         """Around what may hang; `what` names it."""
-        self._set(what, time.monotonic() + self._seconds)
+        self._set(what, self._seconds + self._look)
         try:
             yield
         finally:
@@ -44,18 +45,23 @@ class Watchdog:
             self._closed = True
             self._changed.notify()
 
-    def _set(self, what: str, deadline: float) -> None:
+    def _set(self, what: str, seconds: float) -> None:
         # No notification: the thread looks often enough by itself, and a step should not wake it.
         with self._changed:
-            self._what, self._deadline = what, deadline
+            self._what, self._left = what, seconds
 
     def _watch(self) -> None:
         with self._changed:
+            before = time.monotonic()
             while not self._closed:
-                if time.monotonic() >= self._deadline:
+                self._changed.wait(timeout=self._look)
+                now = time.monotonic()
+                # A process that was suspended slept with all it waited for: no look counts for much more than it should take.
+                self._left -= min(now - before, 2 * self._look)
+                before = now
+                if self._left <= 0:
                     self._report()
-                    self._deadline = float("inf")
-                self._changed.wait(timeout=min(5.0, self._seconds / 4))
+                    self._left = float("inf")
 
     def _report(self) -> None:
         faulthandler.dump_traceback(file=2, all_threads=True)

@@ -95,6 +95,16 @@ def test_the_watchdog_names_what_hangs_and_where():
     )
 
 
+def test_a_process_that_was_suspended_does_not_hang():
+    code = HANGS.replace("Watchdog(0.5)", "Watchdog(4)").replace("time.sleep(60)", "print('in', flush=True); time.sleep(1)")
+    process = subprocess.Popen([sys.executable, "-c", code + "print('out')"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[0] == "out\n" and process.returncode == 0
+
+
 def test_the_watchdog_leaves_alone_what_is_not_watched():
     ended: list[int] = []
     watchdog = Watchdog(0.2, ended.append)

@@ -461,18 +461,20 @@ class Batches(Iterator[dict[str, Any]]):
 
     def _take(self) -> tuple[Any, BaseException | None]:
         """The next (batch, error); the error is a LoaderError where a worker is gone or nothing comes in time."""
-        end = time.monotonic() + self._timeout
+        left = self._timeout
         missed: list[Worker] = []
         while True:
+            look, before = min(1.0, left), time.monotonic()
             try:
-                batch, error = self._queue.get(timeout=max(0.0, min(1.0, end - time.monotonic())))
+                batch, error = self._queue.get(timeout=look)
             except queue.Empty:
                 # Gone at two looks in a row: what a worker delivered before it ended was used up by then.
                 dead = self._table.dead()
                 if gone := [worker for worker in dead if worker in missed]:
                     return None, self._died(gone[0])
                 missed = dead
-                if time.monotonic() >= end:
+                left -= min(time.monotonic() - before, 2 * look)  # a process that was suspended slept together with its workers
+                if left <= 0:
                     return None, self._hangs()
                 continue
             if error is not None and "Worker process was terminated" in str(error):  # grain saw it first
