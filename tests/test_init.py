@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from maskvit import train
 from maskvit.__main__ import COMMANDS, main
+from maskvit.checkpoints import load_params
 from maskvit.config_files import apply_overrides, load_config, split_overrides
+from maskvit.convert import convert
 from maskvit.data.builders.__main__ import main as build
 from maskvit.init.found import look_at
 from maskvit.init.recipe import recipe
@@ -86,7 +91,7 @@ def test_from_a_folder_to_two_steps_of_training(folder, here, capsys):
 
     # What is packed can be looked at too, and gives the same declarations.
     packed = look_at("data/garden", "data", None, {})
-    assert packed.commands == () and packed.modalities == {
+    assert packed.classes == 2 and packed.commands == () and packed.modalities == {
         name: data for name, data in look_at(str(folder), "data", None, {}).modalities.items()
     }
     # A run can be continued on the same data: nothing starts fresh. The file that is there is kept.
@@ -200,3 +205,51 @@ def test_the_list_of_commands(capsys):
 def test_it_starts_as_a_module(here):
     child = subprocess.run([sys.executable, "-m", "maskvit", "init", "nowhere"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert child.returncode == 2 and child.stderr == "error: there is no folder nowhere\n"
+
+
+def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys):
+    """Other classes and no third modality: what does not fit starts fresh or is left out, and the rest is loaded."""
+    convert(ROOT / "assets" / "multimae_scenes.pth", here / "imported")
+    assert main(["init", str(folder), "--checkpoint", "imported"]) == 0
+    config = load_config("garden.py").to_dict()
+    assert config["modalities"]["rgb"]["patch"] == 8 and config["objective"]["encoder"]["width"] == 128
+    assert config["init_from"]["drop"] == () and all("semseg" in pattern for pattern in config["init_from"]["fresh"])
+    params, _ = train.start_params(build_objective(config), 0, config["init_from"])
+    stored, _ = load_params(here / "imported")
+    name = "block_00"
+    np.testing.assert_array_equal(params["encoder"][name]["attn"]["qkv"]["kernel"], stored["encoder"][name]["attn"]["qkv"]["kernel"])
+
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "rgb", here / "photos" / split / "rgb")
+    assert main(["init", "photos", "--checkpoint", "imported"]) == 0
+    config = load_config("photos.py").to_dict()
+    assert config["objective"]["inputs"] == ("rgb",) and config["init_from"]["drop"]
+    train.start_params(build_objective(config), 0, config["init_from"])
+    assert "a tenth of that from a checkpoint" in capsys.readouterr().out
+
+
+def test_pictures_of_a_public_data_set(here, capsys):
+    """A TFDS builder of others: no metadata, a picture under its own name, a label."""
+
+    class Flowers(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name, VERSION = "flowers", tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(20), "test": self._generate_examples(4)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                out = io.BytesIO()
+                Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(out, "png")
+                yield i, {"image": out.getvalue(), "label": i % 3}
+
+    Flowers(data_dir=str(here / "tfds"), file_format="array_record").download_and_prepare()
+    assert main(["init", "tfds", "--out", "flowers.py"]) == 0
+    config = load_config("flowers.py").to_dict()
+    assert config["data"]["train"]["features"] == {"rgb": "image"} and config["evaluators"]["knn"]["test"]["split"] == "test"
+    apply_overrides(changed := load_config("flowers.py"), split_overrides(SMALL)[1])
+    assert int(train.run("run", **changed.to_dict()).step) == 2

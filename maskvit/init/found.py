@@ -276,7 +276,7 @@ def _from_prepared(directory: str, given: Mapping[str, Mapping[str, Any]]) -> Da
         modalities[name], guesses = declare(name, seen, stated[name])
         assumed += [f"{name}: {text}; else {_change(name, change)}" for text, change in guesses]
         found.append(f"{name}: values {seen.low:g} to {seen.high:g}" + (f", feature {features[name]!r}" if name in features else ""))
-    label = info.features.get("label") if hasattr(info.features, "get") else None
+    label = info.features["label"] if "label" in info.features else None
     classes = int(getattr(label, "num_classes", 0) or 0)
     found.append(f"records: {', '.join(f'{count} in {split}' for split, count in splits.items())}; classes: {classes or 'none'}")
     return Data(splits, train, val, classes, _median(sizes), modalities, source, (), tuple(found), tuple(assumed))
