@@ -93,7 +93,7 @@ def look_at(directory: str, data_dir: str, name: str | None, given: Mapping[str,
 def _class_folders(directory: str, name: str) -> tuple[dict[str, str], str]:
     """({split: folder of class folders}, folder of links) where the folder holds class folders of photos; else ({}, "").
 
-    A folder of modalities pairs its files by name; class folders do not, and none of them is called rgb.
+    Class folders all hold color pictures, of other names in each, and none is called rgb.
     """
     splits = {entry: os.path.join(directory, entry) for entry in folders_in(directory) if entry.lower() in SPLITS}
     tops = splits or {"train": directory}
@@ -104,12 +104,10 @@ def _class_folders(directory: str, name: str) -> tuple[dict[str, str], str]:
         seen = look(directory, samples=4)
     except (ValueError, FileNotFoundError):
         return {}, ""
-    samples = sum(seen.splits.values())
-    photos = all(set(facts.channels) <= {1, 3} and set(facts.bits) <= {8} and not facts.fractions for facts in seen.modalities.values())
-    paired = any(facts.files > samples / 2 for facts in seen.modalities.values()) and len(seen.modalities) > 1
-    colour = any(3 in facts.channels for facts in seen.modalities.values())
-    named = any(DISTANCE.search(folder) or CLASSES.search(folder) or NORMALS.search(folder) for folder in folders)
-    if not photos or not colour or paired or named or (len(folders) == 1 and not splits):
+    photos = all(3 in facts.channels and set(facts.bits) <= {8} and not facts.fractions for facts in seen.modalities.values())
+    # The same names in all folders: several pictures of every sample, whatever the folders are called.
+    paired = not any(facts.lacking for facts in seen.modalities.values())
+    if not photos or paired or len(folders) < 2:
         return {}, ""
     return tops, f"{name}_root"
 
@@ -149,6 +147,8 @@ def _from_folder(seen: Look, links: Mapping[str, str], root: str, data_dir: str,
         assumed += [f"{modality}: {text}; else {_change(modality, change)}" for text, change in guesses]
         if facts.files > facts.looked_at:
             assumed.append(f"{modality}: {facts.looked_at} of {facts.files} files were read; the builder reads all and names what differs")
+    if links:
+        assumed.append(f"the {len(seen.classes)} folders are classes of photos; else call the one with color pictures rgb")
     train = "train" if "train" in seen.splits else next(iter(seen.splits))
     val = next((split for split in seen.splits if split != train), None)
     records = dict(seen.splits)
