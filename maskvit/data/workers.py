@@ -10,6 +10,7 @@ import faulthandler
 import functools
 import mmap
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import struct
@@ -22,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_ROW = struct.Struct("qqd")  # process id (0: not started yet), chunk in hand (-1: none), seconds since the epoch when it was taken up
+_ROW = struct.Struct("qqd")  # process id (0: not started yet), chunk in hand, seconds since the epoch when it was taken up
+IDLE, ENDED = -1, -2  # in place of a chunk: none in hand; the process ended as it should, its part of the data being exhausted
 
 
 class LoaderError(RuntimeError):
@@ -37,7 +39,7 @@ class LoaderError(RuntimeError):
 
 
 class Worker(NamedTuple):
-    """One row of the table: `chunk` in hand since `since`; -1 where there is none."""
+    """One row of the table: `chunk` in hand since `since`; IDLE or ENDED where there is none."""
 
     number: int
     pid: int
@@ -51,7 +53,7 @@ class WorkerTable:
     def __init__(self, count: int):
         self.count = count
         file, self._path = tempfile.mkstemp(prefix="maskvit-workers-")
-        os.write(file, _ROW.pack(0, -1, 0.0) * count)
+        os.write(file, _ROW.pack(0, IDLE, 0.0) * count)
         os.close(file)
         self._finalizer = weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
 
@@ -71,19 +73,19 @@ class WorkerTable:
         return [Worker(number, *row) for number, row in enumerate(_ROW.iter_unpack(rows))]
 
     def dead(self) -> list[Worker]:
-        """Those that started and are gone."""
-        return [worker for worker in self.read() if worker.pid and not _is_alive(worker.pid)]
+        """Those that started and are gone, though they should not be."""
+        return [worker for worker in self.read() if worker.pid and worker.chunk != ENDED and not _is_alive(worker.pid)]
 
     def hanging(self) -> Worker | None:
         """One that was stopped from outside, or that has had its chunk in hand for longest; None where neither is found."""
-        workers = [worker for worker in self.read() if worker.pid]
+        workers = [worker for worker in self.read() if worker.pid and worker.chunk != ENDED]
         suspects = [w for w in workers if _state(w.pid) == "T"] or [w for w in workers if w.chunk >= 0]
         return min(suspects, key=lambda worker: worker.since, default=None)
 
     def dump_stacks(self) -> None:
         """Let every worker write the stacks of its threads to standard error."""
         for worker in self.read():
-            if worker.pid and hasattr(signal, "SIGUSR1"):
+            if worker.pid and worker.chunk != ENDED and hasattr(signal, "SIGUSR1"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGUSR1)
         time.sleep(0.5)
@@ -91,7 +93,7 @@ class WorkerTable:
     def kill(self) -> None:
         """End them the hard way: one that hangs answers to nothing else."""
         for worker in self.read():
-            if worker.pid:
+            if worker.pid and worker.chunk != ENDED:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
 
@@ -108,7 +110,7 @@ class _OwnRow:
         with contextlib.suppress(FileNotFoundError), open(self._path, "r+b") as file:  # closed already: nobody will read it
             self._rows = mmap.mmap(file.fileno(), 0)
         self._number = number
-        self.note(-1)
+        self.note(IDLE)
 
     def remove(self) -> None:
         Path(self._path).unlink(missing_ok=True)
@@ -131,6 +133,7 @@ def start_worker(table: Any, number: int, count: int) -> None:
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     _mine = table
     table.enter(number)
+    multiprocessing.util.Finalize(None, table.note, args=(ENDED,), exitpriority=100)  # not where it is killed
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent, table), name="maskvit-parent-watch", daemon=True).start()
@@ -155,7 +158,7 @@ class Noted:
         try:
             return self._function(number)
         finally:
-            _mine.note(-1)
+            _mine.note(IDLE)
 
 
 def initializer(table: WorkerTable) -> Callable[[int, int], None]:

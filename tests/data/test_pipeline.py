@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from PIL import Image
 from maskvit.data import codec, pipeline
 from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.sources import ListSource
-from maskvit.data.workers import LoaderError
+from maskvit.data.workers import LoaderError, WorkerTable
 from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 
 SIZE = (32, 32)
@@ -474,6 +475,26 @@ def test_killed_worker_is_an_error_that_says_so():
     assert process.returncode == 7, err
     assert re.search(rf"loader worker \d of 2 \(process {out.split()[1]}\) died", out) and "lower config.data workers (now 2)" in out
     assert time.monotonic() - start < 30
+
+
+WORKER = """
+import multiprocessing.util, os, pickle, sys
+from maskvit.data.workers import start_worker
+
+start_worker(pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2]), 3)
+if sys.argv[2] == "1":
+    os._exit(1)
+"""
+
+
+@linux
+def test_a_worker_that_ended_when_its_data_were_exhausted_is_not_dead():
+    table = WorkerTable(3)
+    for number in (0, 1):
+        subprocess.run([sys.executable, "-c", WORKER, pickle.dumps(table).hex(), str(number)], check=False)
+    assert [bool(worker.pid) for worker in table.read()] == [True, True, False]
+    assert [worker.number for worker in table.dead()] == [1] and table.hanging() is None
+    table.close()
 
 
 @linux
