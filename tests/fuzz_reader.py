@@ -81,7 +81,8 @@ def _resize() -> None:
 def kind_of(error: str, path: Path) -> str:
     """A refusal without what differs between two of its kind."""
     line = error.replace(str(path), "").replace(str(path.parent), "").splitlines()[0].lstrip(": ")
-    return re.sub(r"'[^']*'|\"[^\"]*\"|[-\d.,e+]*\d[\d.,e+]*|\([^)]*\)?", "#", line)[:60]
+    line = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)?|\S*[\d._\\<]\S+", "#", line)
+    return re.sub(r"(asks for|are missing:|not part of this model:|its keys are|bookkeeping:) .*", r"\1 #", line)[:70].strip()
 
 
 def batch(first: int, count: int, seed: int, results: Any, progress: mmap.mmap) -> None:

@@ -17,6 +17,7 @@ from maskvit.convert.families import family_of
 from maskvit.convert.onnx import read_onnx
 from maskvit.convert.reader import ConversionError, find_files, read_files, sha256
 from maskvit.convert.rules import listed
+from maskvit.errors import printable
 
 # Of self-distillation's two models: one encoder alone, or both with their heads.
 MODELS = ("teacher", "student", "both")
@@ -95,7 +96,7 @@ def open_checkpoint(path: str | Path, model: str = "teacher", allow: Container[s
             f"its name says that its SHA-256 begins with {named[1]}, but it begins with {digest[:8]}: a damaged or changed download?"
         )
     keys = ("the state dict itself",) if not place and not any(isinstance(content[name], Mapping) for name in names) else names
-    return Checkpoint(path, digest, keys, state, {**beside, **args}, adam, _epochs_done(content, state), parts, tuple(said))
+    return Checkpoint(path, digest, keys, state, {**beside, **args}, adam, _epochs_done(content, state), parts, tuple(map(printable, said)))
 
 
 def _is_onnx(path: Path) -> bool:

@@ -167,7 +167,7 @@ class Machine:
     # Globals, and what is made of them
 
     def _global(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
+        if not isinstance(module, str) or not isinstance(name, str) or not f"{module}{name}".isprintable():
             raise ConversionError(f"{self.where}: its pickle asks for a global that has no name")
         whole = f"{module}.{name}"
         if module == "torch" and name in TORCH_NAMES:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule
+from maskvit.errors import printable
 
 FILE = "conversion.txt"
 ACTIONS = ("converted", "fresh", "left out")
@@ -49,7 +50,7 @@ def summary(rows: Iterable[Row]) -> str:
 def write(path: Path, title: str, rows: Sequence[Row], said: Sequence[str]) -> None:
     """The whole report as text."""
     ordered = [str(row) for action in reversed(ACTIONS) for row in rows if row.action == action]
-    path.write_text("\n".join([title, summary(rows), *said, "", *ordered, ""]))
+    path.write_text(printable("\n".join([title, summary(rows), *said, "", *ordered, ""])))
 
 
 class Allowed:

@@ -57,6 +57,7 @@ def test_queries_without_their_modality_are_found(checkout, fixtures, capsys, mo
         return right(table, embeds if len(names) > 1 else {}, names, grids)
 
     monkeypatch.setattr(decoders, "places", wrong)
+    monkeypatch.setattr(verify, "input_sets", lambda inputs: [inputs, inputs[:-1]])
     assert not verify.verify(fixtures / FILE, checkout, build_objective, None, *HEADS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("DISAGREEMENT")
