@@ -128,6 +128,8 @@ def convert(
     written to `dst`/conversion.txt. Arguments as in `understand`.
     """
     started = time.monotonic()
+    if (Path(dst) / "0").exists():  # before any work is done
+        raise ConversionError(f"{dst}: holds a checkpoint already; choose another folder")
     allowed = Allowed(allow)
     checkpoint = open_checkpoint(src, model, allowed)
     LOG.info("%s: read %d tensors in %.1f s", src, len(checkpoint.state), time.monotonic() - started)

@@ -112,6 +112,8 @@ def _inside(folder: Path) -> str:
             "it is a distributed checkpoint of torch: join it with python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{folder} NEW.pth"
         )
+    if next(itertools.chain(folder.glob("state/_METADATA"), folder.glob("*/state/_METADATA"), folder.glob("checkpoints/*/state")), None):
+        return "it is a checkpoint of ours: --to LAYOUT writes it for others"
     if is_file(folder / "saved_model.pb"):
         return "it is a model of TensorFlow; get the model in PyTorch's form or as safetensors"
     below = sorted(p for p in itertools.islice(folder.rglob("*"), MAX_FILES_LISTED) if p.suffix in SUFFIXES and is_file(p))

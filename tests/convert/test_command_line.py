@@ -47,6 +47,17 @@ def test_every_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, ca
     assert status == 2 and message in said and said.count("\n") == 1 and said.startswith("error: ")
 
 
+def test_checkpoints_of_ours_where_others_belong(tmp_path, monkeypatch, capsys):
+    save_file(timm_state(), tmp_path / "x.safetensors")
+    convert = ("--src", tmp_path / "x.safetensors", "--dst", tmp_path / "ours", "--num-heads", "3")
+    assert command(monkeypatch, capsys, *convert)[0] == 0
+    status, said = command(monkeypatch, capsys, *convert)
+    assert status == 2 and said == f"error: {tmp_path / 'ours'}: holds a checkpoint already; choose another folder\n"
+    for folder in ("ours", "ours/0"):
+        status, said = command(monkeypatch, capsys, "--src", tmp_path / folder, "--inspect")
+        assert status == 2 and "it is a checkpoint of ours: --to LAYOUT writes it for others" in said and said.count("\n") == 1
+
+
 def test_several_mistakes_are_one_list(tmp_path, monkeypatch, capsys):
     save_file(timm_state(), tmp_path / "x.safetensors")
     arguments = ["--src", tmp_path / "y.safetensors", "--dst", tmp_path / "ours", "--num-heads", "x", "--target", "odd", "--allow", "("]
