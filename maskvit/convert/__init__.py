@@ -164,7 +164,7 @@ def convert(
     report.write(Path(dst) / report.FILE, title, rows, plan.said)
     LOG.info("%s: %s written to %s in %.0f s", src, plan.family, dst, time.monotonic() - started)
     LOG.info("%s; every one is listed in %s", report.summary(rows), Path(dst) / report.FILE)
-    LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none in the file", checkpoint.epochs_done or "not said")
+    LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none imported", checkpoint.epochs_done or "not said")
     if public:
         LOG.info("licence of these weights: %s%s", public.licence, " (not for commercial use)" * (public.licence == NON_COMMERCIAL))
     return metadata

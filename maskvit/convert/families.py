@@ -105,6 +105,13 @@ OTHER_FAMILIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "its encoder has a norm before the blocks and another activation",
     ),
     ("ConvNeXt", _has("dwconv"), "it has no tokens"),
+    (
+        "a ResNet of another kind",
+        lambda k: {"conv1.weight", "layer1.0.conv2.weight"} <= set(k),
+        "only bottlenecks with a classifier are read",
+    ),
+    ("a language model", _has("embed_tokens.", "word_embeddings.", "wte."), "it reads no pictures"),
+    ("a diffusion model", _has("diffusion_model.", "down_blocks."), "it has no encoder of pictures"),
 )
 KNOWN_FAMILIES = "MultiMAE, MultiViT, MAE, CrossMAE, DINO, iBOT, plain ViTs and ResNets"
 

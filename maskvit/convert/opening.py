@@ -85,10 +85,12 @@ def open_checkpoint(path: str | Path, model: str = "teacher", allow: Container[s
     adam = None
     if isinstance(content, Mapping) and "optimizer" in content and multimae.is_multimae(state):
         if AVERAGED.search(place) and len(models) > 1:
-            said.append("the optimiser's moments belong to the model itself, not to its average, and are left out")
+            said.append("the optimizer's moments belong to the model itself, not to its average, and are left out")
         else:
             balancer = content.get("loss_balancer")
             adam = multimae.adam_by_key(content["optimizer"], state, str(path), len(balancer) if isinstance(balancer, Mapping) else 0)
+    elif isinstance(content, Mapping) and "optimizer" in content:
+        said.append("the optimizer's moments are left out: they come along for MultiMAE alone")
     digest = sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     named = NAMED_DIGEST.fullmatch(path.name)
     if named and len(files) == 1 and not digest.startswith(named[1]):

@@ -144,6 +144,14 @@ def test_what_is_not_read_is_named(tmp_path):
     assert "not read: beside them (1 tensors)" in understood(tmp_path / "x.safetensors").said
 
 
+def test_moments_that_are_not_read_are_named(tmp_path, caplog):
+    caplog.set_level("INFO", "maskvit")
+    moments = {"state": {0: {"step": 5, "exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    path = saved(tmp_path / "x.pth", {"model": tensors(timm_state()), "optimizer": moments})
+    convert.convert(path, tmp_path / "ours", 3)
+    assert "the optimizer's moments are left out: they come along for MultiMAE alone" in caplog.text
+
+
 def test_models_that_no_name_tells_apart_are_asked_for(tmp_path):
     flat = {f"module.base_encoder.{key}": value for key, value in timm_state(0).items()}
     flat |= {f"module.momentum_encoder.{key}": value for key, value in timm_state(1).items()}
@@ -372,6 +380,18 @@ def test_the_config_of_another_model_is_not_used(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ other families
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (["conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight", "fc.weight"], "a ResNet of another kind"),
+        (["bert.embeddings.word_embeddings.weight"], "a language model"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a diffusion model"),
+    ],
+)
+def test_models_of_other_kinds_are_named(keys, name):
+    assert family_of(dict.fromkeys(keys))[:2] == (None, name)
 
 
 @pytest.mark.parametrize(
