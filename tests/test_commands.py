@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ import maskvit.guidance.maps
 import maskvit.init.__main__
 import maskvit.report.__main__
 import maskvit.sweep.__main__
+from maskvit.errors import EXPECTED
 from tests.runs import ROOT, small_run, write_config
 
 MAINS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -230,3 +233,15 @@ def test_main_shows_tracebacks_and_help_when_asked(here: Any):
     assert "Traceback" in start("--config=nowhere.py", "--workdir=w", "--debug").stderr
     shown = start("--help")
     assert "--workdir" in shown.stdout and "Traceback" not in shown.stderr
+
+
+def test_errors_of_our_own_are_told_without_their_type():
+    """Each exception class of the package was made to tell a person something."""
+    found = []
+    for path in sorted((ROOT / "maskvit").rglob("*.py")):
+        for name in re.findall(r"^class (\w+Error|Mistakes)\(", path.read_text(), re.MULTILINE):
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+            found.append(getattr(module, name))
+    found = [error for error in found if issubclass(error, Exception)]  # some guidance is called an error, and is one of the model
+    assert len(found) >= 6
+    assert not [error.__name__ for error in found if not issubclass(error, EXPECTED)]

@@ -25,7 +25,7 @@ MANIFEST: dict[str, Any] = {"data": dict, "modalities": (list, tuple), "maps": i
 PROBES = 8  # ids compared before the first batch
 
 
-class MapError(LookupError):
+class MapError(RuntimeError):
     """A record whose stored map is missing. Not one bad sample among good ones: it ends the run."""
 
 

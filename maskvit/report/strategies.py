@@ -103,7 +103,7 @@ def show_strategies(
         try:
             shown[name], remarks[name], ids, specs, data = _show(changed, params, images, split, crop)
             modalities |= specs
-        except (ValueError, LookupError, FileNotFoundError) as error:
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
             missing[name] = str(error)
     if not shown:
         raise ValueError("no strategy can be shown; " + "; ".join(f"{name}: {why}" for name, why in missing.items()))

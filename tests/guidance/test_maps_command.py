@@ -211,7 +211,7 @@ def test_records_without_a_map(checkpoint, tmp_path, capsys):
     assert json.loads((pathlib.Path(directory) / "metadata.json").read_text())["recipe"]["without_map"] == 2
     specs = {spec.name: spec for spec in load(checkpoint).model.modalities if spec.name != "semseg"}
     source = TfdsSource(specs, data_dir=str(tmp_path), name="pictures")
-    with pytest.raises(LookupError, match="no map is stored for record 'p4'"):
+    with pytest.raises(RuntimeError, match="no map is stored for record 'p4'"):
         with train_batches(source, specs, (32, 32), seed=0, global_batch=6, maps=directory) as batches:
             next(batches)
 
