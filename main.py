@@ -15,7 +15,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 _CLUSTER = flags.DEFINE_bool("cluster", False, "Find the other processes by the scheduler (TPU pods, SLURM, Kubernetes, MPI).")
 _STARTUP_TIMEOUT = flags.DEFINE_integer("startup_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1)
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps to trace into WORKDIR/profile.")
-flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     if _CLUSTER.value or _COORDINATOR.value:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _STARTUP_TIMEOUT.value)
-    train.main(config, str(_WORKDIR.value), profile=_PROFILE.value)
+    train.main(config, str(_WORKDIR.value), profile=_PROFILE.value, debug=_DEBUG.value)
 
 
 if __name__ == "__main__":

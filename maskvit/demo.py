@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from maskvit import figures, train
 from maskvit.arguments import make_folder
-from maskvit.errors import add_debug, run_command
+from maskvit.errors import add_debug, log_lines, run_command
 from maskvit.keys import sample_keys
 from maskvit.types import Batch, MaskPlan, Params
 
@@ -114,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(workdir: Path) -> int:
     """Everything; 1 where a check failed."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "orbax", "jax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_lines()
     if not CHECKPOINT.exists():
         raise FileNotFoundError(f"{CHECKPOINT} is missing: run the demo in the repository's root")
     make_folder(workdir, "--workdir")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 # Errors whose text was written for the person at the keyboard. Anything else is a fault of ours, and its type is told too.
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError, FloatingPointError, MemoryError)
@@ -69,7 +72,8 @@ def run_command(command: Callable[[], int | None], debug: bool = False) -> int:
     With `debug` an error leaves with its traceback.
     """
     try:
-        return command() or 0
+        with contextlib.nullcontext() if debug else _threads_in_lines():
+            return command() or 0
     except BrokenPipeError:
         # Whoever read the output (head, less) has enough; Python must not complain again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,6 +90,46 @@ def run_command(command: Callable[[], int | None], debug: bool = False) -> int:
         if not isinstance(error, EXPECTED):
             print("This is a fault of maskvit, not yours; the same command with --debug shows where it happened.", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def _threads_in_lines() -> Iterator[None]:
+    """What libraries raise in threads and callbacks of their own, on a full disk say, is one line each and not a traceback."""
+    told: set[str] = set()
+
+    def tell(error: BaseException | None) -> None:
+        line = f"in a thread beside: {message(error).partition(chr(10))[0]}" if error is not None else ""
+        if line not in told:
+            told.add(line)
+            print(line, file=sys.stderr)
+
+    hooks: tuple[Any, Any] = sys.excepthook, threading.excepthook
+    sys.excepthook = lambda kind, error, trace: tell(error)
+    threading.excepthook = lambda arguments: tell(arguments.exc_value)
+    try:
+        yield
+    finally:
+        sys.excepthook, threading.excepthook = hooks
+
+
+class _Lines(logging.Formatter):
+    """Log records as their first line, where an exception hangs on them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not record.exc_info:
+            return super().format(record)
+        return record.getMessage().partition("\n")[0]
+
+
+def log_lines(debug: bool = False) -> None:
+    """Log to standard error as plain lines: ours, and warnings of libraries. Their tracebacks are shown with `debug`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s") if debug else _Lines("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for noisy in ("absl", "orbax", "jax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It reports what became of tasks inside Orbax whose failure Orbax has raised already.
+    logging.getLogger("asyncio").setLevel(logging.WARNING if debug else logging.CRITICAL)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from maskvit.data.views import GLOBAL_VIEWS
 from maskvit.data.workers import LoaderError
 from maskvit.disk import warn_of_little_space
 from maskvit.durations import to_steps
-from maskvit.errors import FAILED, all_mistakes, message
+from maskvit.errors import FAILED, all_mistakes, log_lines, message
 from maskvit.evaluators import build_evaluators, check_evaluator
 from maskvit.flight import Results, Telling
 from maskvit.flops import distillation_flops, step_flops
@@ -53,11 +53,9 @@ LOG = logging.getLogger("maskvit")
 LOW_RATE = 1e-6  # a learning rate that stays below teaches a model nothing in the time people wait
 
 
-def main(config: Any, workdir: str, profile: str | None = None) -> None:
+def main(config: Any, workdir: str, profile: str | None = None, debug: bool = False) -> None:
     """`run` a ConfigDict, with log lines on standard error. Raises what `run` raises; several mistakes in the config are one list."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "orbax", "jax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_lines(debug)
     plain = config.to_dict()
     check_config(plain)
     try:

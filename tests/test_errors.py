@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
+
 import pytest
 
-from maskvit.errors import FAILED, INTERRUPTED, Mistakes, all_mistakes, message, printable, run_command
+from maskvit.errors import FAILED, INTERRUPTED, Mistakes, all_mistakes, log_lines, message, printable, run_command
 
 
 def fail(error):
@@ -61,6 +65,25 @@ def test_several_mistakes_are_one_list():
 def test_one_mistake_needs_no_list():
     with pytest.raises(Mistakes, match="^only$"), all_mistakes() as checks, checks.check():
         raise ValueError("only")
+
+
+def test_errors_in_threads_of_libraries_are_lines(capsys):
+    def command():
+        for _ in range(3):
+            thread = threading.Thread(target=fail, args=(RuntimeError("Event loop is closed"),))
+            thread.start()
+            thread.join()
+        log_lines()
+        try:
+            fail(OSError("File too large"))
+        except OSError:
+            logging.getLogger("absl").error("a save failed\nwith details", exc_info=True)
+            logging.getLogger("asyncio").error("never retrieved", exc_info=True)
+
+    before = sys.excepthook, threading.excepthook
+    assert run_command(command) == 0
+    assert capsys.readouterr().err == "in a thread beside: Event loop is closed\na save failed\n"
+    assert (sys.excepthook, threading.excepthook) == before
 
 
 def test_printable_keeps_lines_and_letters():
