@@ -173,6 +173,17 @@ def test_other_modalities(here):
     assert build(shlex.split(data.commands[-1].replace("\\\n", " ").removeprefix("python -m maskvit.data.builders "))) == 0
 
 
+def test_names_of_files_are_text(here, capsys):
+    """Escape codes, quotes and line ends in names neither reach the terminal nor end the file's docstring."""
+    for name in ("a\x1b[31m", 'b"""', "c\nd"):
+        save(here / "odd" / "rgb" / "all" / f"{name}.png", np.zeros((32, 32, 3), np.uint8))
+        (here / "odd" / "rgb" / "all" / f"{name}.heic").write_bytes(b"")
+    assert main(["init", "odd"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "3 passed over" in said
+    assert load_config("odd.py").image_size == (32, 32)
+
+
 def test_mistakes_are_one_line(here, folder, capsys):
     (here / "empty").mkdir()
     (here / "text" / "rgb" / "all").mkdir(parents=True)

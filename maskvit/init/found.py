@@ -18,6 +18,7 @@ from maskvit.data.builders.layout import SPLITS, folders_in
 from maskvit.data.builders.look import Facts, Look, look
 from maskvit.data.sources import STATED, open_directory
 from maskvit.data.transforms import decode_record
+from maskvit.errors import printable
 from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
 
 LOOKED_AT = 64  # files or records per modality that are read in full
@@ -195,12 +196,17 @@ def _from_folder(seen: Look, links: Mapping[str, str], root: str, data_dir: str,
         )
     commands.append(" \\\n    ".join(words))
     source = dict(source="tfds", name=name, data_dir=data_dir, split=train)
-    return Data(records, train, val, len(seen.classes), size, modalities, source, tuple(commands), tuple(found), tuple(assumed))
+    return Data(records, train, val, len(seen.classes), size, modalities, source, tuple(commands), _lines(found), _lines(assumed))
 
 
 def _colors_first(item: tuple[str, Any]) -> tuple[bool, str]:
     """Order of the inputs: features and k-NN read the first one."""
     return item[0] != "rgb", item[0]
+
+
+def _lines(lines: Sequence[str]) -> tuple[str, ...]:
+    """Names of files are text, whatever they hold."""
+    return tuple(printable(line).replace("\n", "\\n") for line in lines)
 
 
 def _change(modality: str, change: str) -> str:
@@ -279,7 +285,7 @@ def _from_prepared(directory: str, given: Mapping[str, Mapping[str, Any]]) -> Da
     label = info.features["label"] if "label" in info.features else None
     classes = int(getattr(label, "num_classes", 0) or 0)
     found.append(f"records: {', '.join(f'{count} in {split}' for split, count in splits.items())}; classes: {classes or 'none'}")
-    return Data(splits, train, val, classes, _median(sizes), modalities, source, (), tuple(found), tuple(assumed))
+    return Data(splits, train, val, classes, _median(sizes), modalities, source, (), _lines(found), _lines(assumed))
 
 
 def _bare(fields: Mapping[str, Any]) -> dict[str, Any]:

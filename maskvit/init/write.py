@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskvit.errors import printable
 from maskvit.init.found import Data, as_text
 from maskvit.init.recipe import Recipe
 
@@ -38,7 +39,7 @@ def config_text(recipe: Recipe, data: Data, directory: str, path: str) -> str:
     if data.assumed:
         lines += ["", "Assumed:", *(f"- {line}" for line in data.assumed)]
     # The docstring must not end early, nor its backslashes mean anything.
-    about = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
+    about = printable("\n".join(lines)).replace("\\", "\\\\").replace('"""', "'''")
     body = _block(recipe.config, recipe.reasons, "", 2)
     code = f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict(\n        dict(\n{body}        )\n    )\n"
     return f'"""{about}\n"""\n\n{code}'
