@@ -561,3 +561,10 @@ def test_same_run():
     assert "data.train.name: 'a' in the checkpoint, 'b' in this config" in str(raised.value)
     assert "log_every:" not in str(raised.value)
     assert check_same_run({"a": {"b": 1}}, {"a": {"b": 2}}, may_differ=("a",)) == ["a.b: 1 in the checkpoint, 2 in this config"]
+
+
+def test_the_earlier_name_of_the_module_still_works():
+    import maskvit.checkpoint
+    import maskvit.checkpoints
+
+    assert maskvit.checkpoint.load_params is maskvit.checkpoints.load_params

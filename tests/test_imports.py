@@ -20,6 +20,7 @@ LEVELS = {
     **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops", "pictures"), 1),
     **dict.fromkeys(("disk", "profiling", "signals", "spikes", "watchdog"), 1),
     **dict.fromkeys(("models", "data", "checkpoints"), 2),
+    "checkpoint": 3,
     **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
     **dict.fromkeys(("step", "flight", "microbatches", "painter", "loop"), 4),
     **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo", "init"), 5),
