@@ -82,3 +82,11 @@ def resample_pos_embed(
     columns = resampling_matrix(table.shape[1], grid[1], method, offset)
     # Contract in float32 whatever the table's type: tables are small, and bf16 positions would blur.
     return jnp.einsum("oh,hwd,pw->opd", rows, jnp.asarray(table, jnp.float32), columns, precision="highest")
+
+
+LEARNED_OFFSET = 0.1  # DINO's, see `resampling_matrix`
+
+
+def resample_learned(table: Shaped[Array, "h w d"] | Shaped[np.ndarray, "h w d"], grid: tuple[int, int]):
+    """Resample a learned position table to another grid, as DINO and iBOT do; the one way for a forward pass and for a stored table."""
+    return resample_pos_embed(table, grid, "bicubic", LEARNED_OFFSET)

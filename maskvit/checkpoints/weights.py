@@ -141,7 +141,7 @@ def init_from(
 
     Returns:
       (parameters in the structure, dtypes and shardings of `initial`; one LoadRow per tensor of either side.)
-      Position tables ("pos_embed", "learned_pos_embed") of another grid are resampled bicubically, torch-exact.
+      Position tables ("pos_embed", "learned_pos_embed") of another grid are resampled as the model does at run time.
 
     Raises CheckpointError listing every difference that neither list names, with the expressions that would accept
     it, and ValueError for an expression that is invalid or matches nothing.
@@ -164,9 +164,7 @@ def init_from(
             values[name] = source
             rows.append(LoadRow(name, "loaded", source_shape, shape))
         elif _is_other_grid(name, source_shape, shape):
-            from maskvit.patches import resample_pos_embed  # einops and jax.numpy only where a table is resampled
-
-            values[name] = resample_pos_embed(source, shape[:2], method="bicubic")
+            values[name] = _resampled(name, source, shape[:2])
             rows.append(LoadRow(name, "resized", source_shape, shape))
         else:
             needs_fresh[name] = f"{name}: {shape} in the model, {source_shape} in the checkpoint"
@@ -202,6 +200,13 @@ def _matcher(key: str, patterns: Sequence[str], names: Iterable[str], whose: str
 
 def _is_other_grid(name: str, source: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return name.rpartition("/")[2] in ("pos_embed", "learned_pos_embed") and len(source) == len(target) == 3 and source[2] == target[2]
+
+
+def _resampled(name: str, table: Any, grid: tuple[int, int]) -> Any:
+    from maskvit.patches import resample_learned, resample_pos_embed  # einops and jax.numpy only where a table is resampled
+
+    learned = name.rpartition("/")[2] == "learned_pos_embed"
+    return resample_learned(table, grid) if learned else resample_pos_embed(table, grid, "bicubic")
 
 
 def _placed_like(value: Any, leaf: Any) -> Any:

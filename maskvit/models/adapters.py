@@ -11,17 +11,13 @@ from jaxtyping import Array, Bool, Float, Num
 
 from maskvit.modalities import Modality
 from maskvit.models.vit import Dense, uniform_by_fan_in
-from maskvit.patches import patchify, resample_pos_embed, sincos_position_table
+from maskvit.patches import patchify, resample_learned, resample_pos_embed, sincos_position_table
 
 
 def frozen_position_table(module: nn.Module, grid: tuple[int, int], width: int, columns_first: bool = False) -> Float[Array, "h w d"]:
     """The module's `pos_embed` parameter: carried in checkpoints, never trained."""
     table = lambda _: jnp.asarray(sincos_position_table(grid, width, columns_first))  # noqa: E731
     return jax.lax.stop_gradient(module.param("pos_embed", table))
-
-
-# DINO's scale factor when it resamples learned positions; see `maskvit.patches.resampling_matrix`.
-LEARNED_OFFSET = 0.1
 
 
 class InputAdapter(nn.Module):
@@ -53,7 +49,7 @@ class InputAdapter(nn.Module):
         grid = values.shape[1] // patch, values.shape[2] // patch
         if self.learned:
             table = self.param("learned_pos_embed", nn.initializers.normal(0.02), (*self.grid, self.width), jnp.float32)
-            position = resample_pos_embed(table, grid, "bicubic", LEARNED_OFFSET)
+            position = resample_learned(table, grid)
             return tokens + position.reshape(-1, self.width).astype(tokens.dtype)
         # The reference resamples image-like tables with bicubic, class maps' with bilinear kernels.
         method = "bilinear" if spec.kind == "categorical" else "bicubic"
