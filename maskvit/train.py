@@ -22,6 +22,7 @@ from maskvit import checkpoints
 from maskvit.config_files import get_value
 from maskvit.configuration import check_arguments, look_up
 from maskvit.data import SOURCES, open_source
+from maskvit.data.identity import data_identity
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
 from maskvit.data.pipeline import train_batches
 from maskvit.data.transforms import parse_augment
@@ -36,8 +37,9 @@ from maskvit.flops import distillation_flops, step_flops
 from maskvit.loop import Loop, Run, Stopped, evaluate, first_batch, write_figures
 from maskvit.metrics import Throughput, Writers, check_writers, make_writers, peak_flops
 from maskvit.microbatches import compile_step, memory_limit, micro_batch_counts
+from maskvit.modalities import Modality
 from maskvit.models import count_parameters, frozen_mask
-from maskvit.objectives import build_objective
+from maskvit.objectives import OBJECTIVES, build_objective, resolved_durations
 from maskvit.optim import Cosine, adamw, freeze_block, with_adam_moments
 from maskvit.painter import Painter
 from maskvit.profiling import parse_window
@@ -426,8 +428,9 @@ def run(
         closing.callback(store.close)
         resume_step = store.latest_valid()
         saved = store.metadata(resume_step) if resume_step is not None else {}
+        same = compared_on_resuming(config, parts)
         if saved:
-            checkpoints.check_same_run(saved["config"], config)
+            checkpoints.check_same_run(saved, same, default_config(config))
         imported_epochs = _imported_epochs(config, parts, saved)
         cosine = _schedule(config, parts.base_lr, parts.steps_per_epoch, parts.total_steps, imported_epochs)
         shapes = jax.eval_shape(lambda key: parts.method.init(key)[0], jax.random.key(seed))
@@ -484,12 +487,33 @@ def run(
             store=store, log=log, batches=batches, place=place, compiled=compiled, telling=telling,
             guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
             throughput=Throughput(global_batch, flops), profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
-            metadata=dict(
-                config=config, versions=checkpoints.versions(), imported_epochs=imported_epochs, steps_per_epoch=parts.steps_per_epoch,
-                micro_batches=micro_batches,
-            ),
+            metadata=dict(same, versions=checkpoints.versions(), imported_epochs=imported_epochs, micro_batches=micro_batches),
         )  # fmt: skip
         return Loop(parts_of_loop, state, batch, signals, closing).run()
+
+
+def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """What of a run goes into its checkpoints so that `checkpoints.check_same_run` can compare it."""
+    durations = resolved_durations(parts.method)
+    if parts.optimizer.get("freeze"):
+        durations["optimizer.freeze.until"] = parts.optimizer["freeze"]["until"]
+    return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations)
+
+
+def default_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of all that `config` may leave out, from the signatures that read its blocks."""
+    readers: dict[str, Any] = {
+        "": run, "data": data_block, "optimizer": optimizer_block, "schedule": make_schedule, "init_from": init_block,
+        "checkpoint": checkpoint_block, "guard": guard_block, "objective": OBJECTIVES[config["objective"]["name"]],
+        "data.train": SOURCES[config["data"]["train"].get("source", "tfds")],
+        **{f"modalities.{name}": Modality for name in config["modalities"]},
+    }  # fmt: skip
+    return {
+        f"{block}.{name}".removeprefix("."): parameter.default
+        for block, reader in readers.items()
+        for name, parameter in inspect.signature(reader).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    } | {"data.train.source": "tfds"}
 
 
 def _imported_epochs(config: Mapping[str, Any], parts: Parts, saved: Mapping[str, Any]) -> float | None:

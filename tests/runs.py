@@ -23,9 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_TRAIN = 40
 
 
-def make_scenes(directory: pathlib.Path) -> str:
+def make_scenes(directory: pathlib.Path, **settings: Any) -> str:
     """A few rendered scenes."""
-    prepare("scenes", str(directory), num_train=NUM_TRAIN, num_val=12, size=48)
+    prepare("scenes", str(directory), **{"num_train": NUM_TRAIN, "num_val": 12, "size": 48, **settings})
     return str(directory)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maskvit.checkpoints import (
     CheckpointError,
     CheckpointStore,
+    check_same_config,
     check_same_run,
     find_checkpoint,
     format_report,
@@ -511,6 +512,22 @@ def test_other_image_size_resizes_positions(checkpoint, tmp_path):
     assert re.search(r"^inputs +7 +3 +0 +0$", report, re.MULTILINE)
 
 
+@pytest.mark.parametrize("grid", [(3, 3), (6, 6), (3, 7)])
+def test_learned_positions_are_resized_as_the_model_does_at_run_time(tmp_path, grid):
+    """A model of another image size, started from a checkpoint, sees the positions that the checkpoint's own has on such images."""
+    from maskvit.modalities import RGB, Modality
+    from maskvit.models.adapters import InputAdapter
+
+    spec = Modality("rgb", **{**RGB, "patch": 4})
+    image = jnp.zeros((1, 4 * grid[0], 4 * grid[1], 3))
+    trained, other = (InputAdapter(spec, 8, size, learned=True) for size in ((4, 4), grid))
+    params = jax.tree.map(np.asarray, trained.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
+    save_imported(tmp_path / "learned", params, {"config": {}})
+    started, rows = init_from(other.init(jax.random.key(1), image)["params"], tmp_path / "learned")
+    assert actions(rows)["resized"] == {"learned_pos_embed"}
+    np.testing.assert_array_equal(other.apply({"params": started}, image), trained.apply({"params": params}, image))
+
+
 def test_result_is_placed_like_the_initial_values(checkpoint):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
     initial = jax.tree.map(lambda leaf: jax.device_put(leaf.astype(jnp.bfloat16), sharding), small_model(grid=(2, 2), seed=1))
@@ -544,23 +561,82 @@ def test_a_damaged_source_is_refused(checkpoint, tmp_path):
 # ---------------------------------------------------------------------------------------------- the same run?
 
 
-def test_same_run():
+def test_same_config():
     config = ml_collections.ConfigDict(
         {"seed": 0, "image_size": (224, 224), "log_every": 20, "data": {"workers": 2, "train": {"name": "a"}}, "evaluators": {}}
     )
     saved = json.loads(json.dumps(config.to_dict()))
-    assert check_same_run(saved, config) == []
+    assert check_same_config(saved, config) == []
     config.log_every, config.data.workers = 5, 0
     config.evaluators = {"knn": {"every": "1 epoch"}}
-    allowed = [line.partition(":")[0] for line in check_same_run(saved, config)]
+    allowed = [line.partition(":")[0] for line in check_same_config(saved, config)]
     assert allowed == ["data.workers", "evaluators", "evaluators.knn.every", "log_every"]
     config.image_size, config.data.train.name = (224, 160), "b"
     with pytest.raises(ValueError) as raised:
-        check_same_run(saved, config)
+        check_same_config(saved, config)
     assert "image_size: [224, 224] in the checkpoint, [224, 160] in this config" in str(raised.value)
     assert "data.train.name: 'a' in the checkpoint, 'b' in this config" in str(raised.value)
     assert "log_every:" not in str(raised.value)
-    assert check_same_run({"a": {"b": 1}}, {"a": {"b": 2}}, may_differ=("a",)) == ["a.b: 1 in the checkpoint, 2 in this config"]
+    assert check_same_config({"a": {"b": 1}}, {"a": {"b": 2}}, may_differ=("a",)) == ["a.b: 1 in the checkpoint, 2 in this config"]
+
+
+def same(config, **facts):
+    return json.loads(json.dumps({"config": config, "steps_per_epoch": 5, "data": {"records": 40}, "durations": {}, **facts}))
+
+
+RAMP = {"total": "2 steps", "objective": {"guided_share": {"ramp": "100 percent"}}, "data": {"train": {"data_dir": "/a"}}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "expected"),
+    [
+        (same({}, steps_per_epoch=10), same({}), "an epoch has 5 steps; it had 10"),
+        (same({}, data={"records": 80}), same({}), "the data have 40 records; they had 80"),
+        (
+            same({}, data={"records": 4, "bytes": 10, "sizes": "a"}),
+            same({}, data={"records": 4, "bytes": 11, "sizes": "b"}),
+            "the data have 11 bytes; they had 10",
+        ),
+        (same({}, data={"sizes": "a"}), same({}, data={"sizes": "b"}), "other sizes"),
+        (
+            same({}, data={"contents": {"0": "a", "7": "b", "9": None}}),
+            same({}, data={"contents": {"0": "a", "7": "c", "9": "d"}}),
+            r"record 7 of the data has other contents \(1 of the 2",
+        ),
+        (
+            same(RAMP, durations={"objective.guided_share.ramp": 2}),
+            same({**RAMP, "total": "4 steps"}, durations={"objective.guided_share.ramp": 4}),
+            'objective.guided_share.ramp is 4 steps; it was 2 .* Write it as "2 steps"',
+        ),
+        (same({}), same({"objective": {"scores": "random"}}), "objective.scores: '.absent.' in the checkpoint"),
+    ],
+)
+def test_what_is_computed_must_be_the_same(saved, now, expected):
+    with pytest.raises(ValueError, match=expected):
+        check_same_run(saved, now)
+    assert check_same_run(now, now) == check_same_run(saved, saved) == []
+
+
+def test_a_longer_run_and_moved_data_are_the_same_run(caplog):
+    """The remedy that the error gives is accepted: the schedule's length in steps."""
+    saved = same(RAMP, durations={"objective.guided_share.ramp": 2})
+    longer = {"total": "4 steps", "objective": {"guided_share": {"ramp": "2 steps"}}, "data": {"train": {"data_dir": "/b"}}}
+    allowed = check_same_run(saved, same(longer, durations={"objective.guided_share.ramp": 2}))
+    assert [line.partition(":")[0] for line in allowed] == ["data.train.data_dir", "objective.guided_share.ramp", "total"]
+
+
+def test_older_checkpoints_lack_keys_and_facts(caplog):
+    """A key that has come since is no difference at its default value, and what was not stored is logged once."""
+    old, new = {"data": {"workers": 2}, "init_from": {}}, {"data": {"workers": 2, "shuffle": 7}, "init_from": {"path": ""}, "guard": None}
+    defaults = {"data.shuffle": 7, "init_from": None, "init_from.path": "", "guard": None}
+    with caplog.at_level("INFO"):
+        assert check_same_run({"config": old, "steps_per_epoch": 5}, same(new), defaults) == []
+    assert [r.message for r in caplog.records if "not compared" in r.message] == [
+        "not compared, as the checkpoint was written before they were stored: data, durations"
+    ]
+    new["data"]["shuffle"] = 8
+    with pytest.raises(ValueError, match="data.shuffle: '.absent.' in the checkpoint, 8 in this config"):
+        check_same_run({"config": old}, same(new), defaults)
 
 
 def test_the_earlier_name_of_the_module_still_works():

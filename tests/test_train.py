@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -63,8 +64,9 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
     settings = on_scenes(common.smoke(get_config(path)), data_dir).to_dict()
     watched = path == "configs/demo.py"  # pictures and evaluation are the same code for all
     evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8)) if watched else {}
-    settings |= dict(evaluators=evaluators, picture_every="2 steps" if watched else 0)
-    train.run(str(tmp_path), **{**settings, "total": "1 steps"})
+    settings |= dict(evaluators=evaluators, picture_every="2 steps" if watched else 0, checkpoint=dict(every="1 steps", keep=2))
+    train.run(str(tmp_path), **settings)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")  # not a smaller `total`, which is another run where a schedule is as long as the run
     state = train.run(str(tmp_path), **settings)
     assert int(state.step) == 2 and int(state.skipped) == 0
     assert "| encoder/block_00/attn/qkv/kernel " in (tmp_path / "parameters.txt").read_text()

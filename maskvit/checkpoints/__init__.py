@@ -15,7 +15,7 @@ trusted); `N.damaged` is a step that failed its check and was moved out of the w
 from __future__ import annotations
 
 from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, verify, write_manifest
-from maskvit.checkpoints.resume import check_same_run
+from maskvit.checkpoints.resume import check_same_config, check_same_run
 from maskvit.checkpoints.store import CheckpointStore
 from maskvit.checkpoints.weights import (
     LoadRow,
@@ -35,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "LoadRow",
+    "check_same_config",
     "check_same_run",
     "covering",
     "find_checkpoint",

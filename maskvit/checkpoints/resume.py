@@ -11,8 +11,9 @@ from absl import logging
 
 # Keys a resumed run may change, because none of them changes what is computed at a step: how often things are written
 # or evaluated, loader speed, how the global batch is split and in which order sums are taken (equal but for rounding),
-# when to stop (the schedule has lengths of its own), what to do when the loss is lost, and where the data lies. Everything
-# else makes it another run.
+# when to stop, what to do when the loss is lost, and where the data lie. What these keys could change after all is compared
+# by itself: the length of an epoch and of every schedule in steps (`total` moves a schedule of "100 percent"), and the data.
+# Everything else makes it another run.
 MAY_DIFFER = (
     "log_every",
     "picture_every",
@@ -28,36 +29,101 @@ MAY_DIFFER = (
     "total",
 )
 
+ABSENT = "(absent)"
 
-def check_same_run(
-    saved_config: Mapping[str, Any], config: Mapping[str, Any] | ml_collections.ConfigDict, may_differ: Sequence[str] = MAY_DIFFER
-) -> list[str]:
-    """Compare the config of a checkpoint with this run's before resuming.
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    """Compare the metadata of a checkpoint with what this run would write, before resuming.
+
+    Both hold "config" and, unless the checkpoint is older than they are, "steps_per_epoch", "data" (`data.identity`) and
+    "durations": {dotted config key: steps} of the schedules in use. What the checkpoint lacks is logged and not compared.
 
     Args:
-      saved_config: the config in the checkpoint's metadata. `config`: this run's.
-      may_differ: dotted keys that may change; a key covers everything below it.
+      saved: the checkpoint's metadata. `now`: this run's.
+      defaults: {dotted config key: value} of keys that a config may leave out.
 
-    Returns the allowed differences as lines (they are logged too). Raises ValueError listing all others: the workdir
-    holds another config's run.
+    Returns the allowed differences as lines (they are logged too). Raises ValueError listing all others.
     """
-    saved, current = _dotted(_as_json(saved_config)), _dotted(_as_json(config))
-    allowed: list[str] = []
+    now = _as_json({key: now[key] for key in ("config", "steps_per_epoch", "data", "durations") if key in now})
+    unknown = [key for key in now if type(saved.get(key)) is not type(now[key])]
+    if "config" in unknown:
+        raise ValueError("the checkpoint holds no config, so nothing says which run it is of: choose another --workdir")
+    if unknown:
+        logging.info("not compared, as the checkpoint was written before they were stored: %s", ", ".join(unknown))
     refused: list[str] = []
+    if "steps_per_epoch" not in unknown and saved.get("steps_per_epoch") != now.get("steps_per_epoch"):
+        refused.append(f"an epoch has {now['steps_per_epoch']} steps; it had {saved['steps_per_epoch']} when the checkpoint was written")
+    if "data" in now and "data" not in unknown:
+        refused += other_data(saved["data"], now["data"])
+    durations: dict[str, tuple[Any, Any]] = {}
+    if "durations" in now and "durations" not in unknown:
+        durations = {key: (saved["durations"].get(key), steps) for key, steps in now["durations"].items()}
+        for key, (before, steps) in durations.items():
+            if before is not None and before != steps:
+                refused.append(
+                    f'{key} is {steps} steps; it was {before} when the checkpoint was written. Write it as "{before} steps", or set '
+                    "config.total back"
+                )
+    # A schedule's length is compared in steps where both are known, however it is written.
+    in_steps = [key for key, (before, _) in durations.items() if before is not None]
+    return _compare_configs(saved["config"], now["config"], (*MAY_DIFFER, *in_steps), defaults or {}, refused)
+
+
+def check_same_config(
+    saved_config: Mapping[str, Any], config: Mapping[str, Any] | ml_collections.ConfigDict, may_differ: Sequence[str] = MAY_DIFFER
+) -> list[str]:
+    """As `check_same_run`, for what is known of the configs alone.
+
+    Args:
+      saved_config: that of the earlier run. `config`: this run's.
+      may_differ: dotted keys that may change; a key covers everything below it.
+    """
+    return _compare_configs(saved_config, config, may_differ, {}, [])
+
+
+def other_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the data differ from those of the checkpoint, both as `maskvit.data.identity` describes them; empty: they do not."""
+    differences = [
+        f"the data have {now[key]} {key}; they had {saved[key]} when the checkpoint was written"
+        for key in ("records", "files", "bytes")
+        if key in saved and key in now and saved[key] != now[key]
+    ]
+    if not differences and saved.get("sizes", now.get("sizes")) != now.get("sizes", saved.get("sizes")):
+        differences = ["the files of the data have other sizes than when the checkpoint was written"]
+    before, after = saved.get("contents") or {}, now.get("contents") or {}
+    compared = [index for index in after if before.get(index) and after[index]]
+    changed = [index for index in compared if before[index] != after[index]]
+    if changed and not differences:
+        differences = [f"record {changed[0]} of the data has other contents ({len(changed)} of the {len(compared)} records compared)"]
+    return [f"{line}: config.data names other data" for line in differences]
+
+
+def _compare_configs(
+    saved_config: Any, config: Any, may_differ: Sequence[str], defaults: Mapping[str, Any], refused: list[str]
+) -> list[str]:
+    saved, current, standard = (_dotted(_as_json(tree)) for tree in (saved_config, config, dict(defaults)))
+    allowed: list[str] = []
+    refused = list(refused)
     for key in sorted(saved.keys() | current.keys()):
-        before, now = saved.get(key, "(absent)"), current.get(key, "(absent)")
-        if before != now:
+        before, now = (tree.get(key, standard.get(key, ABSENT)) for tree in (saved, current))
+        if before != now and not (_empty(before) and _empty(now)):
             covered = any(key == free or key.startswith(free + ".") for free in may_differ)
-            (allowed if covered else refused).append(f"{key}: {before!r} in the checkpoint, {now!r} in this config")
+            shown = (tree.get(key, ABSENT) for tree in (saved, current))
+            (allowed if covered else refused).append("{}: {!r} in the checkpoint, {!r} in this config".format(key, *shown))
     if refused:
         listing = "\n".join(f"  {line}" for line in refused)
         raise ValueError(
-            f"the workdir holds a run of another config:\n{listing}\n"
+            f"the workdir holds a run of another config or of other data:\n{listing}\n"
             "Choose another --workdir, or set these keys back. Free to change on resuming: " + ", ".join(may_differ)
         )
     for line in allowed:
         logging.info("config changed on resuming: %s", line)
     return allowed
+
+
+def _empty(value: Any) -> bool:
+    """Whether a config's value says nothing: no block, or one without keys."""
+    return value is None or value == {}
 
 
 def _as_json(config: Any) -> Any:

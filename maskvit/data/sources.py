@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -117,6 +118,7 @@ class TfdsSource:
         if unknown:
             raise ValueError(f"config.data may_lack names {unknown[0]!r}; declared modalities: {', '.join(modalities)}")
         self.may_lack = tuple(may_lack)
+        self.file_sizes = _file_sizes(builder, split)
         self._lock = threading.Lock()
         self._reader: Any = None
         self._length = len(self._open(builder))
@@ -203,6 +205,17 @@ class TfdsSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _reader=None, _lock=threading.Lock())
+
+
+def _file_sizes(builder: Any, split: str) -> tuple[int, ...]:
+    """Bytes of the files of every split that `split` names, in their order; () where they cannot be listed."""
+    named = set(re.findall(r"\w+", split))
+    try:
+        return tuple(
+            os.path.getsize(file) for name, info in sorted(builder.info.splits.items()) if name in named for file in info.filepaths
+        )
+    except OSError:  # the reader says which file is missing
+        return ()
 
 
 def _undecoded(features: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,13 +47,30 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {"multimae": multimae, "mae": mae, "
 
 def build_objective(config: Mapping[str, Any]) -> Any:
     """The objective of a config with `modalities`, `image_size` and `objective` blocks (plain data)."""
-    check_arguments("config", _model_blocks, {key: config[key] for key in ("modalities", "image_size", "objective") if key in config})
+    check_blocks(config)
     block = {key: hashable(value) for key, value in config["objective"].items()}
     name = block.pop("name", None)
     constructor = look_up("config.objective.name", OBJECTIVES, name)
     given = ("modalities", "image_size")
     check_arguments("config.objective", constructor, block, given)
     return constructor(parse_modalities(config["modalities"]), parse_image_size(config["image_size"]), **block)
+
+
+def check_blocks(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `config` has the blocks that `build_objective` reads, each of its kind."""
+    check_arguments("config", _model_blocks, {key: config[key] for key in ("modalities", "image_size", "objective") if key in config})
+
+
+def resolved_durations(objective: Any, where: str = "objective") -> dict[str, int]:
+    """{dotted config key: steps} of every duration that a resolved objective uses; one that is still words is not in use."""
+    durations: dict[str, int] = {}
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        if field.type == "Duration" and not isinstance(value, str):
+            durations[f"{where}.{field.name}"] = int(value)
+        elif dataclasses.is_dataclass(value) and field.name not in ("model", "guidance"):
+            durations |= resolved_durations(value, f"{where}.{field.name}")
+    return durations
 
 
 def _model_blocks(*, modalities: Mapping[str, Any], image_size: int | tuple[int, ...], objective: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvit import train
-from maskvit.checkpoints import check_same_run
+from maskvit.checkpoints import check_same_config
 from maskvit.errors import Mistakes, all_mistakes
 from maskvit.sweep.cells import overrides
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         if not isinstance(result, dict) or not {"cell", "seed", "config", "seconds", "failed", "final"} <= result.keys():
             raise ValueError(f"{path} is no result of a run: remove it, and the run is finished again from its checkpoint")
         try:
-            check_same_run(result["config"], self.config, MAY_DIFFER)
+            check_same_config(result["config"], self.config, MAY_DIFFER)
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}\nOr delete that folder, and the cell is run again.") from error
         return result
