@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from maskvit.arguments import check_output, number, whole
-from maskvit.checkpoints import CheckpointError, load_params, load_teacher
+from maskvit.checkpoints import CheckpointError, load_params, load_teacher, trusting
 from maskvit.data.files import list_files, tell
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
@@ -70,12 +70,9 @@ def load(path: str | os.PathLike) -> LoadedModel:
     missing = [key for key in ("modalities", "image_size", "objective") if key not in config]
     if missing:
         raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
-    block = dict(config["objective"])
-    constructor: Callable[..., Any] | None = OBJECTIVES.get(block.get("name", ""))
-    if constructor is not None and "num_visible" in inspect.signature(constructor).parameters:
-        block.setdefault("num_visible", _default_visible(config, block["inputs"]))  # converted files say nothing of masking
-    objective = _with_durations(build_objective({**config, "objective": block}), config, metadata)
-    expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
+    with trusting(path):
+        objective = _with_durations(_objective_of(config), config, metadata)
+        expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -89,10 +86,21 @@ def load(path: str | os.PathLike) -> LoadedModel:
     return LoadedModel(objective, objective.model, params, config, metadata)
 
 
+def _objective_of(config: Mapping[str, Any]) -> Any:
+    """The objective of a stored config. Converted files say nothing of masking."""
+    block = config["objective"]
+    constructor = OBJECTIVES.get(block["name"]) if isinstance(block, Mapping) and isinstance(block.get("name"), str) else None
+    if constructor is not None and "num_visible" in inspect.signature(constructor).parameters and "num_visible" not in block:
+        block = {**block, "num_visible": _default_visible(config, block["inputs"])}
+    return build_objective({**config, "objective": block})
+
+
 def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
     """The objective with the durations of its schedules in steps, as in the run; converted files have no schedules."""
     if "steps_per_epoch" not in metadata:
         return objective
+    if not isinstance(metadata["steps_per_epoch"], int) or metadata["steps_per_epoch"] < 1:
+        raise ValueError(f"steps_per_epoch is {metadata['steps_per_epoch']!r}; it must be at least 1")
     in_steps = functools.partial(to_steps, steps_per_epoch=metadata["steps_per_epoch"], global_batch=config["global_batch"])
     return objective.resolve(functools.partial(in_steps, total_steps=in_steps(config["total"])))
 

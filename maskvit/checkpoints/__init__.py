@@ -14,6 +14,7 @@ trusted); `N.damaged` is a step that failed its check and was moved out of the w
 
 from __future__ import annotations
 
+from maskvit.checkpoints.arrays import trusting
 from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, verify, write_manifest
 from maskvit.checkpoints.resume import check_same_config, check_same_run
 from maskvit.checkpoints.store import CheckpointStore
@@ -46,6 +47,7 @@ __all__ = [
     "load_params",
     "load_teacher",
     "save_imported",
+    "trusting",
     "verify",
     "versions",
     "with_stored_teacher",

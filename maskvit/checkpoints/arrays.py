@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maskvit.checkpoints.manifest import CheckpointError, check_format
+from maskvit.errors import message, printable
 from maskvit.types import tree_paths
 
 
@@ -96,6 +98,21 @@ def reading(step_dir: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"the checkpoint {step_dir} cannot be read: {root_cause(error)}") from error
+
+
+@contextlib.contextmanager
+def trusting(path: str | os.PathLike) -> Iterator[None]:
+    """What a checkpoint says of its model is as little trusted as any file: what fails inside on its config is a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"the config inside the checkpoint {path} cannot be used: it lacks {printable(str(error))}") from error
+    except Exception as error:
+        said = message(error)
+        said = said if len(said) <= 1000 else f"{said[:1000]} ..."
+        raise CheckpointError(f"the config inside the checkpoint {path} cannot be used: {said}") from error
 
 
 def root_cause(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.checkpoints import covering, load_objective_state, load_params
+from maskvit.checkpoints import covering, load_objective_state, load_params, trusting
 from maskvit.convert import distillation, mae, multimae, report, vit
 from maskvit.convert.facts import OWN, own_facts
 from maskvit.convert.reader import ConversionError
@@ -62,6 +62,9 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     encoder = dict(width=width, depth=len(params["encoder"]), heads=heads, mlp_ratio=mlp_ratio)
     # What --allow has left out of the tensors is no part of the model.
     inputs = tuple(name for name in given.get("inputs", params["inputs"]) if name in params["inputs"])
+    undeclared = [name for name in inputs if name not in specs]
+    if undeclared:
+        raise ValueError(f"config.modalities lacks {undeclared[0]!r}")
     there = [name for name in params.get("outputs", ()) if not name.startswith("error_")]
     outputs = tuple(name for name in given.get("outputs") or there if name in there)
     objective = dict(
@@ -195,14 +198,16 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
     if layout not in LAYOUTS:
         raise ConversionError(f"--to is {layout!r}; known: {', '.join(LAYOUTS)}")
     params, metadata = load_params(src)
-    config = metadata["config"]
+    config = metadata.get("config", {})
     if "objective" not in config:
         raise ConversionError(f"{src}: is a classifier, which has no layout to be written in")
     said: list[str] = []
     both = layout in ("dino", "ibot")
     state = load_objective_state(src) if "projection" in params else {}
-    if both and config["objective"]["name"] != layout:
-        raise ConversionError(f"{src}: is of the objective {config['objective']['name']!r}, which has no form in the layout {layout!r}")
+    with trusting(src):
+        name = config["objective"]["name"]
+    if both and name != layout:
+        raise ConversionError(f"{src}: is of the objective {name!r}, which has no form in the layout {layout!r}")
     if "teacher" in state and model == "teacher" and not both:
         params = state["teacher"]
         said.append("this is the teacher; --model student writes the other")
@@ -211,7 +216,8 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
         said.append("learned positions written as MultiMAE's fixed table; the class token's is added to the global token")
     flat = tree_paths(params)
     allowed.check_use(flat, str(src))
-    of = _model(config, nested({path: value for path, value in flat.items() if path not in allowed}))
+    with trusting(src):
+        of = _model(config, nested({path: value for path, value in flat.items() if path not in allowed}))
     try:
         rules = LAYOUTS[layout](of)
     except ConversionError as error:

@@ -146,15 +146,20 @@ def shapes_of_batch(specs: Mapping[str, Modality], size: tuple[int, int], batch_
 
 def open_network(checkpoint: str, modalities: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Params, dict[str, Any]]:
     """(objective or ResNet that sees only `modalities`, its parameters on the devices, the checkpoint's metadata)."""
-    from maskvit.checkpoints import load_params
+    from maskvit.checkpoints import load_params, trusting
     from maskvit.features import load
     from maskvit.sharding import make_mesh, parameter_shardings
 
     params, metadata = load_params(checkpoint)
-    if "classifier" not in metadata["config"]:
+    config = metadata.get("config", {})
+    if "classifier" not in config:
         loaded = load(checkpoint)
         return use_inputs(loaded.objective, modalities), loaded.params, loaded.metadata
-    network = resnet_of(metadata["config"])
+    with trusting(checkpoint):
+        network = resnet_of(config)
+        depths = tuple(len(params[f"stage_{stage}"]) for stage in range(1, len(network.depths) + 1))
+        if network.depths != depths:
+            raise ValueError(f"classifier.depths is {network.depths}, the tensors have {depths} blocks")
     (spec,) = seen({network.modality.name: network.modality}, modalities).values()
     return dataclasses.replace(network, modality=spec), jax.device_put(params, parameter_shardings(params, make_mesh())), metadata
 
