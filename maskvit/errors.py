@@ -103,13 +103,14 @@ def _threads_in_lines() -> Iterator[None]:
             told.add(line)
             print(line, file=sys.stderr)
 
-    hooks: tuple[Any, Any] = sys.excepthook, threading.excepthook
+    hooks: tuple[Any, ...] = sys.excepthook, sys.unraisablehook, threading.excepthook
     sys.excepthook = lambda kind, error, trace: tell(error)
+    sys.unraisablehook = lambda arguments: tell(arguments.exc_value)
     threading.excepthook = lambda arguments: tell(arguments.exc_value)
     try:
         yield
     finally:
-        sys.excepthook, threading.excepthook = hooks
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
 
 
 class _Lines(logging.Formatter):

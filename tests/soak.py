@@ -86,8 +86,9 @@ class Round:
         steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "manifest.json").exists()] if folder.is_dir() else []
         return [folder / str(step) for step in sorted(steps)]
 
-    def start(self, **options: Any) -> Child:
-        return Child(self.config, self.workdir, f"--config.data.workers={self.draw.choice([0, 1, 2, 2, 3])}", **options)
+    def start(self, workers: int | None = None, **options: Any) -> Child:
+        workers = self.draw.choice([0, 1, 2, 2, 3]) if workers is None else workers
+        return Child(self.config, self.workdir, f"--config.data.workers={workers}", **options)
 
     def until(self, child: Child, condition: Callable[[], bool], seconds: float = HANG) -> bool:
         """Wait for a condition while the child runs; whether it came."""
@@ -208,7 +209,8 @@ class Round:
         return self.expect(first)
 
     def full_disk(self) -> int | None:
-        child = self.start(file_limit=self.draw.choice([4096, 20_000, 60_000]))
+        # No workers: their shared memory is a file too, and no disk.
+        child = self.start(workers=0, file_limit=self.draw.choice([20_000, 60_000]))
         return self.expect(child, 2)
 
     def damage(self, change: Callable[[pathlib.Path], None]) -> int | None:

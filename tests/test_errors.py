@@ -67,12 +67,20 @@ def test_one_mistake_needs_no_list():
         raise ValueError("only")
 
 
+class Unraisable:
+    """What fails where nobody could catch it, as callbacks of C++ libraries do."""
+
+    def __del__(self):
+        fail(RuntimeError("Event loop is closed"))
+
+
 def test_errors_in_threads_of_libraries_are_lines(capsys):
     def command():
         for _ in range(3):
             thread = threading.Thread(target=fail, args=(RuntimeError("Event loop is closed"),))
             thread.start()
             thread.join()
+            Unraisable()
         log_lines()
         try:
             fail(OSError("File too large"))
@@ -80,10 +88,10 @@ def test_errors_in_threads_of_libraries_are_lines(capsys):
             logging.getLogger("absl").error("a save failed\nwith details", exc_info=True)
             logging.getLogger("asyncio").error("never retrieved", exc_info=True)
 
-    before = sys.excepthook, threading.excepthook
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
     assert run_command(command) == 0
     assert capsys.readouterr().err == "in a thread beside: Event loop is closed\na save failed\n"
-    assert (sys.excepthook, threading.excepthook) == before
+    assert (sys.excepthook, sys.unraisablehook, threading.excepthook) == before
 
 
 def test_printable_keeps_lines_and_letters():
