@@ -101,7 +101,8 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 
 def loader_workers(pid: int) -> list[int]:
     """The loader's worker processes of process `pid`."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True).stdout
+    # ps ends with 1 where there are none.
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if "multiprocessing.spawn" in line]
 
 
