@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import json
 import logging
 import math
@@ -25,13 +24,14 @@ import numpy as np
 from jaxtyping import Float
 
 from maskvit.arguments import check_output, number, whole
-from maskvit.checkpoints import CheckpointError, load_params, load_teacher, trusting
+from maskvit.checkpoints import load_params, load_teacher, trusting
 from maskvit.data.files import list_files, tell
 from maskvit.data.pipeline import eval_batches
 from maskvit.durations import to_steps
 from maskvit.errors import add_debug, printable, run_command
-from maskvit.modalities import Modality, parse_modalities
-from maskvit.objectives import OBJECTIVES, build_objective
+from maskvit.modalities import Modality
+from maskvit.objectives.distillation import teacher_params
+from maskvit.objectives.stored import check_shapes, stored_objective
 from maskvit.pictures import SUFFIXES, PictureError, open_picture
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 from maskvit.types import Params, tree_paths
@@ -67,50 +67,25 @@ def load(path: str | os.PathLike) -> LoadedModel:
     """
     params, metadata = load_params(path)
     config = metadata.get("config") or {}
-    missing = [key for key in ("modalities", "image_size", "objective") if key not in config]
-    if missing:
-        raise CheckpointError(f"the config inside the checkpoint {path} lacks {missing[0]!r}: it does not say what model it is of")
     with trusting(path):
-        objective = _with_durations(_objective_of(config), config, metadata)
-        expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
-    found = {name: leaf.shape for name, leaf in tree_paths(params).items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"the parameters of the checkpoint {path} are not those of the config inside it: {wrong[0]} has shape "
-            f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        )
-    teacher = load_teacher(path) if objective.model.projection else None
-    params = params if teacher is None else teacher
+        objective = stored_objective(config, params, functools.partial(_with_durations, config=config, metadata=metadata))
+        teacher = load_teacher(path) if objective.model.projection else None
+        if teacher is not None:
+            check_shapes(*({name: leaf.shape for name, leaf in tree_paths(tree).items()} for tree in (teacher_params(params), teacher)))
+            params = teacher
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
     return LoadedModel(objective, objective.model, params, config, metadata)
-
-
-def _objective_of(config: Mapping[str, Any]) -> Any:
-    """The objective of a stored config. Converted files say nothing of masking."""
-    block = config["objective"]
-    constructor = OBJECTIVES.get(block["name"]) if isinstance(block, Mapping) and isinstance(block.get("name"), str) else None
-    if constructor is not None and "num_visible" in inspect.signature(constructor).parameters and "num_visible" not in block:
-        block = {**block, "num_visible": _default_visible(config, block["inputs"])}
-    return build_objective({**config, "objective": block})
 
 
 def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
     """The objective with the durations of its schedules in steps, as in the run; converted files have no schedules."""
     if "steps_per_epoch" not in metadata:
         return objective
-    if not isinstance(metadata["steps_per_epoch"], int) or metadata["steps_per_epoch"] < 1:
-        raise ValueError(f"steps_per_epoch is {metadata['steps_per_epoch']!r}; it must be at least 1")
+    for key, value in (("config.global_batch", config["global_batch"]), ("steps_per_epoch", metadata["steps_per_epoch"])):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} is {value!r}; it must be a whole number above 0")
     in_steps = functools.partial(to_steps, steps_per_epoch=metadata["steps_per_epoch"], global_batch=config["global_batch"])
     return objective.resolve(functools.partial(in_steps, total_steps=in_steps(config["total"])))
-
-
-def _default_visible(config: Mapping[str, Any], inputs: Sequence[str]) -> int:
-    """A sixth of all tokens, MultiMAE's own share."""
-    size = config["image_size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    specs = parse_modalities(config["modalities"])
-    return max(1, sum(math.prod(specs[name].grid(size)) for name in inputs) // 6)
 
 
 # Pictures

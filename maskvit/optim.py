@@ -192,11 +192,11 @@ def with_adam_moments(opt_state: Any, moments: dict[str, Any]) -> Any:
 
     def merge(template: Any, given: Any, path: str) -> Any:
         if isinstance(template, dict):
-            given = given or {}
+            given = given if isinstance(given, Mapping) else {}
             return {key: merge(value, given.get(key), f"{path}/{key}") for key, value in template.items()}
         if isinstance(template, optax.MaskedNode):
             return template
-        if given is None or given.shape != template.shape:
+        if getattr(given, "shape", None) != template.shape:
             raise ValueError(f"imported optimiser moments lack {path[1:]!r} of shape {template.shape}")
         return jnp.asarray(given, template.dtype)
 

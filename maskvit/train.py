@@ -520,7 +520,7 @@ def _imported_epochs(config: Mapping[str, Any], parts: Parts, saved: Mapping[str
     """For how many epochs the imported checkpoint was trained, where the schedule continues there."""
     if saved or not _continues_imported(config) or not parts.init_from["path"]:
         return saved.get("imported_epochs")
-    return checkpoints.load_params(parts.init_from["path"])[1].get("source", {}).get("epochs_done")
+    return checkpoints.load_epochs_done(parts.init_from["path"])
 
 
 def _continues_imported(config: Mapping[str, Any]) -> bool:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import maskvit
-from maskvit.checkpoints import CheckpointError, save_imported
+from maskvit import convert
+from maskvit.checkpoints import CheckpointError, load_epochs_done, load_params, load_teacher, save_imported
 from maskvit.features import extract, find_pictures, main
 from maskvit.modalities import DEPTH, RGB
 from maskvit.objectives import build_objective
@@ -62,11 +63,114 @@ def test_parameters_of_another_model_are_refused(checkpoint, tmp_path):
     wider = {**CONFIG, "objective": {**CONFIG["objective"], "encoder": dict(width=96, depth=2, heads=2)}}
     params = jax.device_get(maskvit.load(checkpoint).params)
     save_imported(tmp_path / "other", params, {"config": wider})
-    with pytest.raises(CheckpointError, match="are not those of the config inside it: encoder/block_00/attn/proj/bias has shape"):
+    with pytest.raises(CheckpointError, match="are not those of the config inside it: the positions of inputs/"):
         maskvit.load(tmp_path / "other")
     save_imported(tmp_path / "nothing", params, {"config": {}})
     with pytest.raises(CheckpointError, match="lacks 'modalities'"):
         maskvit.load(tmp_path / "nothing")
+
+
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+HUGE = 10**9
+# (dotted key, value, part of the message) of configs that somebody may have put into a checkpoint.
+HOSTILE = [
+    ("objective.encoder.depth", HUGE, "encoder.depth is 1000000000"),
+    ("objective.encoder.depth", 1000, "encoder.depth is 1000, but the parameters stored are those of 2"),
+    ("objective.encoder.depth", "2", "encoder.depth is '2'; it must be a whole number"),
+    ("objective.encoder.depth", True, "encoder.depth is True; it must be a whole number"),
+    ("objective.encoder.depth", float("nan"), "encoder.depth is nan; it must be a whole number"),
+    ("objective.encoder.width", 0, "encoder.width is 0"),
+    ("objective.encoder.width", 65536, "positions of inputs/"),
+    ("objective.encoder.heads", 5, "must divide by its 5 heads"),
+    ("objective.encoder.heads", 0, "encoder.heads is 0"),
+    ("objective.encoder.mlp_ratio", float("inf"), "encoder.mlp_ratio is inf"),
+    ("objective.encoder", [1, 2], "config.objective.encoder is [1, 2]"),
+    ("objective.encoder", "XXL", "config.objective.encoder is 'XXL'"),
+    ("objective.decoder", dict(depth=1000), "decoder.depth is 1000, but the parameters stored are those of"),
+    ("objective.decoder", dict(width=65536, depth=1, heads=1), "positions of outputs/"),
+    ("objective.decoder", "small", "config.objective.decoder is 'small'"),
+    ("objective.name", "x" * 10**6, "config.objective.name is 'xxx"),
+    ("objective.name", ["multimae"], "config.objective.name is ['multimae']"),
+    ("objective.name", None, "config.objective.name is None"),
+    ("objective.inputs", ["rgb"] * 10**5, "config.objective.inputs is ['rgb', 'rgb'"),
+    ("objective.inputs", [["rgb"]], "config.objective.inputs is [['rgb']]"),
+    ("objective.inputs", 7, "config.objective.inputs is 7"),
+    ("objective.outputs", ["rgb"] * 10**4, "config.objective.outputs is ['rgb', 'rgb'"),
+    ("objective.num_global_tokens", HUGE, "its parameters are not those"),
+    ("objective.num_global_tokens", -1, ""),
+    ("objective.num_classes", 10**30, ""),
+    ("objective.guided_share", dict(share=[0, "1"]), ""),
+    ("objective.unknown", nested(200), "unknown key 'unknown'"),
+    ("objective.scores", nested(200), "config.objective.scores lacks the key 'name'"),
+    ("objective.scores", dict(name={}), "config.objective.scores.name is {}"),
+    ("objective", [], "config.objective is []"),
+    ("objective", {}, "config.objective.name is None"),
+    ("image_size", 0, "config.image_size is 0"),
+    ("image_size", [65536, 65536], "positions of inputs/"),
+    ("image_size", [-32, 32], "config.image_size is"),
+    ("image_size", "32", "config.image_size is '32'"),
+    ("image_size", None, "config.image_size is None"),
+    ("modalities", [], "config.modalities is []"),
+    ("modalities", {}, ""),
+    ("modalities", {"rgb": 5}, "config.modalities.rgb is 5"),
+    ("modalities.rgb.patch", 0, "config.modalities.rgb.patch is 0"),
+    ("modalities.rgb.patch", "8", "config.modalities.rgb.patch is '8'"),
+    ("modalities.rgb.patch", 1, "positions of inputs/rgb"),
+    ("modalities.rgb.stride", 3, "multiple of its stride"),
+    ("modalities.rgb.std", [0.0, 0.0, 0.0], "config.modalities.rgb.std"),
+    ("modalities.rgb.channels", 10**7, "config.modalities.rgb.channels"),
+    ("modalities.rgb.kind", ["x"], "config.modalities.rgb.kind"),
+    ("global_batch", 0, "config.global_batch is 0; it must be a whole number above 0"),
+    ("global_batch", "8", "config.global_batch is '8'"),
+    ("total", None, "is no duration"),
+    ("total", {"a": 1}, "is no duration"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), HOSTILE)
+def test_hostile_configs_inside_a_checkpoint_are_one_line(checkpoint, monkeypatch, key, value, expected):
+    """Nothing is built from sizes that are not stored: each of these ends at once."""
+    params, metadata = load_params(checkpoint)
+    config = json.loads(json.dumps({**metadata["config"], "total": "10 steps", "global_batch": 8}))
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    monkeypatch.setattr("maskvit.features.load_params", lambda path: (params, {"config": config, "steps_per_epoch": 5}))
+    with pytest.raises(CheckpointError) as raised:
+        maskvit.load(checkpoint)
+    assert expected in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def test_a_teacher_of_another_shape_is_refused(fixtures, tmp_path, monkeypatch):
+    convert.convert(fixtures / "ibot_tiny.pth", tmp_path / "ours", num_heads=3, model="both")
+    teacher = load_teacher(tmp_path / "ours")
+    assert maskvit.load(tmp_path / "ours").objective.model.projection
+    teacher["norm"]["scale"] = teacher["norm"]["scale"][:-1]
+    monkeypatch.setattr("maskvit.features.load_teacher", lambda path: teacher)
+    with pytest.raises(CheckpointError, match="not those of the config inside it: norm/scale has shape"):
+        maskvit.load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("epochs", ["many", -1, float("nan"), [3], 10**400])
+def test_epochs_done_are_a_number(tmp_path, epochs):
+    save_imported(tmp_path, {"a": np.zeros(2)}, {"source": {"epochs_done": epochs}})
+    with pytest.raises(CheckpointError, match="epochs_done = .* no number of epochs"):
+        load_epochs_done(tmp_path)
+
+
+def test_the_config_that_the_hostile_ones_are_made_of_is_sound(checkpoint, monkeypatch):
+    params, metadata = load_params(checkpoint)
+    config = {**metadata["config"], "total": "10 steps", "global_batch": 8}
+    monkeypatch.setattr("maskvit.features.load_params", lambda path: (params, {"config": config, "steps_per_epoch": 5}))
+    assert maskvit.load(checkpoint).objective.num_visible == 5
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -60,7 +60,7 @@ NOWHERE = [
 OF_THE_MODEL = [
     ("steps_per_epoch", 0, "steps_per_epoch is 0"),
     ("steps_per_epoch", "x", "steps_per_epoch is 'x'"),
-    ("config.global_batch", 0, "ZeroDivision"),
+    ("config.global_batch", 0, "config.global_batch is 0"),
     ("config.global_batch", ..., "lacks 'global_batch'"),
     ("config.total", [], "duration"),
     ("config.modalities", None, "cannot be used"),

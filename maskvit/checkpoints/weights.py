@@ -88,6 +88,15 @@ def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
     return stored
 
 
+def load_epochs_done(path: str | os.PathLike) -> float | None:
+    """For how many epochs the weights of a verified checkpoint were trained before they were imported; None where it does not say."""
+    source = read_metadata(find_checkpoint(path)).get("source")
+    epochs = source.get("epochs_done") if isinstance(source, Mapping) else None
+    if epochs is not None and not (isinstance(epochs, (int, float)) and 0 <= epochs <= 1e9):
+        raise CheckpointError(f"the checkpoint {path} states epochs_done = {str(epochs)[:80]!r}, which is no number of epochs")
+    return epochs
+
+
 def load_teacher(path: str | os.PathLike) -> Params | None:
     """The teacher of a verified checkpoint of self-distillation, which stands for the run; None where there is none."""
     step_dir = find_checkpoint(path)
@@ -102,7 +111,12 @@ def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
     """
     step_dir = find_checkpoint(path)
     part = _find_adam(stored_shapes(step_dir).get("opt_state", {}), ("opt_state",))
-    return None if part is None else read_state_part(step_dir, part)
+    if part is None:
+        return None
+    adam = read_state_part(step_dir, part)
+    if np.shape(adam["count"]) or not np.issubdtype(np.asarray(adam["count"]).dtype, np.integer):
+        raise CheckpointError(f"the checkpoint {path} holds optimiser moments whose count is no whole number")
+    return adam
 
 
 def _find_adam(tree: Any, path: tuple[str, ...]) -> tuple[str, ...] | None:

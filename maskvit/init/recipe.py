@@ -13,6 +13,7 @@ from maskvit.checkpoints import load_params
 from maskvit.init.found import Data
 from maskvit.modalities import parse_modalities
 from maskvit.objectives import build_objective
+from maskvit.objectives.stored import stored_objective
 from maskvit.types import tree_paths
 
 ENOUGH_STEPS = 50  # an epoch should have so many
@@ -84,10 +85,16 @@ def recipe(data: Data, checkpoint: str | None, image_size: int | None) -> Recipe
 
 
 def _checkpoint(path: str) -> dict[str, Any]:
-    config = load_params(path)[1].get("config") or {}
-    name = (config.get("objective") or {}).get("name")
-    if name not in PUBLISHED:
+    params, metadata = load_params(path)
+    config = metadata.get("config") or {}
+    block = config.get("objective")
+    name = block.get("name") if isinstance(block, Mapping) else None
+    if not isinstance(name, str) or name not in PUBLISHED:
         raise ValueError(f"--checkpoint {path} is of the objective {name!r}; init continues {', '.join(PUBLISHED)}")
+    try:
+        stored_objective(config, params)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint {path}: {error}") from error
     return config
 
 
