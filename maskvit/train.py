@@ -23,6 +23,7 @@ from maskvit.config_files import get_value
 from maskvit.configuration import check_arguments, look_up
 from maskvit.data import SOURCES, open_source
 from maskvit.data.identity import data_identity
+from maskvit.data.maps import open_maps
 from maskvit.data.pipeline import steps_per_epoch as epoch_steps
 from maskvit.data.pipeline import train_batches
 from maskvit.data.transforms import parse_augment
@@ -424,7 +425,7 @@ def run(
     config = _arguments(inspect.signature(run).bind(**given))
     parts = build_parts(config, profile)
     with contextlib.ExitStack() as closing:
-        store = checkpoints.CheckpointStore(Path(workdir) / "checkpoints", keep=parts.checkpoint["keep"])
+        store = checkpoints.CheckpointStore(os.path.join(workdir, "checkpoints"), keep=parts.checkpoint["keep"])
         closing.callback(store.close)
         resume_step = store.latest_valid()
         saved = store.metadata(resume_step) if resume_step is not None else {}
@@ -497,7 +498,9 @@ def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, A
     durations = resolved_durations(parts.method)
     if parts.optimizer.get("freeze"):
         durations["optimizer.freeze.until"] = parts.optimizer["freeze"]["until"]
-    return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations)
+    maps = parts.loading.get("maps")
+    of_maps = dict(maps=data_identity(open_maps(maps))) if maps else {}
+    return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations, **of_maps)
 
 
 def default_config(config: Mapping[str, Any]) -> dict[str, Any]:

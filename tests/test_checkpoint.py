@@ -608,6 +608,11 @@ RAMP = {"total": "2 steps", "objective": {"guided_share": {"ramp": "100 percent"
             same({**RAMP, "total": "4 steps"}, durations={"objective.guided_share.ramp": 4}),
             'objective.guided_share.ramp is 4 steps; it was 2 .* Write it as "2 steps"',
         ),
+        (
+            same({}, maps={"records": 4, "contents": {"0": "a"}}),
+            same({}, maps={"records": 4, "contents": {"0": "b"}}),
+            "record 0 of the stored maps has other contents .*: config.objective.guidance.path names other data",
+        ),
         (same({}), same({"objective": {"scores": "random"}}), "objective.scores: '.absent.' in the checkpoint"),
     ],
 )
@@ -623,6 +628,14 @@ def test_a_longer_run_and_moved_data_are_the_same_run(caplog):
     longer = {"total": "4 steps", "objective": {"guided_share": {"ramp": "2 steps"}}, "data": {"train": {"data_dir": "/b"}}}
     allowed = check_same_run(saved, same(longer, durations={"objective.guided_share.ramp": 2}))
     assert [line.partition(":")[0] for line in allowed] == ["data.train.data_dir", "objective.guided_share.ramp", "total"]
+
+
+def test_stored_maps_may_be_moved_where_their_contents_are_known():
+    paths = [{"objective": {"guidance": {"name": "stored", "path": path}}} for path in ("/a", "/b")]
+    maps = {"records": 4, "contents": {"0": "a"}}
+    assert check_same_run(same(paths[0], maps=maps), same(paths[1], maps=maps))
+    with pytest.raises(ValueError, match="objective.guidance.path: '/a' in the checkpoint, '/b' in this config"):
+        check_same_run(same(paths[0]), same(paths[1], maps=maps))
 
 
 def test_older_checkpoints_lack_keys_and_facts(caplog):

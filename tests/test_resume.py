@@ -49,5 +49,5 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
         train.run(str(workdir), **{**config, "total": "5 steps"})
     shutil.rmtree(moved)
     config["data"]["train"]["data_dir"] = make_scenes(moved, seed=1)
-    with pytest.raises(ValueError, match="config.data names other data"):
+    with pytest.raises(ValueError, match="config.data.train.data_dir names other data"):
         train.run(str(workdir), **config)

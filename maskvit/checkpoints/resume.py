@@ -29,14 +29,20 @@ MAY_DIFFER = (
     "total",
 )
 
+# What lies on the disk is compared by its contents: {metadata key: (config keys of where it lies, words for it)}.
+DATA = {
+    "data": (("data.train.data_dir",), "the data"),
+    "maps": (("objective.guidance.path", "objective.guidance.of.path"), "the stored maps"),
+}
 ABSENT = "(absent)"
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
     """Compare the metadata of a checkpoint with what this run would write, before resuming.
 
-    Both hold "config" and, unless the checkpoint is older than they are, "steps_per_epoch", "data" (`data.identity`) and
-    "durations": {dotted config key: steps} of the schedules in use. What the checkpoint lacks is logged and not compared.
+    Both hold "config" and, unless the checkpoint is older than they are, "steps_per_epoch", "data" (`data.identity`), "maps" (the
+    same of stored maps, where there are any) and "durations": {dotted config key: steps} of the schedules in use. What the
+    checkpoint lacks is logged and not compared.
 
     Args:
       saved: the checkpoint's metadata. `now`: this run's.
@@ -44,7 +50,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
 
     Returns the allowed differences as lines (they are logged too). Raises ValueError listing all others.
     """
-    now = _as_json({key: now[key] for key in ("config", "steps_per_epoch", "data", "durations") if key in now})
+    now = _as_json({key: now[key] for key in ("config", "steps_per_epoch", *DATA, "durations") if key in now})
     unknown = [key for key in now if type(saved.get(key)) is not type(now[key])]
     if "config" in unknown:
         raise ValueError("the checkpoint holds no config, so nothing says which run it is of: choose another --workdir")
@@ -53,8 +59,11 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
     refused: list[str] = []
     if "steps_per_epoch" not in unknown and saved.get("steps_per_epoch") != now.get("steps_per_epoch"):
         refused.append(f"an epoch has {now['steps_per_epoch']} steps; it had {saved['steps_per_epoch']} when the checkpoint was written")
-    if "data" in now and "data" not in unknown:
-        refused += other_data(saved["data"], now["data"])
+    free = list(MAY_DIFFER)
+    for name, (keys, words) in DATA.items():
+        if name in now and name not in unknown:
+            refused += other_data(saved[name], now[name], words, keys[0])
+            free += keys
     durations: dict[str, tuple[Any, Any]] = {}
     if "durations" in now and "durations" not in unknown:
         durations = {key: (saved["durations"].get(key), steps) for key, steps in now["durations"].items()}
@@ -66,7 +75,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
                 )
     # A schedule's length is compared in steps where both are known, however it is written.
     in_steps = [key for key, (before, _) in durations.items() if before is not None]
-    return _compare_configs(saved["config"], now["config"], (*MAY_DIFFER, *in_steps), defaults or {}, refused)
+    return _compare_configs(saved["config"], now["config"], (*free, *in_steps), defaults or {}, refused)
 
 
 def check_same_config(
@@ -81,21 +90,21 @@ def check_same_config(
     return _compare_configs(saved_config, config, may_differ, {}, [])
 
 
-def other_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def other_data(saved: Mapping[str, Any], now: Mapping[str, Any], words: str = "the data", key: str = "data.train.data_dir") -> list[str]:
     """How the data differ from those of the checkpoint, both as `maskvit.data.identity` describes them; empty: they do not."""
     differences = [
-        f"the data have {now[key]} {key}; they had {saved[key]} when the checkpoint was written"
-        for key in ("records", "files", "bytes")
-        if key in saved and key in now and saved[key] != now[key]
+        f"{words} have {now[fact]} {fact}; they had {saved[fact]} when the checkpoint was written"
+        for fact in ("records", "files", "bytes")
+        if fact in saved and fact in now and saved[fact] != now[fact]
     ]
     if not differences and saved.get("sizes", now.get("sizes")) != now.get("sizes", saved.get("sizes")):
-        differences = ["the files of the data have other sizes than when the checkpoint was written"]
+        differences = [f"the files of {words} have other sizes than when the checkpoint was written"]
     before, after = saved.get("contents") or {}, now.get("contents") or {}
     compared = [index for index in after if before.get(index) and after[index]]
     changed = [index for index in compared if before[index] != after[index]]
     if changed and not differences:
-        differences = [f"record {changed[0]} of the data has other contents ({len(changed)} of the {len(compared)} records compared)"]
-    return [f"{line}: config.data names other data" for line in differences]
+        differences = [f"record {changed[0]} of {words} has other contents ({len(changed)} of the {len(compared)} records compared)"]
+    return [f"{line}: config.{key} names other data" for line in differences]
 
 
 def _compare_configs(

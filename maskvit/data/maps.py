@@ -88,7 +88,7 @@ class MapSet:
     def __init__(self, path: str, source: Source, inputs: Sequence[str], grid: tuple[int, int]):
         self.path = os.path.abspath(os.path.expanduser(path))
         self.grid = grid
-        self._stored = _open(self.path)
+        self._stored = open_maps(self.path)
         self.manifest = read_manifest(self._stored.directory)
         self._check_data(source)
         self._shape = (int(self.manifest["maps"]), *self.manifest["grid"])
@@ -153,7 +153,9 @@ class MapSet:
         return [names.index(name) for name in inputs]
 
 
-def _open(path: str) -> TfdsSource:
+def open_maps(path: str) -> TfdsSource:
+    """The records of a map set, {"id", "map"}. Raises as `MapSet`."""
+    path = os.path.abspath(os.path.expanduser(path))
     if os.path.isfile(os.path.join(path, "dataset_info.json")):
         data_dir, name = path, ""
     else:

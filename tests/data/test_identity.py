@@ -47,7 +47,8 @@ def test_equal_sizes_and_other_contents(change):
     assert data_identity(ListSource(records)) == data_identity(ListSource(others))
     others[3]["rgb"] = change
     lines = other_data(data_identity(ListSource(records)), data_identity(ListSource(others)))
-    assert lines == [f"record 3 of the data has other contents (1 of the {COMPARED} records compared): config.data names other data"]
+    what = f"record 3 of the data has other contents (1 of the {COMPARED} records compared)"
+    assert lines == [f"{what}: config.data.train.data_dir names other data"]
 
 
 def test_a_record_that_cannot_be_read_is_not_compared():

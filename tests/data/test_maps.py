@@ -6,14 +6,15 @@ import io
 import json
 import pathlib
 import pickle
+import shutil
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.data import identity, transforms
 from maskvit.data import maps as stored_maps
-from maskvit.data import transforms
 from maskvit.data.builders import prepare
 from maskvit.data.builders.maps import Maps
 from maskvit.data.maps import MapError, MapSet, crop_map, data_identity, to_bytes
@@ -174,7 +175,7 @@ def test_a_map_set_travels_to_workers(map_set):
     opened = MapSet(map_set, source_of(), ("rgb",), (4, 4))
     again = pickle.loads(pickle.dumps(opened))
     np.testing.assert_array_equal(again.cropped(3, "p3", (0, 0, 1, 1), False), opened.cropped(3, "p3", (0, 0, 1, 1), False))
-    version = stored_maps._open(map_set).directory
+    version = stored_maps.open_maps(map_set).directory
     assert MapSet(version, source_of(), ("rgb",), (4, 4)).manifest == opened.manifest  # the version's folder does as well
     with open(f"{version}/metadata.json") as file:
         assert json.load(file)["recipe"] == opened.manifest
@@ -279,3 +280,9 @@ def test_manifests_of_another_form_are_named(monkeypatch, changed, message):
         stored_maps.read_manifest("somewhere")
     info.metadata["recipe"] = GOOD
     assert stored_maps.read_manifest("somewhere") == GOOD
+
+
+def test_maps_that_were_moved_are_the_same_maps(map_set, tmp_path):
+    moved = shutil.copytree(map_set, tmp_path / pathlib.Path(map_set).name)
+    first, second = (identity.data_identity(stored_maps.open_maps(str(path))) for path in (map_set, moved))
+    assert first["contents"] and first == second
