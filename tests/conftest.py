@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import logging
 import os
 import pathlib
 import sys
@@ -51,3 +52,14 @@ def no_tensorflow():
     """Fails the test that brought TensorFlow in, by whatever way."""
     yield
     assert "tensorflow" not in sys.modules, "TensorFlow was imported: maskvit and its tests run without it"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """Commands that are called in a test's process set up logging for good: undo it, or the next test's records are lost."""
+    loggers = [logging.getLogger(name) for name in (None, "absl", "orbax", "jax", "grain", "asyncio")]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
