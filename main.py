@@ -1,11 +1,17 @@
 """Train, continue or evaluate an experiment: python main.py --config=configs/... --workdir=runs/NAME [--config.key=value]"""
 
+import signal
 import sys
 
-from absl import flags
+# Until a run listens itself, Ctrl-C ends the process at once as SIGTERM does: raised amid an import, KeyboardInterrupt is a traceback,
+# or is lost in a library and the run begins all the same.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from maskvit import config_files
-from maskvit.errors import run_command
+from absl import flags  # noqa: E402
+
+from maskvit import config_files  # noqa: E402
+from maskvit.errors import run_command  # noqa: E402
 
 _CONFIG = config_files.define_config("The experiment: a file of configs/ or one's own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and pictures; the same command again resumes from here.")

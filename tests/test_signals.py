@@ -13,6 +13,7 @@ import pytest
 
 from maskvit.signals import StopAsked, StopSignals
 from maskvit.watchdog import HUNG, Watchdog
+from tests.runs import ROOT
 
 
 def until(condition) -> None:
@@ -113,3 +114,25 @@ def test_the_watchdog_leaves_alone_what_is_not_watched():
     time.sleep(0.6)
     watchdog.close()
     assert not ended
+
+
+# At the first import of main.py, and swallowed as in a callback of a library.
+IMPORTING = """
+import os, runpy, signal, sys
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == "absl":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                sum(range(10**6))
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Interrupting)
+sys.argv[1:] = ["--help"]
+runpy.run_path({main!r}, run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_main_is_imported_is_not_lost():
+    ended = run(IMPORTING.format(main=str(ROOT / "main.py")))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

@@ -48,10 +48,14 @@ class Worker(NamedTuple):
 
 
 class WorkerTable:
-    """What the workers are at. Travels to them by pickle as the name of a file; the main process removes it."""
+    """What the workers are at. Travels to them by pickle as the name of a file; the main process removes it, or after a kill they do."""
 
     def __init__(self, count: int):
         self.count = count
+        self._path = ""
+        self._finalizer: weakref.finalize | None = None
+        if not count:  # nobody would remove the file of a killed process
+            return
         file, self._path = tempfile.mkstemp(prefix="maskvit-workers-")
         os.write(file, _ROW.pack(0, IDLE, 0.0) * count)
         os.close(file)
@@ -62,10 +66,13 @@ class WorkerTable:
 
     def close(self) -> None:
         """Remove the file; may be called twice."""
-        self._finalizer()
+        if self._finalizer is not None:
+            self._finalizer()
 
     def read(self) -> list[Worker]:
         """All workers, in order."""
+        if not self.count:
+            return []
         try:
             rows = Path(self._path).read_bytes()
         except FileNotFoundError:

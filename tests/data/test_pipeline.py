@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -495,6 +496,15 @@ def test_a_worker_that_ended_when_its_data_were_exhausted_is_not_dead():
     assert [bool(worker.pid) for worker in table.read()] == [True, True, False]
     assert [worker.number for worker in table.dead()] == [1] and table.hanging() is None
     table.close()
+
+
+def test_without_workers_nothing_is_on_the_disk_that_a_kill_could_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    table = WorkerTable(0)
+    assert not list(tmp_path.iterdir()) and not table.read() and table.hanging() is None
+    table.close()
+    WorkerTable(1).close()
+    assert not list(tmp_path.iterdir())
 
 
 @linux
