@@ -180,10 +180,11 @@ class Round:
         child = self.start()
         self.working(child)
         workers = loader_workers(child.process.pid) if child.running else []
-        if not workers:  # drawn with none, or over
+        try:
+            os.kill(self.draw.choice(workers), number)
+        except (IndexError, ProcessLookupError):  # drawn with none, or over; those of an evaluation end with it
             child.process.send_signal(signal.SIGKILL)
             return self.expect(child, -signal.SIGKILL)
-        os.kill(self.draw.choice(workers), number)
         return self.expect(child, 2, text=text)
 
     def dead_worker(self) -> int | None:
