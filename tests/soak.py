@@ -102,6 +102,8 @@ class Round:
     def working(self, child: Child) -> bool:
         """Wait until the child has begun to train, and a moment more."""
         began = self.until(child, lambda: any("arithmetic" in line for line in child.lines))
+        if not began and child.running:
+            self.told = f"did not begin to train within {HANG:.0f} s"
         time.sleep(self.draw.uniform(0, 12))
         return began and child.running
 
@@ -110,6 +112,8 @@ class Round:
         said = "".join(child.lines)
         if status is None:
             self.told = f"hung for {HANG:.0f} s"
+        elif self.told:
+            pass
         elif status not in (*statuses, 0):
             self.told = f"exit status {status}, expected one of {statuses}"
         elif "Traceback" in said:
@@ -174,24 +178,25 @@ class Round:
             os.killpg(child.process.pid, signal.SIGTERM)
         return self.expect(child, 128 + signal.SIGTERM)
 
-    def harm_a_worker(self, number: int, text: str) -> int | None:
+    def harm_a_worker(self, number: int) -> int | None:
         from tests.runs import loader_workers
 
         child = self.start()
         self.working(child)
         workers = loader_workers(child.process.pid) if child.running else []
         try:
-            os.kill(self.draw.choice(workers), number)
+            worker = self.draw.choice(workers)
+            os.kill(worker, number)
         except (IndexError, ProcessLookupError):  # drawn with none, or over; those of an evaluation end with it
             child.process.send_signal(signal.SIGKILL)
             return self.expect(child, -signal.SIGKILL)
-        return self.expect(child, 2, text=text)
+        return self.expect(child, 2, text=str(worker))
 
     def dead_worker(self) -> int | None:
-        return self.harm_a_worker(signal.SIGKILL, "worker")
+        return self.harm_a_worker(signal.SIGKILL)
 
     def hung_worker(self) -> int | None:
-        return self.harm_a_worker(signal.SIGSTOP, "worker")
+        return self.harm_a_worker(signal.SIGSTOP)
 
     def second_start(self) -> int | None:
         first = self.start()
@@ -216,14 +221,18 @@ class Round:
 
     def damage(self, change: Callable[[pathlib.Path], None]) -> int | None:
         """Harm the newest checkpoint where an older one stays, then kill the run that starts from it."""
-        if len(self.checkpoints) > 1:
+        damaged = len(self.checkpoints) > 1
+        if damaged:
             newest = self.checkpoints[-1]
             files = [p for p in newest.rglob("*") if p.is_file() and p.stat().st_size]
             change(self.draw.choice(files))
         child = self.start()
         self.working(child)
         child.process.send_signal(signal.SIGKILL)
-        return self.expect(child, -signal.SIGKILL)
+        status = self.expect(child, -signal.SIGKILL)
+        if damaged and not any("SKIPPED" in line for line in child.lines):
+            self.told = self.told or "the damaged checkpoint was not named\n" + "".join(child.lines)
+        return status
 
     def flipped_bit(self) -> int | None:
         def flip(path: pathlib.Path) -> None:
@@ -279,6 +288,8 @@ def write_experiment(workdir: pathlib.Path) -> str:
 def rows_of(workdir: pathlib.Path) -> dict[tuple[int, bool], dict[str, Any]]:
     """The rows of metrics.jsonl by (step, whether of training), without figures of speed."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if len({(row["step"], "loss" in row) for row in rows}) < len(rows):
+        raise ValueError(f"{workdir} has a row of metrics twice")
     return {(row["step"], "loss" in row): {k: v for k, v in row.items() if not any(word in k for word in SPEED)} for row in rows}
 
 
@@ -339,7 +350,10 @@ def soak(minutes: float, seed: int, workdir: pathlib.Path) -> int:
             if fault == "finish" and status != 0:
                 break
         began = time.monotonic()
-        found = differences(whole.workdir, run) if status == 0 else ["the run did not reach its end"]
+        try:
+            found = differences(whole.workdir, run) if status == 0 else ["the run did not reach its end"]
+        except Exception as error:
+            found = [f"cannot be compared: {error}"]
         run.told = "\n".join(found)
         note(run, "comparison", status, began)
         if not found:
