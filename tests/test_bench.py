@@ -110,12 +110,11 @@ def test_needs_no_data_library():
     """It runs on an accelerator machine with JAX, flax and optax alone: all else is hidden here."""
     hidden = ("grain", "tensorflow_datasets", "tensorflow", "matplotlib", "PIL", "cv2", "clu", "torch", "ml_collections", "array_record")
     code = (
-        "import importlib.util, sys\n"
+        "import sys\n"
         f"sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None: importing it fails
         "from maskvit.bench import step, timing\n"
         "import maskvit.step, maskvit.objectives, maskvit.flops\n"
-        "importlib.util.find_spec = lambda name: None\n"
-        "assert timing.utilisation(1e12, 'NVIDIA H200', 1) is None\n"
+        "assert 0 < timing.utilisation(1e12, 'NVIDIA H200', 1) < 1\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-2000:]

@@ -251,7 +251,7 @@ MISTAKES = [
     (dict(scores=HIGH, guidance=dict(name="teacher_attention", momentum=1.0)), "momentum is 1.0"),
     (dict(scores=HIGH, guidance=dict(name="stored")), "path is empty"),
     (dict(scores=HIGH, guidance=dict(name="grad_cam")), "guidance.name is 'grad_cam'; known: self_attention"),
-    (dict(scores=HIGH, guidance=dict(name="self_attention", row=1)), "unknown key 'row' for 'self_attention'; known: query"),
+    (dict(scores=HIGH, guidance=dict(name="self_attention", row=1)), "config.objective.guidance has unknown key 'row'; known: query"),
     (dict(scores=HIGH, guidance=dict(name="random_map", of=dict(name="stored"))), "path is empty"),
     (dict(scores=HIGH, guidance=dict(name="predicted_error"), outputs=("rgb",)), "needs an error of every input, but 'depth'"),
     (dict(scores=HIGH, guidance=dict(name="bipartition", block=-3)), "block is -3"),
