@@ -34,7 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from maskvit.errors import add_debug, all_mistakes, printable, run_command
+from maskvit.core.errors import add_debug, all_mistakes, printable, run_command
 
 LAYOUTS = ("multimae", "timm", "huggingface", "mae", "crossmae", "dino", "ibot")
 MODELS = ("teacher", "student", "both")

@@ -10,8 +10,8 @@ if __name__ == "__main__":
 
 from absl import flags  # noqa: E402
 
-from maskvit import config_files  # noqa: E402
-from maskvit.errors import run_command  # noqa: E402
+from maskvit.core import config_files
+from maskvit.core.errors import run_command
 
 _CONFIG = config_files.define_config("The experiment: a file of configs/ or one's own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and pictures; the same command again resumes from here.")
@@ -27,11 +27,12 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 def main(argv: list[str]) -> None:
     """The command, without what becomes of its errors."""
     config = config_files.parse_flags(argv, required=("config", "workdir"))
-    from maskvit import processes, train
+    from maskvit.core import processes
+    from maskvit.training import setup
 
     if _CLUSTER.value or _COORDINATOR.value:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _STARTUP_TIMEOUT.value)
-    train.main(config, str(_WORKDIR.value), profile=_PROFILE.value, debug=_DEBUG.value)
+    setup.main(config, str(_WORKDIR.value), profile=_PROFILE.value, debug=_DEBUG.value)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ COMMANDS = (
     ("python convert_torch_checkpoint.py --src FILE --dst DIR", "convert a PyTorch checkpoint; also back, and to say what a file is"),
     ("python main.py --config=FILE.py --workdir=DIR", "train, resume or evaluate"),
     ("python -m maskvit.features --checkpoint DIR --images DIR", "features of your own pictures"),
-    ("python -m maskvit.report COMMAND", "pages: attention, decoder, masks, guidance, compare; rows: a table"),
-    ("python -m maskvit.sweep --config FILE.py --out DIR", "a grid of runs, and a table of what differs"),
-    ("python -m maskvit.guidance.maps --config FILE.py", "guidance maps of a whole data set"),
-    ("python -m maskvit.bench", "time steps, the loader, guidance"),
-    ("python -m maskvit.demo", "the main job in minutes, on one page"),
+    ("python -m maskvit.commands.report COMMAND", "pages: attention, decoder, masks, guidance, compare; rows: a table"),
+    ("python -m maskvit.commands.sweep --config FILE.py --out DIR", "a grid of runs, and a table of what differs"),
+    ("python -m maskvit.commands.maps --config FILE.py", "guidance maps of a whole data set"),
+    ("python -m maskvit.commands.bench", "time steps, the loader, guidance"),
+    ("python -m maskvit.commands.demo", "the main job in minutes, on one page"),
 )
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`init`, or the list of commands; the exit status is 2 for an unknown one."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["init"]:
-        from maskvit.init.__main__ import main as init
+        from maskvit.commands.init.__main__ import main as init
 
         return init(words[1:])
     listed = "\n".join(f"  {start:<60}{what}" for start, what in COMMANDS)

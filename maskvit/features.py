@@ -23,18 +23,18 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from maskvit.arguments import check_output, number, whole
 from maskvit.checkpoints import load_params, load_teacher, trusting
+from maskvit.core.arguments import check_output, number, whole
+from maskvit.core.durations import to_steps
+from maskvit.core.errors import add_debug, printable, run_command
+from maskvit.core.modalities import Modality
+from maskvit.core.types import Params, tree_paths
+from maskvit.data.batches import eval_batches
 from maskvit.data.files import list_files, tell
-from maskvit.data.pipeline import eval_batches
-from maskvit.durations import to_steps
-from maskvit.errors import add_debug, printable, run_command
-from maskvit.modalities import Modality
+from maskvit.data.pictures import SUFFIXES, PictureError, open_picture
 from maskvit.objectives.distillation import teacher_params
 from maskvit.objectives.stored import check_shapes, stored_objective
-from maskvit.pictures import SUFFIXES, PictureError, open_picture
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
-from maskvit.types import Params, tree_paths
 
 FORMATS = (".npz", ".safetensors")
 FEATURES = ("mean", "global")

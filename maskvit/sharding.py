@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from maskvit.types import Batch, path_name, tree_paths
+from maskvit.core.types import Batch, path_name, tree_paths
 
 AXES = ("data", "fsdp", "tensor")
 

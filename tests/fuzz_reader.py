@@ -73,7 +73,7 @@ def examine(path: Path) -> None:
 
 def _resize() -> None:
     """What a graph's position table goes through."""
-    from maskvit.patches import resample_pos_embed
+    from maskvit.core.patches import resample_pos_embed
 
     resample_pos_embed(np.ones((2, 2, 4), np.float32), (3, 3))
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from configs import common
 from maskvit.checkpoints import load_params
+from maskvit.core.types import tree_paths
 from maskvit.data.builders import prepare
-from maskvit.types import tree_paths
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_TRAIN = 40

@@ -299,7 +299,7 @@ def differences(whole: pathlib.Path, run: Round) -> list[str]:
     import orbax.checkpoint as ocp
 
     from maskvit.checkpoints import find_checkpoint
-    from maskvit.types import tree_paths
+    from maskvit.core.types import tree_paths
 
     one, two = (tree_paths(ocp.PyTreeCheckpointer().restore(find_checkpoint(path) / "state")) for path in (whole, run.workdir))
     found = [f"other arrays: {sorted(one.keys() ^ two.keys())[:3]}"] if one.keys() != two.keys() else []

@@ -12,9 +12,9 @@ import jax
 import pytest
 from tiny import MODALITIES, tiny_objective
 
-from maskvit import flops
-from maskvit.bench import distillation, guidance, step, timing
-from maskvit.bench.__main__ import main
+from maskvit.commands.bench import distillation, guidance, step, timing
+from maskvit.commands.bench.__main__ import main
+from maskvit.core import flops
 from maskvit.objectives import build_objective
 
 TINY = dict(width=16, depth=1, heads=2)
@@ -112,8 +112,8 @@ def test_needs_no_data_library():
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None: importing it fails
-        "from maskvit.bench import step, timing\n"
-        "import maskvit.step, maskvit.objectives, maskvit.flops\n"
+        "from maskvit.commands.bench import step, timing\n"
+        "import maskvit.training.step, maskvit.objectives, maskvit.core.flops\n"
         "assert 0 < timing.utilisation(1e12, 'NVIDIA H200', 1) < 1\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -161,7 +161,7 @@ def test_every_kind_of_guidance_is_timed():
 @pytest.fixture(scope="module")
 def agreed():
     """Agreement of a few options on rendered scenes with random weights."""
-    from maskvit.bench.agreement import agreements, scenes
+    from maskvit.commands.bench.agreement import agreements, scenes
 
     modalities = copy.deepcopy(MODALITIES)
     modalities["depth"]["missing"] = 0.0

@@ -32,7 +32,7 @@ from maskvit.checkpoints import (
     versions,
     write_manifest,
 )
-from maskvit.types import TrainState, tree_paths
+from maskvit.core.types import TrainState, tree_paths
 
 OPTIMISER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -497,7 +497,7 @@ def test_fewer_modalities(checkpoint):
 
 
 def test_other_image_size_resizes_positions(checkpoint, tmp_path):
-    from maskvit.patches import resample_pos_embed
+    from maskvit.core.patches import resample_pos_embed
 
     initial = small_model(grid=(6, 3), seed=1)
     params, rows = init_from(initial, checkpoint)
@@ -515,8 +515,8 @@ def test_other_image_size_resizes_positions(checkpoint, tmp_path):
 @pytest.mark.parametrize("grid", [(3, 3), (6, 6), (3, 7)])
 def test_learned_positions_are_resized_as_the_model_does_at_run_time(tmp_path, grid):
     """A model of another image size, started from a checkpoint, sees the positions that the checkpoint's own has on such images."""
-    from maskvit.modalities import RGB, Modality
-    from maskvit.models.adapters import InputAdapter
+    from maskvit.core.modalities import RGB, Modality
+    from maskvit.nn.adapters import InputAdapter
 
     spec = Modality("rgb", **{**RGB, "patch": 4})
     image = jnp.zeros((1, 4 * grid[0], 4 * grid[1], 3))

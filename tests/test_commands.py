@@ -18,26 +18,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import maskvit.bench.__main__
+import maskvit.commands.bench.__main__
+import maskvit.commands.demo
+import maskvit.commands.init.__main__
+import maskvit.commands.maps
+import maskvit.commands.report.__main__
+import maskvit.commands.sweep.__main__
 import maskvit.data.builders.__main__
-import maskvit.demo
 import maskvit.features
-import maskvit.guidance.maps
-import maskvit.init.__main__
-import maskvit.report.__main__
-import maskvit.sweep.__main__
-from maskvit.errors import EXPECTED
+from maskvit.core.errors import EXPECTED
 from tests.runs import ROOT, small_run, write_config
 
 MAINS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "bench": maskvit.bench.__main__.main,
+    "bench": maskvit.commands.bench.__main__.main,
     "builders": maskvit.data.builders.__main__.main,
-    "demo": maskvit.demo.main,
+    "demo": maskvit.commands.demo.main,
     "features": maskvit.features.main,
-    "maps": maskvit.guidance.maps.main,
-    "init": maskvit.init.__main__.main,
-    "report": maskvit.report.__main__.main,
-    "sweep": maskvit.sweep.__main__.main,
+    "maps": maskvit.commands.maps.main,
+    "init": maskvit.commands.init.__main__.main,
+    "report": maskvit.commands.report.__main__.main,
+    "sweep": maskvit.commands.sweep.__main__.main,
 }
 MAPS = dict(
     data=dict(source="tfds", name="scenes", data_dir="nowhere"), modalities=dict(rgb={}), model=dict(checkpoint="nowhere"),

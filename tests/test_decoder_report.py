@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from maskvit.checkpoints import save_imported
+from maskvit.commands.report import decoder
+from maskvit.commands.report.__main__ import main
+from maskvit.core.modalities import RGB
 from maskvit.data import scenes
-from maskvit.modalities import RGB
 from maskvit.objectives import build_objective
-from maskvit.report import decoder
-from maskvit.report.__main__ import main
 
 
 def save(directory, **objective):

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "maskvit").rglob("*.py")), ROOT / "main.py"]
 # A line of shell, or of inline code, that starts one of ours; what follows it up to the end of the line or of the code.
 COMMAND = re.compile(r"python (?:-m (maskvit(?:\.[\w.]+)?)|(main\.py|convert_torch_checkpoint\.py))\b([^\n`|#\"]*)")
-PROGRAMS = {"maskvit.data.builders": "builders", "maskvit.guidance.maps": "maps"}
+PROGRAMS = {"maskvit.data.builders": "builders", "maskvit.commands.maps": "maps"}
 WITH_SUBCOMMAND = ("report", "builders")
 
 
@@ -37,7 +37,7 @@ def commands() -> list[tuple[str, str, str]]:
             if module == "maskvit":
                 if not arguments.strip().startswith("init"):
                     continue
-                module, arguments = "maskvit.init", arguments.strip().removeprefix("init")
+                module, arguments = "maskvit.commands.init", arguments.strip().removeprefix("init")
             found.append((str(path.relative_to(ROOT)), PROGRAMS.get(module, module.removeprefix("maskvit.")), arguments))
     return found
 

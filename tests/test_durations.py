@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskvit.durations import is_time, to_steps
+from maskvit.core.durations import is_time, to_steps
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from maskvit.errors import FAILED, INTERRUPTED, Mistakes, all_mistakes, log_lines, message, printable, run_command
+from maskvit.core.errors import FAILED, INTERRUPTED, Mistakes, all_mistakes, log_lines, message, printable, run_command
 
 
 def fail(error):

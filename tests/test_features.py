@@ -13,8 +13,8 @@ from PIL import Image
 import maskvit
 from maskvit import convert
 from maskvit.checkpoints import CheckpointError, load_epochs_done, load_params, load_teacher, save_imported
+from maskvit.core.modalities import DEPTH, RGB
 from maskvit.features import extract, find_pictures, main
-from maskvit.modalities import DEPTH, RGB
 from maskvit.objectives import build_objective
 
 # As a converter writes it: nothing of masking, and lists where the config had tuples.

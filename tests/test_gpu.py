@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from tiny import GUIDED, tiny_batch, tiny_objective
 
-from maskvit.microbatches import DETERMINISTIC, compile_step
-from maskvit.models import frozen_mask
-from maskvit.optim import Cosine, adamw
+from maskvit.nn.backbone import frozen_mask
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw
 from maskvit.sharding import make_mesh, place_batch
-from maskvit.step import init_state, train_step
+from maskvit.training.microbatches import DETERMINISTIC, compile_step
+from maskvit.training.step import init_state, train_step
 
 
 def test_the_option_for_equal_runs_is_one_that_xla_has():

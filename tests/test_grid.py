@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from tiny import MODALITIES, counting, on_device, tiny_batch
 
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import Batch
 from maskvit.guidance import GUIDANCE
-from maskvit.keys import sample_keys
-from maskvit.masking import BUDGETS, present_counts
-from maskvit.models import frozen_mask
-from maskvit.models.decoders import DECODERS
+from maskvit.heads import DECODERS
+from maskvit.masking.budgets import BUDGETS
+from maskvit.masking.plan import present_counts
+from maskvit.masking.scores import GUIDED_SCORES, SCORES
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim import Cosine, adamw
-from maskvit.scores import GUIDED_SCORES, SCORES
-from maskvit.step import init_state, train_step
-from maskvit.types import Batch
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw
+from maskvit.training.step import init_state, train_step
 
 BATCH, RECORDS = 8, 20
 # What a row needs beside its name.

@@ -12,8 +12,8 @@ import pytest
 
 import maskvit
 from maskvit.checkpoints import CheckpointError, save_imported, write_manifest
+from maskvit.commands.maps import open_network
 from maskvit.convert.export import export
-from maskvit.guidance.maps import open_network
 from tests.tiny import tiny_config, tiny_objective
 
 FACTS = dict(steps_per_epoch=5, config=dict(tiny_config(), global_batch=8, total="2 steps"))

@@ -14,16 +14,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from maskvit import train
 from maskvit.__main__ import COMMANDS, main
 from maskvit.checkpoints import load_params
-from maskvit.config_files import apply_overrides, load_config, split_overrides
+from maskvit.commands.init.found import look_at
+from maskvit.commands.init.recipe import recipe
 from maskvit.convert import convert
+from maskvit.core.config_files import apply_overrides, load_config, split_overrides
 from maskvit.data.builders.__main__ import main as build
-from maskvit.init.found import look_at
-from maskvit.init.recipe import recipe
 from maskvit.objectives import build_objective
-from maskvit.train import check_config
+from maskvit.training import setup
+from maskvit.training.setup import check_config
 from tests.runs import ROOT, make_scenes
 
 SMALL = (
@@ -86,7 +86,7 @@ def test_from_a_folder_to_two_steps_of_training(folder, here, capsys):
     assert plain["objective"]["inputs"] == ("rgb", "depth", "semseg") and plain["objective"]["name"] == "multimae"
     assert plain["evaluators"]["knn"]["test"]["split"] == "val"
     apply_overrides(config, split_overrides(SMALL)[1])
-    state = train.run("run", **config.to_dict())
+    state = setup.run("run", **config.to_dict())
     assert int(state.step) == 2 and int(state.skipped) == 0
 
     # What is packed can be looked at too, and gives the same declarations.
@@ -228,7 +228,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     config = load_config("garden.py").to_dict()
     assert config["modalities"]["rgb"]["patch"] == 8 and config["objective"]["encoder"]["width"] == 128
     assert config["init_from"]["drop"] == () and all("semseg" in pattern for pattern in config["init_from"]["fresh"])
-    params, _ = train.start_params(build_objective(config), 0, config["init_from"])
+    params, _ = setup.start_params(build_objective(config), 0, config["init_from"])
     stored, _ = load_params(here / "imported")
     name = "block_00"
     np.testing.assert_array_equal(params["encoder"][name]["attn"]["qkv"]["kernel"], stored["encoder"][name]["attn"]["qkv"]["kernel"])
@@ -238,7 +238,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     assert main(["init", "photos", "--checkpoint", "imported"]) == 0
     config = load_config("photos.py").to_dict()
     assert config["objective"]["inputs"] == ("rgb",) and config["init_from"]["drop"]
-    train.start_params(build_objective(config), 0, config["init_from"])
+    setup.start_params(build_objective(config), 0, config["init_from"])
     assert "a tenth of that from a checkpoint" in capsys.readouterr().out
 
 
@@ -266,4 +266,4 @@ def test_pictures_of_a_public_data_set(here, capsys):
     config = load_config("flowers.py").to_dict()
     assert config["data"]["train"]["features"] == {"rgb": "image"} and config["evaluators"]["knn"]["test"]["split"] == "test"
     apply_overrides(changed := load_config("flowers.py"), split_overrides(SMALL)[1])
-    assert int(train.run("run", **changed.to_dict()).step) == 2
+    assert int(setup.run("run", **changed.to_dict()).step) == 2

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskvit import microbatches
-from maskvit.disk import DiskFull, require_space, warn_of_little_space
-from maskvit.flight import Flight, Results
-from maskvit.microbatches import compile_step
-from maskvit.profiling import Profiler, parse_window
-from maskvit.watchdog import Watchdog
+from maskvit.training import microbatches
+from maskvit.training.disk import DiskFull, require_space, warn_of_little_space
+from maskvit.training.flight import Flight, Results
+from maskvit.training.microbatches import compile_step
+from maskvit.training.profiling import Profiler, parse_window
+from maskvit.training.watchdog import Watchdog
 
 # Traces
 

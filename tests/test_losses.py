@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskvit.losses import absolute_error, cross_entropy, masked_mean, normalize_patches, squared_error, standardize_trimmed
+from maskvit.losses.pixels import absolute_error, cross_entropy, masked_mean, normalize_patches, squared_error, standardize_trimmed
 
 RNG = np.random.default_rng(0)
 

@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 from tiny import counting
 
-from maskvit.keys import sample_keys, stream_keys
-from maskvit.masking import (
-    BUDGETS,
-    dirichlet_budget,
-    drop,
-    gather_tokens,
-    mix_with_random,
-    predicted_mask,
-    present_counts,
-    show_all,
-)
-from maskvit.scores import SCORES, attention_high, attention_low, random_scores
+from maskvit.core.keys import sample_keys, stream_keys
+from maskvit.core.types import MaskPlan, TokenLayout
+from maskvit.masking.budgets import BUDGETS, dirichlet_budget
+from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask, present_counts, show_all
+from maskvit.masking.scores import SCORES, attention_high, attention_low, random_scores
 from maskvit.sharding import batch_sharding, make_mesh
-from maskvit.types import MaskPlan, TokenLayout
 
 NAMES = ("rgb", "depth", "semseg")
 OPTIONS = {"attention_stochastic": {"alpha": 0.5}}  # what a row needs beside guidance

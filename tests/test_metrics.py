@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit import metrics
-from maskvit.metrics import Accumulator, JsonlWriter, Progress, Throughput, make_writers
+from maskvit.metrics import accumulate, throughput
+from maskvit.metrics.accumulate import Accumulator
+from maskvit.metrics.progress import Progress
+from maskvit.metrics.throughput import Throughput
+from maskvit.metrics.writers import JsonlWriter, make_writers
 
 
 def pair(numerator, denominator):
@@ -18,9 +21,9 @@ def pair(numerator, denominator):
 
 def test_summarize_weighs_by_the_denominators():
     parts = [{"loss": pair(6.0, 3.0)}, {"loss": pair(2.0, 1.0), "depth": pair(0.0, 0.0)}, {"loss": pair(8.0, 4.0)}]
-    summary = metrics.summarize(parts)
+    summary = accumulate.summarize(parts)
     assert summary["loss"] == 2.0 and np.isnan(summary["depth"])
-    assert metrics.summarize(parts[0]) == {"loss": 2.0}
+    assert accumulate.summarize(parts[0]) == {"loss": 2.0}
 
 
 def test_accumulator_starts_anew_after_a_summary():
@@ -164,16 +167,16 @@ def test_throughput_leaves_pauses_out():
 
 def test_utilisation_is_known_or_absent_and_never_above_one(monkeypatch):
     h200 = dict(device_kind="NVIDIA H200", device_count=2)
-    assert metrics.flops_utilisation(989e12, 1.0, **h200) == pytest.approx(0.5)
-    assert metrics.flops_utilisation(1e12, 1.0, device_kind="cpu") is None
-    with pytest.raises(metrics.MeasurementError, match="clock"):
-        metrics.flops_utilisation(989e12, 3.0, **h200)
-    monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 1e3)
+    assert throughput.flops_utilisation(989e12, 1.0, **h200) == pytest.approx(0.5)
+    assert throughput.flops_utilisation(1e12, 1.0, device_kind="cpu") is None
+    with pytest.raises(throughput.MeasurementError, match="clock"):
+        throughput.flops_utilisation(989e12, 3.0, **h200)
+    monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e3)
     clock = Clock()
-    throughput = Throughput(global_batch=8, flops_per_step=1e9, clock=clock)
+    measured = Throughput(global_batch=8, flops_per_step=1e9, clock=clock)
     clock.now += 1
-    throughput.step()
-    assert throughput.read() == {}  # impossible, so not reported
+    measured.step()
+    assert measured.read() == {}  # impossible, so not reported
 
 
 def test_no_device_is_as_fast_as_a_clock_that_was_read_too_early():
@@ -207,7 +210,7 @@ def test_no_device_is_as_fast_as_a_clock_that_was_read_too_early():
     ],
 )
 def test_peaks(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert throughput.peak_flops(kind) == peak
 
 
 class Terminal(io.StringIO):

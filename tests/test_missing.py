@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskvit.data.pipeline import train_batches
+from maskvit.core.keys import sample_keys
+from maskvit.core.modalities import parse_modalities
+from maskvit.data.batches import train_batches
 from maskvit.data.sources import ListSource
-from maskvit.keys import sample_keys
-from maskvit.modalities import parse_modalities
 from tests.tiny import GUIDED, MODALITIES, on_device, tiny_batch, tiny_objective
 
 

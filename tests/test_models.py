@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from tiny import MODALITIES, tiny_batch, tiny_config, tiny_objective
 
-from maskvit.masking import show_all
-from maskvit.modalities import DEPTH, RGB, SEMSEG
-from maskvit.models import VARIANTS, count_parameters, encoder_sizes
-from maskvit.models.vit import Encoder, attention_weights
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG
+from maskvit.core.patches import sincos_position_table
+from maskvit.core.types import TokenBatch, tree_paths
+from maskvit.masking.plan import show_all
+from maskvit.nn.attention import attention_weights
+from maskvit.nn.backbone import VARIANTS, count_parameters, encoder_sizes
+from maskvit.nn.encoder import Encoder
 from maskvit.objectives import build_objective
-from maskvit.patches import sincos_position_table
-from maskvit.types import TokenBatch, tree_paths
 
 # (all values, trainable values) with rgb, depth and semseg at 224 and their four decoders. B and L are the reference's.
 PINNED = {

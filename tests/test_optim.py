@@ -11,10 +11,11 @@ import optax
 import pytest
 from tiny import tiny_objective
 
-from maskvit.models import frozen_mask
+from maskvit.core.types import tree_paths
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim import Cosine, adamw, clip_tensors, decay_mask, with_adam_moments
-from maskvit.types import tree_paths
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw, clip_tensors, decay_mask, with_adam_moments
 from tests.runs import get_config
 
 EPOCH = 625  # steps of the 1600-epoch run

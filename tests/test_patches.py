@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskvit.patches import patchify, resample_pos_embed, resampling_matrix, sincos_position_table, unpatchify
+from maskvit.core.patches import patchify, resample_pos_embed, resampling_matrix, sincos_position_table, unpatchify
 
 SHAPES = [((14, 14), (16, 24)), ((14, 14), (40, 24)), ((14, 14), (7, 10)), ((4, 6), (9, 3)), ((5, 14), (14, 5)), ((1, 3), (4, 7))]
 

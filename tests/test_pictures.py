@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from maskvit.pictures import PictureError, PixelError, misaligned, open_picture, read_picture
+from maskvit.data.pictures import PictureError, PixelError, misaligned, open_picture, read_picture
 
 RAMP = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
 COLORS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)

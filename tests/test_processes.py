@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from maskvit.processes import ProcessError, join, meet
+from maskvit.core.processes import ProcessError, join, meet
 from tests.runs import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_who_is_missing_is_named_to_all_that_came():
 
 
 def test_process_0_is_missing(monkeypatch):
-    import maskvit.processes as processes
+    import maskvit.core.processes as processes
 
     now = iter(range(1000))
     monkeypatch.setattr(processes.time, "monotonic", lambda: next(now))

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from maskvit.checkpoints import save_imported
+from maskvit.commands.report import attention, compare, guidance, rows, strategies
+from maskvit.commands.report.__main__ import main
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG
+from maskvit.core.types import TokenLayout
 from maskvit.data import scenes
 from maskvit.data.sources import ListSource
 from maskvit.features import load
-from maskvit.modalities import DEPTH, RGB, SEMSEG
 from maskvit.objectives import build_objective
-from maskvit.report import attention, compare, guidance, rows, strategies
-from maskvit.report.__main__ import main
-from maskvit.types import TokenLayout
 from tests.runs import make_scenes, small_run
 
 CONFIG = dict(

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from maskvit import train
 from maskvit.checkpoints import find_checkpoint, verify
-from maskvit.types import tree_paths
+from maskvit.core.types import tree_paths
+from maskvit.training import setup
 from tests.runs import make_scenes
 
 
@@ -32,7 +32,7 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
     workdir, config, expected = old_run
     assert verify(find_checkpoint(workdir)) == []
     with caplog.at_level("INFO"):
-        state = train.run(str(workdir), **config)
+        state = setup.run(str(workdir), **config)
     assert int(state.step) == 3 and any("not compared" in record.message for record in caplog.records)
     found = jax.tree.map(np.asarray, tree_paths(state.params))
     assert found.keys() == expected.keys()
@@ -44,10 +44,10 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
     moved = workdir.parent / "moved"
     shutil.move(config["data"]["train"]["data_dir"], moved)
     config["data"]["train"]["data_dir"] = str(moved)
-    assert int(train.run(str(workdir), **config).step) == 3
+    assert int(setup.run(str(workdir), **config).step) == 3
     with pytest.raises(ValueError, match="objective.guided_share.ramp is 5 steps; it was 3"):
-        train.run(str(workdir), **{**config, "total": "5 steps"})
+        setup.run(str(workdir), **{**config, "total": "5 steps"})
     shutil.rmtree(moved)
     config["data"]["train"]["data_dir"] = make_scenes(moved, seed=1)
     with pytest.raises(ValueError, match="config.data.train.data_dir names other data"):
-        train.run(str(workdir), **config)
+        setup.run(str(workdir), **config)

@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 from tiny import counting
 
-from maskvit.keys import sample_keys
-from maskvit.masking import drop
-from maskvit.scores import (
-    COLORS,
-    GUIDED_SCORES,
-    SCORES,
-    hint_reveals,
-)
-from maskvit.types import TokenLayout
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import TokenLayout
+from maskvit.masking.plan import drop
+from maskvit.masking.scores import COLORS, GUIDED_SCORES, SCORES, hint_reveals
 
 ONE = TokenLayout(("rgb",), ((14, 14),))
 ODD = TokenLayout(("rgb", "depth", "line", "point"), ((3, 5), (3, 5), (1, 4), (1, 1)))

@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
 
+from maskvit.core.keys import sample_keys, step_key, stream_keys
+from maskvit.core.modalities import RGB, parse_modalities
+from maskvit.core.types import TokenLayout
 from maskvit.data import scenes
+from maskvit.data.batches import train_batches
 from maskvit.data.builders.folder import Folder
-from maskvit.data.pipeline import epoch_order, train_batches
+from maskvit.data.order import epoch_order
 from maskvit.data.sources import ListSource
-from maskvit.keys import sample_keys, step_key, stream_keys
-from maskvit.masking import BUDGETS, mix_with_random
-from maskvit.modalities import RGB, parse_modalities
-from maskvit.models.vit import drop_path
+from maskvit.masking.budgets import BUDGETS
+from maskvit.masking.plan import mix_with_random
+from maskvit.masking.scores import SCORES
+from maskvit.nn.encoder import drop_path
 from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.objectives.distillation import Masking, choose_hidden, split_views
-from maskvit.scores import SCORES
-from maskvit.types import TokenLayout
 from tests.runs import ROOT
 
 SAMPLES, STEP = 16, 3

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
 
-from maskvit.keys import sample_keys
-from maskvit.models import frozen_mask
+from maskvit.core.keys import sample_keys
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives.multimae import MultiMae
-from maskvit.optim import Cosine, adamw
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw
 from maskvit.sharding import (
     ReplicaError,
     batch_sharding,
@@ -24,7 +25,7 @@ from maskvit.sharding import (
     place_batch,
     replicated,
 )
-from maskvit.step import init_state, train_step
+from maskvit.training.step import init_state, train_step
 
 STEPS = 20
 

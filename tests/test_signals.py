@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from maskvit.signals import StopAsked, StopSignals
-from maskvit.watchdog import HUNG, Watchdog
+from maskvit.training.signals import StopAsked, StopSignals
+from maskvit.training.watchdog import HUNG, Watchdog
 from tests.runs import ROOT
 
 

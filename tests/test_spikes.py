@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from maskvit.spikes import HISTORY, Guard, guard_block
+from maskvit.training.spikes import HISTORY, Guard, guard_block
 
 
 def guard(**block) -> Guard:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny import GUIDED, RANDOM, counting, on_device, tiny_batch, tiny_objective
 
-from maskvit.keys import sample_keys, step_key
-from maskvit.models import frozen_mask
+from maskvit.core.keys import sample_keys, step_key
+from maskvit.core.types import TrainState, tree_paths
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives.multimae import MultiMae
-from maskvit.optim import Cosine, Optimizer, adamw
-from maskvit.step import gradients, init_state, train_step
-from maskvit.types import TrainState, tree_paths
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import Optimizer, adamw
+from maskvit.training.step import gradients, init_state, train_step
 
 # Two outputs compile faster than four, and differ in kind.
 OUTPUTS = ("rgb", "semseg")

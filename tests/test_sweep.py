@@ -10,11 +10,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from maskvit import train
-from maskvit.sweep import __main__ as command
-from maskvit.sweep import cells as grid
-from maskvit.sweep import runs as running
-from maskvit.sweep import table
+from maskvit.commands.sweep import __main__ as command
+from maskvit.commands.sweep import cells as grid
+from maskvit.commands.sweep import runs as running
+from maskvit.commands.sweep import table
+from maskvit.training import setup
 from tests.runs import ROOT, make_scenes, small_run
 
 CONFIG = dict(seed=3, optimizer=dict(base_lr=1e-3, clip_norm=None), objective=dict(scores=dict(name="random"), inputs=("rgb", "depth")))
@@ -193,14 +193,14 @@ def quick(monkeypatch):
     """`train.run` that only notes what it was asked for; it stops, or loses its loss, where the test says so."""
     asked, faults = [], {}
 
-    @functools.wraps(train.run)
+    @functools.wraps(setup.run)
     def run(workdir, **settings):
         asked.append((pathlib.Path(workdir).parent.name, settings["seed"], settings["objective"]["num_visible"]))
         if len(asked) in faults:
             raise faults[len(asked)]
         (pathlib.Path(workdir) / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": float(len(asked))}) + "\n")
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(setup, "run", run)
     return asked, faults
 
 

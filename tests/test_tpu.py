@@ -24,12 +24,13 @@ def compile_step(topology_name: str, per_chip: int) -> dict[str, object]:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from maskvit.modalities import DEPTH, RGB, SEMSEG
-    from maskvit.models import frozen_mask
+    from maskvit.core.modalities import DEPTH, RGB, SEMSEG
+    from maskvit.nn.backbone import frozen_mask
     from maskvit.objectives import build_objective
-    from maskvit.optim import Cosine, adamw
+    from maskvit.optim.schedules import Cosine
+    from maskvit.optim.transforms import adamw
     from maskvit.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
-    from maskvit.step import init_state, train_step
+    from maskvit.training.step import init_state, train_step
 
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices)
     names = ("rgb", "depth", "semseg")

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskvit.core.types import Batch
 from maskvit.objectives import build_objective
 from maskvit.objectives.multimae import MultiMae
-from maskvit.types import Batch
 
 MODALITIES: dict[str, dict[str, Any]] = {
     "rgb": dict(channels=3, patch=8, loss="mse", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),

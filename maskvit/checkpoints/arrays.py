@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maskvit.checkpoints.manifest import CheckpointError, check_format
-from maskvit.errors import message, printable
-from maskvit.types import tree_paths
+from maskvit.core.errors import message, printable
+from maskvit.core.types import tree_paths
 
 
 def plain_tree(tree: Any) -> dict[str, Any]:

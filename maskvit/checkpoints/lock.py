@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvit.checkpoints.manifest import CheckpointError
-from maskvit.errors import printable
+from maskvit.core.errors import printable
 
 LOCK = ".lock"
 HELD = ".lock-held"  # where the file system has no locks

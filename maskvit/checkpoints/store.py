@@ -32,9 +32,9 @@ from maskvit.checkpoints.manifest import (
     verify,
     write_manifest,
 )
-from maskvit.errors import message
-from maskvit.processes import ProcessError, agree, first_decides
-from maskvit.types import TrainState, tree_paths
+from maskvit.core.errors import message
+from maskvit.core.processes import ProcessError, agree, first_decides
+from maskvit.core.types import TrainState, tree_paths
 
 _STORES = itertools.count()  # every process opens the same stores in the same order
 

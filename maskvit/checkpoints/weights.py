@@ -18,7 +18,7 @@ import maskvit
 from maskvit.checkpoints.arrays import plain_tree, read_metadata, read_state_part, shaped_like, stored_shapes
 from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint
 from maskvit.checkpoints.store import CheckpointStore
-from maskvit.types import Params, tree_paths
+from maskvit.core.types import Params, tree_paths
 
 
 def versions() -> dict[str, str]:
@@ -217,7 +217,7 @@ def _is_other_grid(name: str, source: tuple[int, ...], target: tuple[int, ...]) 
 
 
 def _resampled(name: str, table: Any, grid: tuple[int, int]) -> Any:
-    from maskvit.patches import resample_learned, resample_pos_embed  # einops and jax.numpy only where a table is resampled
+    from maskvit.core.patches import resample_learned, resample_pos_embed
 
     learned = name.rpartition("/")[2] == "learned_pos_embed"
     return resample_learned(table, grid) if learned else resample_pos_embed(table, grid, "bicubic")

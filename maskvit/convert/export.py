@@ -21,9 +21,9 @@ from maskvit.convert.facts import OWN, own_facts
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted
 from maskvit.convert.rules import Rule, listed, nested, path_shapes, to_torch
-from maskvit.modalities import parse_modalities
-from maskvit.models import encoder_sizes
-from maskvit.types import tree_paths
+from maskvit.core.modalities import parse_modalities
+from maskvit.core.types import tree_paths
+from maskvit.nn.backbone import encoder_sizes
 
 LOG = logging.getLogger("maskvit")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskvit.errors import printable
+from maskvit.core.errors import printable
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # torch's default since 2.6, weights_only=True, refuses tar files and files with a Namespace, and so would not rewrite them.

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule, block, layer_norm, linear, patch_head, patch_projection, position_map, reshaped, same
 from maskvit.convert.source import Hints, Source
-from maskvit.modalities import parse_modalities
-from maskvit.models import VARIANTS, encoder_sizes
+from maskvit.core import modalities as known
+from maskvit.core.modalities import parse_modalities
+from maskvit.nn.backbone import VARIANTS, encoder_sizes
 
 FIRST_INPUTS = ("rgb", "depth", "semseg")
 DECLARED = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}

@@ -11,7 +11,7 @@ import numpy as np
 from maskvit.convert.formats import ConversionError, foreign_file
 from maskvit.convert.pickles import MAX_AXES
 from maskvit.convert.reader import MAX_SHARING, check_file
-from maskvit.patches import resample_pos_embed
+from maskvit.core.patches import resample_pos_embed
 
 CLASS_TOKEN = "embeddings.cls_token"
 PATCH_KERNEL = "embeddings.patch_embeddings.projection.weight"

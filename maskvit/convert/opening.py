@@ -17,7 +17,7 @@ from maskvit.convert.families import family_of
 from maskvit.convert.onnx import read_onnx
 from maskvit.convert.reader import ConversionError, find_files, read_files, sha256
 from maskvit.convert.rules import listed
-from maskvit.errors import printable
+from maskvit.core.errors import printable
 
 # Of self-distillation's two models: one encoder alone, or both with their heads.
 MODELS = ("teacher", "student", "both")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule
-from maskvit.errors import printable
+from maskvit.core.errors import printable
 
 FILE = "conversion.txt"
 ACTIONS = ("converted", "fresh", "left out")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule, linear, same, single
 from maskvit.convert.source import Hints, Source
+from maskvit.core import modalities as known
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvit.convert.reader import ConversionError
-from maskvit.types import tree_paths
+from maskvit.core.types import tree_paths
 
 Arrays = tuple[np.ndarray, ...]
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit import modalities as known
 from maskvit.convert.facts import statistics
 from maskvit.convert.formats import ConversionError
+from maskvit.core import modalities as known
 
 TARGETS = ("normalized", "raw")
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H; all other common sizes have heads of width 64

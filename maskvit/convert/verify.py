@@ -19,7 +19,7 @@ from maskvit.convert import Checkpoint, family_of, open_checkpoint, understand
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed
 from maskvit.convert.rules import to_ours
-from maskvit.patches import unpatchify
+from maskvit.core.patches import unpatchify
 
 TOLERANCE = 1e-3  # of float32 outputs up to about 10; layout mistakes are of the order of the outputs themselves
 SAMPLES = 2
@@ -101,7 +101,7 @@ def _pictures(folder: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "b h w 3
     """The first `SAMPLES` pictures of a folder, squeezed to `size` (height, width). Raises ConversionError."""
     from PIL import Image
 
-    from maskvit.pictures import PictureError, read_picture
+    from maskvit.data.pictures import PictureError, read_picture
 
     suffixes = (".jpg", ".jpeg", ".png")
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))[:SAMPLES]
@@ -178,8 +178,8 @@ def _compare(
     objective: Any, params: Any, batch: Mapping[str, np.ndarray], inputs: tuple[str, ...], theirs: Any, network: Any
 ) -> list[Compared]:
     """Every output from the inputs of that name. Both sides hide the same tokens."""
-    from maskvit.masking import drop
-    from maskvit.scores import random_scores
+    from maskvit.masking.plan import drop
+    from maskvit.masking.scores import random_scores
 
     model = objective.model
     with jax.default_matmul_precision("highest"):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit import modalities as known
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import (
     BlockNames,
@@ -26,6 +25,7 @@ from maskvit.convert.rules import (
     reshaped,
 )
 from maskvit.convert.source import Hints, Source
+from maskvit.core import modalities as known
 
 
 class Names(NamedTuple):

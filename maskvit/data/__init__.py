@@ -1,13 +1,13 @@
-"""Data: sources by name. What reads them is `maskvit.data.pipeline`."""
+"""Data: sources by name. What reads them is `maskvit.data.batches`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from maskvit.configuration import check_arguments, look_up
+from maskvit.core.configuration import check_arguments, look_up
+from maskvit.core.modalities import Modality
 from maskvit.data.sources import Source, TfdsSource
-from maskvit.modalities import Modality
 
 SOURCES = {"tfds": TfdsSource}
 

@@ -13,8 +13,8 @@ import struct
 import numpy as np
 import zstandard
 
-from maskvit.modalities import Modality
-from maskvit.pictures import Picture, PictureError, read_picture
+from maskvit.core.modalities import Modality
+from maskvit.data.pictures import Picture, PictureError, read_picture
 
 MAGIC = b"MVA1"
 DTYPES = ("uint8", "uint16", "int16", "float32")
@@ -51,7 +51,7 @@ def encode_array(array: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, modality: Modality | None = None) -> np.ndarray:
-    """Unpack a packed array, or read a picture as `modality` has it (`maskvit.pictures.read_picture`), turned upright.
+    """Unpack a packed array, or read a picture as `modality` has it (`maskvit.data.pictures.read_picture`), turned upright.
 
     Returns: a writeable array; a picture gives "h w" for one channel and uint8 "h w c" for several.
 

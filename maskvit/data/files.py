@@ -7,8 +7,8 @@ import os
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from maskvit.errors import printable
-from maskvit.pictures import SUFFIXES
+from maskvit.core.errors import printable
+from maskvit.data.pictures import SUFFIXES
 
 ARRAYS = (".npy", ".npz")
 

@@ -66,7 +66,7 @@ CLASS_NAMES: tuple[str, ...] = ("background", "ground", *KIND_NAMES)
 FIRST_KIND = 2  # `semseg >= FIRST_KIND` is the mask of the objects
 METRES_PER_COUNT = 1 / 512  # of stored depth: 2 mm steps up to 128 m
 MISSING = 0  # stored depth of the sky
-MODALITIES = {  # what the stored modalities are, in the fields of `maskvit.modalities.Modality`
+MODALITIES = {  # what the stored modalities are, in the fields of `maskvit.core.modalities.Modality`
     "rgb": {"kind": "continuous", "channels": 3},
     "depth": {"kind": "continuous", "channels": 1, "missing": MISSING, "metres_per_count": METRES_PER_COUNT},
     "semseg": {"kind": "categorical", "num_classes": len(CLASS_NAMES)},

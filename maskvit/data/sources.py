@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from maskvit.core.modalities import Modality
 from maskvit.data.codec import RecordError
-from maskvit.modalities import Modality
 
 FEATURE_MODULES = "tensorflow_datasets.core.features."  # a data set's features.json may name classes of these modules only
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # under which it names them; the last one in old files

@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 from PIL import Image
 
-from maskvit.configuration import check_arguments
+from maskvit.core.configuration import check_arguments
+from maskvit.core.modalities import Modality
 from maskvit.data import codec
 from maskvit.data.codec import RecordError
+from maskvit.data.pictures import misaligned
 from maskvit.data.views import MultiCrop
-from maskvit.modalities import Modality
-from maskvit.pictures import misaligned
 
 CROPS = ("random_resized", "center", "none")
 RESIZES = ("pil", "cv2")

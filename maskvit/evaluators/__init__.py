@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
-from maskvit.configuration import check_arguments, look_up
+from maskvit.core.configuration import check_arguments, look_up
+from maskvit.core.modalities import Modality
 from maskvit.evaluators.knn import Knn
-from maskvit.modalities import Modality
 
 
 @runtime_checkable

@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
+from maskvit.core.modalities import Modality
 from maskvit.data import open_source
+from maskvit.data.batches import eval_batches
 from maskvit.data.codec import RecordError
-from maskvit.data.pipeline import eval_batches
 from maskvit.data.sources import Source
-from maskvit.modalities import Modality
 from maskvit.sharding import place_batch, replicated
 
 TRAIN_CHUNK, TEST_CHUNK = 8192, 128  # similarities held at a time; the result does not depend on them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maskvit.configuration import named_function
+from maskvit.core.configuration import named_function
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
 from maskvit.guidance.bipartition import Bipartition
 from maskvit.guidance.canvas import AverageError, ReusedAttention

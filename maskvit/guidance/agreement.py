@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
-from maskvit.types import TokenLayout
+from maskvit.core.types import TokenLayout
 
 # What MultiMAE shows of its tokens when the most attended are hidden, and the share that hints and object maps look at.
 LOW, HIGH = 0.17, 0.25

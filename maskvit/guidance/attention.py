@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.flops import attention_flops
+from maskvit.core.flops import attention_flops
+from maskvit.core.keys import stream_keys
+from maskvit.core.types import Guidance, Params, TokenBatch, TokenLayout
 from maskvit.guidance.source import Request, Source
-from maskvit.keys import stream_keys
-from maskvit.models import MultiMaeModel
-from maskvit.types import Guidance, Params, TokenBatch, TokenLayout
+from maskvit.nn.backbone import MultiMaeModel
 
 QUERIES = ("global", "mean")
 Heads = tuple[int, ...] | str | None

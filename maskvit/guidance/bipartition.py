@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from maskvit.flops import block_flops
+from maskvit.core.flops import block_flops
+from maskvit.core.types import Guidance
 from maskvit.guidance.source import Request, Source
-from maskvit.models import MultiMaeModel
-from maskvit.types import Guidance
+from maskvit.nn.backbone import MultiMaeModel
 
 ITERATIONS = 60  # of the power method; the second eigenvector only has to tell two groups apart
 

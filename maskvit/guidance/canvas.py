@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.flops import embed_flops
+from maskvit.core.flops import embed_flops
+from maskvit.core.keys import stream_keys
+from maskvit.core.types import Guidance, TokenBatch, TokenLayout
 from maskvit.guidance.attention import SelfAttention, check_momentum
 from maskvit.guidance.errors import check_rebuilds_inputs
 from maskvit.guidance.source import Request, Source
-from maskvit.keys import stream_keys
-from maskvit.models import MultiMaeModel
-from maskvit.types import Guidance, TokenBatch, TokenLayout
+from maskvit.nn.backbone import MultiMaeModel
 
 Maps = Float[Array, "r m g g"]  # float16; NaN where a record's cell was never written
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from maskvit.flops import attention_flops, block_flops, embed_flops
+from maskvit.core.flops import attention_flops, block_flops, embed_flops
+from maskvit.core.keys import stream_keys
+from maskvit.core.types import Guidance, Params, TokenBatch, TokenLayout
 from maskvit.guidance.attention import SelfAttention, check_momentum, moving_average, per_modality_sum_one, read_attention
 from maskvit.guidance.canvas import (
     AverageError,
@@ -29,10 +31,8 @@ from maskvit.guidance.canvas import (
     thinned,
 )
 from maskvit.guidance.source import Request
-from maskvit.keys import stream_keys
-from maskvit.masking import gather_tokens
-from maskvit.models import MultiMaeModel
-from maskvit.types import Guidance, Params, TokenBatch, TokenLayout
+from maskvit.masking.plan import gather_tokens
+from maskvit.nn.backbone import MultiMaeModel
 
 __all__ = [
     "AverageError",

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maskvit.models import MultiMaeModel
-from maskvit.types import Params, TokenBatch
+from maskvit.core.types import Params, TokenBatch
+from maskvit.nn.backbone import MultiMaeModel
 
 
 def heaviest(weights: Float[Array, "*b n"], mass: float) -> Float[Array, "*b n"]:

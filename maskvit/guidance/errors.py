@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maskvit.flops import decoder_flops, encoder_flops
+from maskvit.core.flops import decoder_flops, encoder_flops
+from maskvit.core.keys import stream_keys
+from maskvit.core.types import Guidance, Params, TokenLayout
 from maskvit.guidance.attention import check_momentum, moving_average
 from maskvit.guidance.source import Request, Source
-from maskvit.keys import stream_keys
-from maskvit.masking import show_all
-from maskvit.models import MultiMaeModel
-from maskvit.types import Guidance, Params, TokenLayout
+from maskvit.masking.plan import show_all
+from maskvit.nn.backbone import MultiMaeModel
 
 
 def check_rebuilds_inputs(model: MultiMaeModel, name: str) -> None:

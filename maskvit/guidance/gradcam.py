@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maskvit.models import MultiMaeModel
-from maskvit.models.resnet import ResNet
-from maskvit.models.vit import Block, apply, layer_norm
-from maskvit.types import Params, TokenBatch
+from maskvit.core.types import Params, TokenBatch
+from maskvit.nn.backbone import MultiMaeModel
+from maskvit.nn.encoder import Block
+from maskvit.nn.layers import apply, layer_norm
+from maskvit.nn.resnet import ResNet
 
 
 def class_activation(

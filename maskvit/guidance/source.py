@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, Key, Num
 
-from maskvit.models import MultiMaeModel
-from maskvit.types import Batch, Guidance, Params, TokenBatch
+from maskvit.core.types import Batch, Guidance, Params, TokenBatch
+from maskvit.nn.backbone import MultiMaeModel
 
 
 class Request(NamedTuple):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from maskvit.models import MultiMaeModel
-from maskvit.types import Params, TokenBatch
+from maskvit.core.types import Params, TokenBatch
+from maskvit.nn.backbone import MultiMaeModel
 
 FEATURES = ("keys", "keys_without_bias", "tokens")
 GRAPHS = ("binary", "cosine")

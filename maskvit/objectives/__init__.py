@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from maskvit.configuration import check_arguments, hashable, look_up
-from maskvit.modalities import parse_modalities
+from maskvit.core.configuration import check_arguments, hashable, look_up
+from maskvit.core.modalities import parse_modalities
 from maskvit.objectives.distillation import dino, ibot
 from maskvit.objectives.mae import crossmae, mae
 from maskvit.objectives.multimae import multimae

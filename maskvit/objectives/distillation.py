@@ -18,18 +18,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.configuration import check_arguments, hashable, named_function
+from maskvit.core.configuration import check_arguments, hashable, named_function
+from maskvit.core.keys import stream_keys
+from maskvit.core.modalities import Modality
+from maskvit.core.types import Batch, Guidance, Metrics, Params, TokenLayout
 from maskvit.guidance import build_source
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
-from maskvit.keys import stream_keys
-from maskvit.losses import across_views, at_masked_tokens, cosine_between, distillation_targets
-from maskvit.modalities import Modality
-from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
-from maskvit.models.vit import drop_path
+from maskvit.losses.distillation import across_views, at_masked_tokens, distillation_targets
+from maskvit.losses.weights import cosine_between
+from maskvit.masking.scores import SCORES, hint_reveals
+from maskvit.nn.backbone import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.nn.encoder import drop_path
 from maskvit.objectives.multimae import Duration, ToSteps, check_inputs, resolved
 from maskvit.objectives.values import Prepared, prepare
-from maskvit.scores import SCORES, hint_reveals
-from maskvit.types import Batch, Guidance, Metrics, Params, TokenLayout
 
 GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
@@ -190,7 +191,7 @@ class Distillation:
         """Mean over images of the losses between views and on masked patches; observed: the teacher's mean logits per image.
 
         `counts` (from `plan`): images of the whole batch where it is processed in micro-batches; `shared_key`: the step's key
-        (`maskvit.keys.step_key`), for what all of them draw alike. Without it the batch is the whole one.
+        (`maskvit.core.keys.step_key`), for what all of them draw alike. Without it the batch is the whole one.
         """
         model, b = self.model, keys.shape[0]
         counts = self.plan(params, batch, keys)[1] if counts is None else counts

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskvit.modalities import Modality
+from maskvit.core.modalities import Modality
 from maskvit.objectives.multimae import MultiMae, check_inputs, multimae
 
 

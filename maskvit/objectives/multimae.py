@@ -15,26 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from maskvit.configuration import check_arguments, hashable, named_function
+from maskvit.core.configuration import check_arguments, hashable, named_function
+from maskvit.core.keys import stream_keys
+from maskvit.core.modalities import Modality
+from maskvit.core.patches import patchify, unpatchify
+from maskvit.core.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
 from maskvit.guidance import GUIDANCE, Request, Source, build_source
 from maskvit.guidance.errors import predict_errors
-from maskvit.keys import stream_keys
-from maskvit.losses import (
-    PIXEL_LOSSES,
-    cosine_between,
-    guidance_weights,
-    masked_mean,
-    normalize_patches,
-    ranking_loss,
-)
-from maskvit.masking import BUDGETS, drop, gather_tokens, mix_with_random, predicted_mask
-from maskvit.modalities import Modality
-from maskvit.models import DTYPES, MultiMaeModel, encoder_sizes
-from maskvit.models.decoders import decoder_arguments
+from maskvit.heads import decoder_arguments
+from maskvit.losses.pixels import PIXEL_LOSSES, masked_mean, normalize_patches
+from maskvit.losses.ranking import ranking_loss
+from maskvit.losses.weights import cosine_between, guidance_weights
+from maskvit.masking.budgets import BUDGETS
+from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
+from maskvit.masking.scores import GUIDED_SCORES, SCORES, random_scores
+from maskvit.nn.backbone import DTYPES, MultiMaeModel, encoder_sizes
 from maskvit.objectives.values import Prepared, check_targets, prepare
-from maskvit.patches import patchify, unpatchify
-from maskvit.scores import GUIDED_SCORES, SCORES, random_scores
-from maskvit.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
 
 Duration = str | int | float
 ToSteps = Callable[[Duration], int]

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from maskvit.configuration import check_arguments, look_up, shown
-from maskvit.errors import Mistakes, message
-from maskvit.modalities import Modality, parse_modalities
-from maskvit.models import encoder_sizes
+from maskvit.core.configuration import check_arguments, look_up, shown
+from maskvit.core.errors import Mistakes, message
+from maskvit.core.modalities import Modality, parse_modalities
+from maskvit.core.types import Params, tree_paths
+from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives import OBJECTIVES, build_objective, check_blocks, parse_image_size
-from maskvit.types import Params, tree_paths
 
 LONGEST = 400  # characters of an error: a config may hold any text
 

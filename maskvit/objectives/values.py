@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from maskvit.losses import standardize_trimmed
-from maskvit.modalities import Modality
-from maskvit.models import MultiMaeModel
-from maskvit.patches import patchify
-from maskvit.types import Batch
+from maskvit.core.modalities import Modality
+from maskvit.core.patches import patchify
+from maskvit.core.types import Batch
+from maskvit.losses.pixels import standardize_trimmed
+from maskvit.nn.backbone import MultiMaeModel
 
 
 class Prepared(NamedTuple):

@@ -17,7 +17,7 @@ from maskvit import convert
 from maskvit.checkpoints import CheckpointError, load_params
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.source import Hints
-from maskvit.types import tree_paths
+from maskvit.core.types import tree_paths
 
 
 @pytest.fixture(scope="module")

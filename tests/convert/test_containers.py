@@ -16,7 +16,7 @@ from maskvit.checkpoints import load_objective_state, load_params
 from maskvit.convert.containers import find_models, model_names
 from maskvit.convert.families import family_of
 from maskvit.convert.reader import ConversionError, read_checkpoint
-from maskvit.types import tree_paths
+from maskvit.core.types import tree_paths
 from tests.convert.test_reader import global_, write
 from tests.convert.test_vit_import import DEPTH, HEAD, WIDTH, hugging_face, timm_state
 

@@ -9,7 +9,7 @@ import pytest
 
 import maskvit
 from maskvit import convert
-from maskvit.types import MaskPlan
+from maskvit.core.types import MaskPlan
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 

@@ -14,8 +14,8 @@ import maskvit
 from maskvit import convert, features
 from maskvit.checkpoints import load_objective_state, load_params, save_imported
 from maskvit.convert.reader import ConversionError, read_checkpoint
+from maskvit.core.types import tree_paths
 from maskvit.objectives import build_objective
-from maskvit.types import tree_paths
 
 
 @pytest.fixture(scope="module")

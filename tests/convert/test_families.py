@@ -17,9 +17,9 @@ from maskvit.convert.families import DISTILLED, FAMILIES, family_of, understand_
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.convert.rules import path_shapes, to_ours
 from maskvit.convert.source import Hints
+from maskvit.core.types import tree_paths
 from maskvit.features import extract
 from maskvit.objectives import build_objective
-from maskvit.types import tree_paths
 
 # (file, how it is imported, the layout it goes back to)
 ROUND_TRIPS = {

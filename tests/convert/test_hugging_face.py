@@ -16,7 +16,7 @@ import maskvit
 from maskvit import convert
 from maskvit.checkpoints import load_params
 from maskvit.convert.reader import ConversionError, read_checkpoint
-from maskvit.types import tree_paths
+from maskvit.core.types import tree_paths
 
 SIZES = dict(
     hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8, num_channels=3

@@ -17,9 +17,9 @@ from maskvit.convert import multimae
 from maskvit.convert.reader import ConversionError, read_checkpoint, sha256
 from maskvit.convert.rules import to_ours, to_torch
 from maskvit.convert.source import Hints, Source
-from maskvit.models import count_parameters
+from maskvit.core.types import tree_paths
+from maskvit.nn.backbone import count_parameters
 from maskvit.objectives import build_objective
-from maskvit.types import tree_paths
 from tests.runs import ROOT
 
 

@@ -11,7 +11,7 @@ import pytest
 import convert_torch_checkpoint
 from maskvit.convert import verify
 from maskvit.convert.reader import ConversionError
-from maskvit.models import decoders
+from maskvit.heads import spatial
 from maskvit.objectives import build_objective
 
 torch = pytest.importorskip("torch")
@@ -51,12 +51,12 @@ def test_agreement_with_inputs_left_out(checkout, fixtures, capsys, monkeypatch)
 
 def test_queries_without_their_modality_are_found(checkout, fixtures, capsys, monkeypatch):
     """As the decoders were: the queries of an output that is not among the inputs lacked its embedding."""
-    right = decoders.places
+    right = spatial.places
 
     def wrong(table, embeds, names, grids):
         return right(table, embeds if len(names) > 1 else {}, names, grids)
 
-    monkeypatch.setattr(decoders, "places", wrong)
+    monkeypatch.setattr(spatial, "places", wrong)
     monkeypatch.setattr(verify, "input_sets", lambda inputs: [inputs, inputs[:-1]])
     assert not verify.verify(fixtures / FILE, checkout, build_objective, None, *HEADS)
     lines = capsys.readouterr().out.splitlines()

@@ -12,8 +12,8 @@ import maskvit
 from maskvit import convert
 from maskvit.convert import opening
 from maskvit.convert.reader import ConversionError
-from maskvit.models import MultiMaeModel
-from maskvit.types import TokenBatch, tree_paths
+from maskvit.core.types import TokenBatch, tree_paths
+from maskvit.nn.backbone import MultiMaeModel
 from tests.guidance.real_photos import saliency_vit
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 12, 2, 3, 4, 4

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
 from maskvit.data import codec, open_source, scenes
 from maskvit.data.builders import prepare
 from maskvit.data.builders.__main__ import main, parse_modality
 from maskvit.data.builders.folder import FolderError
+from maskvit.data.pictures import TURNS
 from maskvit.data.transforms import decode_record
-from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
-from maskvit.pictures import TURNS
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": {**SEMSEG, "num_classes": 5}})
 NAMES = [f"{kind}/n{number}" for kind in ("cat", "dog") for number in range(3)]

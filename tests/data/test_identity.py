@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from maskvit.checkpoints.resume import other_data
+from maskvit.core.modalities import RGB, parse_modalities
 from maskvit.data import open_source
 from maskvit.data.builders import prepare
 from maskvit.data.codec import RecordError
 from maskvit.data.identity import COMPARED, data_identity
 from maskvit.data.sources import ListSource
-from maskvit.modalities import RGB, parse_modalities
 
 MODALITIES = parse_modalities({"rgb": RGB})
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskvit.data.builders.look import look
 from maskvit.data.files import list_files, tell
-from maskvit.pictures import SUFFIXES
+from maskvit.data.pictures import SUFFIXES
 
 HIDDEN = (".DS_Store", "._0.jpg", "Thumbs.db", ".ipynb_checkpoints/0.jpg", "__MACOSX/0.jpg", "@eaDir/0.jpg", "desktop.ini")
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.modalities import RGB, SEMSEG, parse_modalities
 from maskvit.data import identity, transforms
 from maskvit.data import maps as stored_maps
+from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.builders import prepare
 from maskvit.data.builders.maps import Maps
 from maskvit.data.maps import MapError, MapSet, crop_map, data_identity, to_bytes
-from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.sources import ListSource
-from maskvit.modalities import RGB, SEMSEG, parse_modalities
 
 MODALITIES = parse_modalities({"rgb": {**RGB, "patch": 8}, "semseg": {**SEMSEG, "patch": 8, "stride": 4}})
 PICTURE, CELL = 64, 8  # side of the pictures and of a map's cell in pixels
@@ -244,7 +244,7 @@ def test_maps_of_another_grid_or_other_modalities(map_set, tmp_path):
 
 
 def test_no_map_set(map_set, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no map set in .*nowhere: make the maps with python -m maskvit.guidance.maps"):
+    with pytest.raises(FileNotFoundError, match="no map set in .*nowhere: make the maps with python -m maskvit.commands.maps"):
         start(str(tmp_path / "nowhere"))
     prepare("scenes", str(tmp_path), num_train=1, num_val=1, size=16)
     with pytest.raises(ValueError, match="scenes is a data set, but no map set"):

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskvit.data import codec, pipeline
-from maskvit.data.pipeline import eval_batches, train_batches
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+from maskvit.data import codec, records, transforms
+from maskvit.data.batches import eval_batches, train_batches
+from maskvit.data.order import epoch_order, record_rng
 from maskvit.data.sources import ListSource
 from maskvit.data.workers import LoaderError, WorkerTable
-from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 
 SIZE = (32, 32)
 MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0.0}, "semseg": SEMSEG})
@@ -93,7 +94,7 @@ def test_processes_share_one_global_order(source, processes):
 
 def test_batches_larger_than_a_chunk_join_in_order(source, monkeypatch):
     whole = take(source, 3, global_batch=40)
-    monkeypatch.setattr(pipeline, "CHUNK", 64)
+    monkeypatch.setattr(records, "CHUNK", 64)
     assert_same(take(source, 3, global_batch=40), whole)
 
 
@@ -120,11 +121,11 @@ def test_order_and_augmentation_depend_on_seed_and_epoch(source):
     one = ListSource([record(0)])
     pictures = [batch["rgb"].tobytes() for batch in take(one, 6, global_batch=1)]
     assert len(set(pictures)) == 6  # six epochs of one record: six crops
-    assert not np.array_equal(pipeline.epoch_order(3, 1, 50), pipeline.epoch_order(4, 0, 50))
-    np.testing.assert_array_equal(np.sort(pipeline.epoch_order(3, 1, 50)), np.arange(50))
+    assert not np.array_equal(epoch_order(3, 1, 50), epoch_order(4, 0, 50))
+    np.testing.assert_array_equal(np.sort(epoch_order(3, 1, 50)), np.arange(50))
     # pinned: the order of a run must outlive releases of NumPy
-    assert pipeline.epoch_order(0, 0, 10).tolist() == [0, 8, 1, 2, 3, 5, 6, 7, 4, 9]
-    np.testing.assert_allclose(pipeline.record_rng(0, 1, 2).random(2), [0.05868554095267242, 0.7570638449782937], rtol=1e-12)
+    assert epoch_order(0, 0, 10).tolist() == [0, 8, 1, 2, 3, 5, 6, 7, 4, 9]
+    np.testing.assert_allclose(record_rng(0, 1, 2).random(2), [0.05868554095267242, 0.7570638449782937], rtol=1e-12)
 
 
 def test_augmentation_belongs_to_the_record_not_to_its_row(source):
@@ -169,7 +170,7 @@ def test_bad_records_are_replaced_by_the_next_in_order(caplog):
         "class id 200 is out of range",
     ):
         assert text in caplog.text
-    order = pipeline.epoch_order(1, 0, 400)
+    order = epoch_order(1, 0, 400)
     whole = [batch for batch in take(corrupted({}), 10, **settings)]
     flat, expected = (np.concatenate([batch["rgb"] for batch in batches]) for batches in (damaged, whole))
     for position in range(400):
@@ -261,14 +262,14 @@ def test_reasons_come_with_an_evaluation_batch():
 
 def test_a_fault_of_ours_is_no_bad_sample(monkeypatch):
     """An error that data cannot cause ends the run; as "bad sample" under 1 % of the records it would go unseen."""
-    real = pipeline.transforms.apply_geometry
+    real = transforms.apply_geometry
 
     def faulty(array, *arguments, **settings):
         if array.ndim == 3 and array[0, 0, 0] % 17 == 3:
             raise ValueError("an array of the wrong shape")
         return real(array, *arguments, **settings)
 
-    monkeypatch.setattr(pipeline.transforms, "apply_geometry", faulty)
+    monkeypatch.setattr(transforms, "apply_geometry", faulty)
     with train_batches(corrupted({}), MODALITIES, SIZE, seed=1, global_batch=40, augment=PLAIN) as batches:
         with pytest.raises(ValueError, match="an array of the wrong shape"):
             for _ in range(10):
@@ -409,7 +410,7 @@ def whole(index: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("every", "chunk"), [(1, 16), (4, 16), (5, 16), (20, 16), (40, 16), (4, 7), (8, 64)])
 def test_whole_pictures_are_those_of_every_kth_row(source, monkeypatch, every, chunk):
-    monkeypatch.setattr(pipeline, "CHUNK", chunk)
+    monkeypatch.setattr(records, "CHUNK", chunk)
     for batch in take(source, 2, global_batch=40, extras=("index",), whole_every=every):
         wanted = batch["index"][::every]
         assert (np.nanmedian(batch["whole/depth"], axis=(1, 2, 3)).round() - 1).tolist() == wanted.tolist()
@@ -534,7 +535,7 @@ class Waiting(ListSource):
 
 
 def test_a_thread_that_hangs_is_an_error_in_time(source, capfd, monkeypatch):
-    monkeypatch.setattr(pipeline, "probe", lambda source, modalities: dict(rgb=np.uint8, depth=np.float32, semseg=np.int32))
+    monkeypatch.setattr(records, "probe", lambda source, modalities: dict(rgb=np.uint8, depth=np.float32, semseg=np.int32))
     batches = train_batches(Waiting(source.records), MODALITIES, SIZE, seed=0, global_batch=50, timeout=1.0)
     try:
         with pytest.raises(LoaderError, match="a thread that reads records hangs.*look at the disk"):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 from maskvit.data import codec, open_source, transforms
 from maskvit.data.sources import ListSource, Source, TfdsSource
-from maskvit.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": DEPTH})
 CLASSES = ("cat", "dog", "emu")
@@ -197,12 +197,12 @@ def test_list_source():
 def test_reading_imports_neither_tensorflow_nor_jax_models(root):
     code = (
         "import sys\n"
-        "import maskvit.data, maskvit.data.pipeline\n"
+        "import maskvit.data, maskvit.data.batches\n"
         "assert 'grain' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
-        "from maskvit.modalities import RGB, parse_modalities\n"
+        "from maskvit.core.modalities import RGB, parse_modalities\n"
         f"source = maskvit.data.open_source('tfds', parse_modalities({{'rgb': RGB}}), name='packed', data_dir={str(root)!r})\n"
         "source[0]\n"
-        "assert 'tensorflow' not in sys.modules and 'maskvit.models' not in sys.modules\n"
+        "assert 'tensorflow' not in sys.modules and 'maskvit.nn.backbone' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

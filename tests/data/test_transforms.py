@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
 from maskvit.data import codec, transforms
 from maskvit.data.transforms import Augment, Geometry, RecordError
-from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": DEPTH, "semseg": SEMSEG})
 SIZE = (224, 224)

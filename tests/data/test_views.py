@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from maskvit.core.modalities import DEPTH, RGB, parse_modalities
 from maskvit.data import codec
+from maskvit.data.batches import train_batches
 from maskvit.data.block import block_mask
-from maskvit.data.pipeline import train_batches
 from maskvit.data.sources import ListSource
 from maskvit.data.transforms import parse_augment
 from maskvit.data.views import Colors, MultiCrop, apply_colors, draw_colors
-from maskvit.modalities import DEPTH, RGB, parse_modalities
 
 MODALITIES = parse_modalities({"rgb": {**RGB, "patch": 8}, "depth": {**DEPTH, "patch": 8}})
 VIEWS = dict(scale=(0.25, 1.0), views=dict(local_crops=3, local_size=(16, 16), local_scale=(0.05, 0.25)))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.modalities import RGB, parse_modalities
 from maskvit.data import SOURCES
 from maskvit.data.sources import ListSource
 from maskvit.evaluators import build_evaluators
 from maskvit.evaluators.knn import weighted_knn
-from maskvit.modalities import RGB, parse_modalities
 from maskvit.objectives import build_objective
 from maskvit.sharding import make_mesh, replicated
 

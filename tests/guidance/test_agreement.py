@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from maskvit.core.types import TokenLayout
 from maskvit.guidance.agreement import agreement, chance, corrected, lowest, mean_over_modalities, overlap, ranks, spearman
-from maskvit.types import TokenLayout
 
 LAYOUT = TokenLayout(("rgb", "depth"), ((10, 10), (4, 5)))
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import GUIDED, on_device, tiny_batch, tiny_objective
 
+from maskvit.core.types import TokenBatch
 from maskvit.guidance import GUIDANCE, build_source
 from maskvit.guidance.attention import QUERIES, self_attention
-from maskvit.types import TokenBatch
 
 OBJECTIVE = tiny_objective(**GUIDED)
 MODEL = OBJECTIVE.model

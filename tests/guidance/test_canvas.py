@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import on_device, tiny_batch, tiny_objective
 
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import TokenLayout
 from maskvit.guidance.canvas import AverageError, ReusedAttention, blank, fill_unknown, read, rows_of, standardise, store, write
-from maskvit.keys import sample_keys
-from maskvit.types import TokenLayout
 
 ONE = TokenLayout(("rgb",), ((8, 8),))
 WHOLE = jnp.array([[0.0, 0.0, 1.0, 1.0]])

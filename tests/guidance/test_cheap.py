@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import on_device, tiny_batch, tiny_objective
 
-from maskvit.flops import attention_flops
+from maskvit.core.flops import attention_flops
+from maskvit.core.keys import sample_keys
 from maskvit.guidance.agreement import overlap
 from maskvit.guidance.cheap import (
     MAP_FEATURES,
@@ -26,7 +27,6 @@ from maskvit.guidance.cheap import (
     ridge_solution,
     spread_scores,
 )
-from maskvit.keys import sample_keys
 
 PLAIN = dict(scores=dict(name="attention_high"), guidance=dict(name="self_attention"))
 PASSES = [

@@ -14,7 +14,7 @@ from maskvit import convert
 from maskvit.checkpoints import load_params
 from maskvit.convert.reader import ConversionError
 from maskvit.guidance.gradcam import class_activation, resnet_gradcam, vit_gradcam
-from maskvit.models.resnet import resnet_of
+from maskvit.nn.resnet import resnet_of
 from tests.tiny import tiny_objective
 
 DEPTHS, STEM, CLASSES = (1, 2, 1, 1), 4, 6

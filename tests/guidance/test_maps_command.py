@@ -1,4 +1,4 @@
-"""`python -m maskvit.guidance.maps`: a map per record, a stopped run goes on to the same bytes, and what is refused."""
+"""`python -m maskvit.commands.maps`: a map per record, a stopped run goes on to the same bytes, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import pytest
 from PIL import Image
 
 from maskvit.checkpoints import load_params, save_imported
+from maskvit.commands import maps as command
 from maskvit.convert import resnet
 from maskvit.convert.rules import key_shapes, to_ours
+from maskvit.core.errors import run_command
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
 from maskvit.data import codec
+from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.builders import prepare
 from maskvit.data.builders.records import RecordBuilder
 from maskvit.data.maps import MapSet
-from maskvit.data.pipeline import eval_batches, train_batches
 from maskvit.data.sources import TfdsSource
-from maskvit.errors import run_command
 from maskvit.features import load
-from maskvit.guidance import maps as command
 from maskvit.guidance.attention import self_attention
 from maskvit.guidance.discovery import attention_map
 from maskvit.guidance.gradcam import resnet_gradcam
 from maskvit.guidance.tokencut import tokencut_map
-from maskvit.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
-from maskvit.models.resnet import resnet_of
+from maskvit.nn.resnet import resnet_of
 from maskvit.objectives import build_objective
 from tests.runs import get_config
 
@@ -370,7 +370,7 @@ def test_the_command_itself(checkpoint, data_dir, tmp_path):
     file = tmp_path / "x.py"
     settings = config(checkpoint, data_dir, tmp_path)
     file.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({settings!r})\n")
-    run = [sys.executable, "-m", "maskvit.guidance.maps", f"--config={file}"]
+    run = [sys.executable, "-m", "maskvit.commands.maps", f"--config={file}"]
     child = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False)
     assert child.returncode == 0, child.stderr[-2000:]
     assert f"maps {RECORDS} records written to" in child.stdout

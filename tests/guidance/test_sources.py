@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from tiny import on_device, tiny_batch, tiny_objective
 
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import TokenLayout
 from maskvit.guidance.attention import random_heads, read_attention, self_attention
 from maskvit.guidance.bipartition import normalised_cut, relevance
 from maskvit.guidance.errors import fill_with_mean
 from maskvit.guidance.stored import maps_to_tokens, shuffle
-from maskvit.keys import sample_keys
-from maskvit.losses import cosine_between, guidance_weights, normalise_guidance, ranking_loss
-from maskvit.models import frozen_mask
-from maskvit.optim import Cosine, adamw
-from maskvit.step import init_state, train_step
-from maskvit.types import TokenLayout
+from maskvit.losses.ranking import ranking_loss
+from maskvit.losses.weights import cosine_between, guidance_weights, normalise_guidance
+from maskvit.nn.backbone import frozen_mask
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw
+from maskvit.training.step import init_state, train_step
 
 LAYOUT = TokenLayout(("rgb", "depth"), ((4, 4), (2, 4)))
 

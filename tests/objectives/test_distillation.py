@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 
 from configs import common
-from maskvit import features, train
-from maskvit.keys import sample_keys, step_key
-from maskvit.models import MultiMaeModel, count_parameters, frozen_mask
-from maskvit.models.vit import drop_path
+from maskvit import features
+from maskvit.core.keys import sample_keys, step_key
+from maskvit.core.types import TokenLayout, tree_paths
+from maskvit.masking.scores import SCORES
+from maskvit.nn.backbone import MultiMaeModel, count_parameters, frozen_mask
+from maskvit.nn.encoder import drop_path
 from maskvit.objectives import build_objective
 from maskvit.objectives.distillation import Masking, choose_hidden, teacher_params
-from maskvit.optim import Cosine, adamw
-from maskvit.scores import SCORES
-from maskvit.step import init_state, train_step
-from maskvit.types import TokenLayout, tree_paths
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw
+from maskvit.training import setup
+from maskvit.training.step import init_state, train_step
 from tests.runs import get_config, make_scenes, on_scenes
 
 RGB = dict(channels=3, patch=8, scale=1 / 255, mean=(0.5,), std=(0.25,))
@@ -361,9 +363,9 @@ def test_a_run_resumes_bit_for_bit(method, data_dir, tmp_path):
     settings = on_scenes(common.smoke(config), data_dir).to_dict()
     settings |= dict(micro_batch=8, picture_every=0, evaluators={}, checkpoint=dict(every="7 steps", keep=1), total="7 steps")
     settings["schedule"] = dict(total_epochs=100.0, warmup_epochs=1.0)
-    whole = train.run(str(tmp_path / "whole"), **settings)
-    train.run(str(tmp_path / "stopped"), **{**settings, "total": "3 steps"})
-    resumed = train.run(str(tmp_path / "stopped"), **settings)
+    whole = setup.run(str(tmp_path / "whole"), **settings)
+    setup.run(str(tmp_path / "stopped"), **{**settings, "total": "3 steps"})
+    resumed = setup.run(str(tmp_path / "stopped"), **settings)
     for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # The teacher stands for the run: it is what a checkpoint is opened for.
@@ -379,8 +381,8 @@ def test_views_are_wanted_or_refused(data_dir, tmp_path):
     settings = on_scenes(common.smoke(common.attmask_s()), data_dir).to_dict()
     settings["data"]["augment"]["views"] = {}
     with pytest.raises(ValueError, match="'ibot' learns from several views of a record: set config.data.augment.views"):
-        train.run(str(tmp_path), **settings)
+        setup.run(str(tmp_path), **settings)
     settings = on_scenes(common.smoke(common.scenes()), data_dir).to_dict()
     settings["data"]["augment"]["views"] = dict(local_crops=2)
     with pytest.raises(ValueError, match="'multimae' takes one view of a record: remove config.data.augment.views"):
-        train.run(str(tmp_path), **settings)
+        setup.run(str(tmp_path), **settings)

@@ -9,15 +9,15 @@ import pytest
 from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
 
 from configs import common
-from maskvit import flops
-from maskvit.keys import sample_keys
-from maskvit.masking import predicted_mask
-from maskvit.modalities import RGB
-from maskvit.models import VARIANTS, count_parameters, frozen_mask
-from maskvit.models.decoders import crossmae_features
+from maskvit.core import flops
+from maskvit.core.keys import sample_keys
+from maskvit.core.modalities import RGB
+from maskvit.core.types import Queries, TokenBatch, tree_paths
+from maskvit.heads.crossmae import crossmae_features
+from maskvit.masking.plan import predicted_mask
+from maskvit.nn.backbone import VARIANTS, count_parameters, frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim import decay_mask
-from maskvit.types import Queries, TokenBatch, tree_paths
+from maskvit.optim.transforms import decay_mask
 
 SMALL_DECODER = dict(width=256, heads=8)
 # (all values, trainable values): the references' tables. Theirs have a row of zeros for the class token in both position tables.

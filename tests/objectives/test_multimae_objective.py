@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tiny import GUIDED, MODALITIES, RANDOM, on_device, tiny_batch, tiny_config, tiny_objective
 
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import TokenBatch
 from maskvit.guidance.attention import self_attention
-from maskvit.keys import sample_keys
-from maskvit.masking import predicted_mask
+from maskvit.masking.plan import predicted_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.multimae import MultiMae
-from maskvit.types import TokenBatch
 
 WITH_MISSING = {**MODALITIES, "depth": {**MODALITIES["depth"], "missing": 0.0}, "semseg": {**MODALITIES["semseg"], "missing": 255}}
 

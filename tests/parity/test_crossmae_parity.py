@@ -9,9 +9,9 @@ import pytest
 from published_names import to_tree
 
 from maskvit.convert import open_checkpoint
-from maskvit.keys import sample_keys
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import MaskPlan, tree_paths
 from maskvit.objectives import build_objective
-from maskvit.types import MaskPlan, tree_paths
 
 FORWARD = dict(rtol=1e-4, atol=1e-5)
 GRADIENT = dict(rtol=1e-3, atol=1e-5)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from maskvit.convert.reader import read_checkpoint
-from maskvit.keys import sample_keys
-from maskvit.models import frozen_mask
+from maskvit.core.keys import sample_keys
+from maskvit.core.types import tree_paths
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.distillation import teacher_params, views_of
 from maskvit.objectives.values import prepare
-from maskvit.types import tree_paths
 
 FORWARD = dict(rtol=1e-4, atol=1e-5)
 GRADIENT = dict(rtol=1e-3, atol=1e-5)

@@ -10,13 +10,14 @@ import pytest
 
 from maskvit.convert import open_checkpoint, understand
 from maskvit.convert.rules import key_shapes, to_ours
+from maskvit.core.keys import sample_keys
+from maskvit.core.patches import sincos_position_table
+from maskvit.core.types import MaskPlan, TokenBatch, tree_paths
 from maskvit.guidance.attention import self_attention
-from maskvit.keys import sample_keys
-from maskvit.models import frozen_mask
+from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim import Cosine, adamw, with_adam_moments
-from maskvit.patches import sincos_position_table
-from maskvit.types import MaskPlan, TokenBatch, tree_paths
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import adamw, with_adam_moments
 
 NAMES = ("rgb", "depth", "semseg")
 OUTPUTS = (*NAMES, "norm_rgb")

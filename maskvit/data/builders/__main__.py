@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from maskvit import modalities as known
+from maskvit.core import modalities as known
+from maskvit.core.errors import add_debug, run_command
 from maskvit.data.builders import prepare
 from maskvit.data.sources import STATED
-from maskvit.errors import add_debug, run_command
 
 DECLARED: dict[str, Mapping[str, Any]] = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from maskvit.core.errors import printable
+from maskvit.core.modalities import Modality
 from maskvit.data.builders.layout import NO_CLASS, READ, Task, find_splits, key_of, list_modality
 from maskvit.data.builders.records import RecordBuilder, in_processes, progress
 from maskvit.data.builders.samples import Found, read_sample
 from maskvit.data.files import tell
 from maskvit.data.sources import STATED
-from maskvit.errors import printable
-from maskvit.modalities import Modality
 
 SHOWN = 20  # files listed per kind of problem
 LOOKED_AT = 4  # files read before the others, to ask for a unit that nobody stated

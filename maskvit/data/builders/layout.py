@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from maskvit.data.files import ARRAYS, is_hidden, list_files
-from maskvit.pictures import SUFFIXES
+from maskvit.data.pictures import SUFFIXES
 
 READ = (*SUFFIXES, *ARRAYS)
 NO_CLASS = "all"  # the class folder of data without labels

@@ -12,7 +12,7 @@ import numpy as np
 from maskvit.data.builders.layout import NO_CLASS, find_modalities, find_splits, list_modality
 from maskvit.data.builders.samples import load_array
 from maskvit.data.files import ARRAYS
-from maskvit.pictures import open_picture, read_picture
+from maskvit.data.pictures import open_picture, read_picture
 
 MAX_VALUES = 1024  # distinct whole numbers kept per modality
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from maskvit.core.modalities import Modality
 from maskvit.data import codec
 from maskvit.data.builders.layout import Task
 from maskvit.data.files import ARRAYS
+from maskvit.data.pictures import Picture, PixelError, foreign, misaligned, read_picture
 from maskvit.data.transforms import nearest_indices, resize_continuous, unfit_size
-from maskvit.modalities import Modality
-from maskvit.pictures import Picture, PixelError, foreign, misaligned, read_picture
 
 JPEG_QUALITY = 95  # of JPEG pictures that `short_side` makes smaller
 UNREADABLE, SIZE, IDS, CONTENT = "unreadable files", "wrong size", "class ids out of range", "wrong content"

@@ -1,0 +1,1 @@
+"""The commands of `python -m maskvit COMMAND`, one file or folder each."""

@@ -1,0 +1,37 @@
+"""The input pipeline alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+
+def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int) -> dict[str, Any]:
+    """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed."""
+    from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+    from maskvit.data import open_source
+    from maskvit.data.batches import train_batches
+    from maskvit.data.sources import STATED, open_builder
+
+    # What the data set states of itself (class count, code for missing depth) goes before the published declarations.
+    stated = (open_builder(os.path.abspath(os.path.expanduser(data_dir)), name).info.metadata or {}).get("modalities", {})
+    declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
+    modalities = parse_modalities(
+        {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
+    )
+    source = open_source("tfds", modalities, name=name, data_dir=data_dir, split=split)
+    augment = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize="pil")
+    stream = train_batches(source, modalities, (image, image), seed=0, global_batch=batch, augment=augment, workers=workers)
+    try:
+        next(stream)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+        seconds = time.perf_counter() - start
+    finally:
+        stream.close()
+    return dict(
+        measurement="loader", source=source.describe(), image=image, batch=batch, batches=batches, workers=workers,
+        seconds=seconds, records_per_s=batch * batches / seconds,
+    )  # fmt: skip

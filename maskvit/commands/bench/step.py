@@ -1,0 +1,352 @@
+"""Whole train steps on synthetic batches that lie on the device: MultiMAE with random and guided masks and torch's, or MAE and CrossMAE."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from maskvit.commands.bench.timing import compiled_gb, cpu_threads, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilisation
+
+SIZES = ("Ti", "S", "B", "L", "H")
+DTYPES = ("float32", "bfloat16")
+# The random-mask step first: ratios are against it.
+STEPS = ("random", "guided")
+# Objectives side by side, as {name: fields of config.objective}: CrossMAE rebuilds a third of what it hides.
+OBJECTIVES = {"mae": {}, "crossmae": dict(kept_mask_ratio=0.25)}
+
+
+def step_config(
+    size: Any, image: int, dtype: str, guided: bool, *, num_visible: int = 98, decoder: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The config of one step: MultiMAE of the published recipe with rgb, depth, semseg and four outputs."""
+    from maskvit.core.modalities import DEPTH, RGB, SEMSEG
+
+    return dict(
+        image_size=(image, image),
+        modalities=dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG),
+        objective=dict(
+            name="multimae",
+            inputs=("rgb", "depth", "semseg"),
+            outputs=("rgb", "depth", "semseg", "norm_rgb"),
+            encoder=size,
+            decoder=dict(decoder or dict(width=256, depth=2, heads=8)),
+            num_visible=num_visible,
+            scores=dict(name="attention_high" if guided else "random"),
+            guidance=dict(name="self_attention") if guided else {},
+            compute_dtype=dtype,
+        ),
+    )
+
+
+def synthetic_batch(model: Any, batch: int) -> dict[str, Any]:
+    """Random host arrays as a loader would deliver them: uint8 for three channels, float32 counts for one, class ids."""
+    import numpy as np
+
+    rng, arrays = np.random.default_rng(0), {}
+    for spec in model.modalities:
+        height, width = spec.size(model.image_size)
+        if spec.kind == "categorical":
+            arrays[spec.name] = rng.integers(0, spec.num_classes, (batch, height, width), dtype=np.int32)
+        elif spec.channels == 3:
+            arrays[spec.name] = rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        else:
+            arrays[spec.name] = rng.uniform(0, 60_000, (batch, height, width, spec.channels)).astype(np.float32)
+    return arrays
+
+
+def bench_step(
+    size: Any,
+    *,
+    batch: int,
+    image: int,
+    dtype: str,
+    steps: int,
+    warmup: int,
+    with_torch: bool,
+    num_visible: int = 98,
+    decoder: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Time the steps of `STEPS`, and torch's, in turns: one record per measurement, see `step_record`.
+
+    `batch` is the global batch over all devices; `size` a name of `SIZES` or a block of encoder sizes. One state, donated
+    from step to step, goes through all of them: they are the same model and optimiser, so memory holds one copy.
+    """
+    import jax
+
+    from maskvit.core.flops import step_flops
+    from maskvit.objectives import build_objective
+    from maskvit.sharding import check_batch, make_mesh, place_batch
+
+    mesh = make_mesh()
+    check_batch(batch, mesh)
+    objectives = {
+        name: build_objective(step_config(size, image, dtype, name == "guided", num_visible=num_visible, decoder=decoder)) for name in STEPS
+    }
+    objective = objectives["random"]
+    optimizer, shardings, state = fresh_state(objective, mesh)
+    data = place_batch(synthetic_batch(objective.model, batch), mesh)
+
+    holder, compiled, compile_s = {"state": state}, {}, {}
+    del state
+    for name in STEPS:
+        compiled[name], compile_s[name] = compile_step(objectives[name], optimizer, shardings, holder["state"], data)
+
+    def run(name: str) -> None:
+        holder["state"], metrics = compiled[name](holder["state"], data)
+        jax.block_until_ready((holder["state"], metrics))
+        holder["loss"] = metrics["loss"][0]
+
+    calls: dict[str, Callable[[], None]] = {name: functools.partial(run, name) for name in STEPS}
+    in_turns(calls, 0, warmup)
+    memory = resident_peak_gb()  # before torch comes in
+    if with_torch:
+        calls["torch"] = torch_step(objective, batch, dtype)
+        in_turns({"torch": calls["torch"]}, 0, warmup)
+    seconds = in_turns(calls, steps)
+    loss = float(holder["loss"])
+    if loss != loss:
+        raise FloatingPointError("the benchmark's loss is NaN: its timings would not be those of a real step")
+
+    device = jax.devices()[0]
+    common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
+    records = []
+    for name in STEPS:
+        flops = step_flops(objectives[name])
+        record = step_record(name, seconds, batch, flops, device, jax.device_count())
+        record |= dict(compile_s=compile_s[name], planned_gb=compiled_gb(compiled[name]), resident_peak_gb=memory)
+        records.append({**common, **record, "device_peak_gb": device_peak_gb(device)})
+    if with_torch:
+        flops = step_flops(objective)
+        records.append({**common, **step_record("torch", seconds, batch, flops, device, 1)})
+    return records
+
+
+def fresh_state(objective: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """(optimizer, shardings, state on the devices) of a run of this objective."""
+    import jax
+
+    from maskvit.nn.backbone import frozen_mask
+    from maskvit.optim.schedules import Cosine
+    from maskvit.optim.transforms import adamw
+    from maskvit.sharding import parameter_shardings
+    from maskvit.training.step import state_from_params
+
+    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
+    optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000, warmup=10))
+
+    def make_state(key: Any) -> Any:
+        params, objective_state = objective.init(key)
+        return state_from_params(params, objective_state, optimizer)
+
+    shardings = parameter_shardings(jax.eval_shape(make_state, jax.random.key(0)), mesh)
+    return optimizer, shardings, jax.jit(make_state, out_shardings=shardings)(jax.random.key(0))
+
+
+def compile_step(objective: Any, optimizer: Any, shardings: Any, state: Any, data: Any) -> tuple[Any, float]:
+    """The compiled train step, which donates its state, and how many seconds compiling took."""
+    import jax
+
+    from maskvit.training.step import train_step
+
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, seed=0)
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, data).compile()
+    return compiled, time.perf_counter() - start
+
+
+def bench_objectives(
+    size: Any, *, batch: int, image: int, dtype: str, steps: int, warmup: int, decoder: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Time the train steps of `OBJECTIVES` in turns: one record each, as of `bench_step`, with the arithmetic of the decoder.
+
+    `size`, `batch`: as there; `decoder`: sizes for all, by default each objective's own. Every objective has its own
+    parameters and optimiser state on the devices. A peak of memory belongs to the process, and is read after the first rounds
+    of each objective in this order of planned memory, least first: the first and every higher one are that objective's own, on
+    top of the states of those before it.
+    """
+    import jax
+
+    from maskvit.core.flops import decoder_flops, step_flops
+    from maskvit.core.modalities import RGB
+    from maskvit.objectives import build_objective
+    from maskvit.sharding import check_batch, make_mesh, place_batch
+
+    mesh = make_mesh()
+    check_batch(batch, mesh)
+    rgb = dict(RGB, patch=14 if size == "H" else RGB["patch"])
+    records: dict[str, dict[str, Any]] = {}
+    runs, states = {}, {}
+    common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
+    device = jax.devices()[0]
+    for name, fields in OBJECTIVES.items():
+        block = dict(name=name, encoder=size, decoder=dict(decoder or {}), compute_dtype=dtype, **fields)
+        objective = build_objective(dict(image_size=(image, image), modalities=dict(rgb=rgb), objective=block))
+        optimizer, shardings, states[name] = fresh_state(objective, mesh)
+        data = place_batch(synthetic_batch(objective.model, batch), mesh)
+        compiled, compile_s = compile_step(objective, optimizer, shardings, states[name], data)
+        queries = objective.num_queries("norm_rgb", objective.model.layout)
+        flops = decoder_flops(objective.model, "norm_rgb", objective.num_visible, queries)
+        records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=step_flops(objective), decoder_flops=flops)
+
+        def run(name: str = name, compiled: Any = compiled, data: Any = data) -> None:
+            states[name], metrics = compiled(states[name], data)
+            jax.block_until_ready((states[name], metrics))
+            if not metrics["loss"][0] == metrics["loss"][0]:
+                raise FloatingPointError(f"the loss of {name} is NaN: its timings would not be those of a real step")
+
+        runs[name] = run
+    for name in sorted(runs, key=lambda name: records[name]["planned_gb"] or 0.0):
+        in_turns({name: runs[name]}, 0, warmup)
+        records[name] |= dict(device_peak_gb=device_peak_gb(device), resident_peak_gb=resident_peak_gb())
+    seconds = in_turns(runs, steps)
+    return [
+        {
+            **common,
+            **step_record(name, seconds, batch, record.pop("flops"), device, jax.device_count()),
+            "decoder_gmac_per_image": record.pop("decoder_flops") / 2e9,
+            **record,
+        }
+        for name, record in records.items()
+    ]
+
+
+def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, flops: float, device: Any, devices: int) -> dict[str, Any]:
+    """One measurement: seconds, images/s, GFLOP per image (counted from the sizes), TFLOP/s, MFU, ratios to the others."""
+    times = summary(seconds[name], batch)
+    per_second = flops * times["images_per_s"]
+    record = dict(measurement=name, **times, gflop_per_image=flops / 1e9, tflops_per_s=per_second / 1e12)
+    record["mfu"] = utilisation(per_second, device.device_kind, devices)
+    record |= {f"ratio_to_{other}": ratio(seconds[name], seconds[other]) for other in seconds if other != name}
+    return record
+
+
+def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
+    """One training step of a plain torch model of the same sizes: forward, backward, AdamW; on CUDA where JAX runs on a GPU.
+
+    The yardstick of this benchmark, not a port: embedded patches of all modalities of which the first `num_visible` count
+    as visible, the encoder with `scaled_dot_product_attention`, a decoder per output, squared errors (cross-entropy for
+    classes) over all tokens. What it leaves out (drawing masks, gathering, normalising targets) is to its advantage.
+    """
+    import jax
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Block(nn.Module):
+        """Pre-norm transformer block."""
+
+        def __init__(self, width: int, heads: int, ratio: float):
+            super().__init__()
+            self.heads = heads
+            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.fc1, self.fc2 = nn.Linear(width, round(ratio * width)), nn.Linear(round(ratio * width), width)
+
+        def forward(self, x: Any) -> Any:
+            b, n, d = x.shape
+            q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+            return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+    class Decoder(nn.Module):
+        """Cross-attention of one query per token of the output, its MLP, blocks and head."""
+
+        def __init__(self, queries: int, values: int, context: int, width: int, depth: int, heads: int, mlp_ratio: float):
+            super().__init__()
+            self.heads, hidden = heads, round(mlp_ratio * width)
+            self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
+            self.project, self.q, self.kv = nn.Linear(context, width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.proj, self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+            self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+            self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
+            self.head = nn.Linear(width, values)
+
+        def forward(self, encoded: Any) -> Any:
+            b = encoded.shape[0]
+            split = lambda x: x.reshape(b, x.shape[1], self.heads, -1).transpose(1, 2)  # noqa: E731
+            k, v = self.kv(self.norms[0](self.project(encoded))).chunk(2, dim=-1)
+            q = self.q(self.norms[1](self.queries.expand(b, -1, -1)))
+            x = self.proj(F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).reshape(b, *self.queries.shape))
+            x = x + self.fc2(F.gelu(self.fc1(self.norms[2](x))))
+            return self.head(self.blocks(x))
+
+    model, encoder, decoder = objective.model, dict(objective.model.encoder), dict(objective.model.decoder)
+    ratios = {"mlp_ratio": decoder.get("mlp_ratio", 4.0)}
+    specs = [model.modality(name) for name in model.inputs]
+    sizes = [spec.patch_pixels**2 * (spec.embed_dim if spec.kind == "categorical" else spec.channels) for spec in specs]
+    cuda = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on these devices too
+    else:
+        torch.set_num_threads(cpu_threads())
+
+    class Model(nn.Module):
+        """Patch projections, encoder and decoders; returns the loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeds = nn.ModuleList(nn.Linear(size, model.width) for size in sizes)
+            self.global_tokens = nn.Parameter(torch.zeros(1, model.num_global_tokens, model.width))
+            self.encoder = nn.Sequential(
+                *(Block(model.width, encoder["heads"], encoder.get("mlp_ratio", 4.0)) for _ in range(encoder["depth"]))
+            )
+            shapes = {output: model.modality(output).grid(model.image_size) for output in model.outputs}
+            self.decoders = nn.ModuleDict(
+                {
+                    output: Decoder(rows * columns, model.modality(output).values_per_token, model.width, **{**ratios, **decoder})
+                    for output, (rows, columns) in shapes.items()
+                }
+            )
+
+        def forward(self, patches: list[Any], targets: dict[str, Any]) -> Any:
+            tokens = torch.cat([embed(x) for embed, x in zip(self.embeds, patches, strict=True)], dim=1)[:, : objective.num_visible]
+            encoded = self.encoder(torch.cat([tokens, self.global_tokens.expand(len(tokens), -1, -1)], dim=1))
+            total = torch.zeros((), device=encoded.device)
+            for output, head in self.decoders.items():
+                prediction, spec = head(encoded).float(), model.modality(output)
+                if spec.kind == "categorical":
+                    total = total + F.cross_entropy(prediction.reshape(-1, spec.num_classes), targets[output].reshape(-1))
+                else:
+                    total = total + F.mse_loss(prediction, targets[output])
+            return total
+
+    net = Model().to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    patches = [torch.randn(batch, n, size, device=device) for n, size in zip(model.layout.sizes, sizes, strict=True)]
+    targets = {}
+    for output in model.outputs:
+        spec = model.modality(output)
+        n = spec.grid(model.image_size)[0] * spec.grid(model.image_size)[1]
+        if spec.kind == "categorical":
+            targets[output] = torch.randint(spec.num_classes, (batch, n, spec.patch_pixels**2), device=device)
+        else:
+            targets[output] = torch.randn(batch, n, spec.values_per_token, device=device)
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = net(patches, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def table_row(record: Mapping[str, Any]) -> str:
+    """One measurement for the eye."""
+    memory = record.get("device_peak_gb") or record.get("planned_gb")
+    parts = [
+        f"{record['measurement']:<12} {record['size']:<6} batch {record['batch']:<5} {record['dtype']:<9}",
+        f"{record['median_s']:8.4f} s/step ({record['min_s']:.4f}-{record['max_s']:.4f})",
+        f"{record['images_per_s']:8.1f} images/s",
+        f"{record['gflop_per_image']:6.1f} GFLOP/image {record['tflops_per_s']:7.3f} TFLOP/s",
+        f"MFU {record['mfu']:.1%}" if record["mfu"] is not None else "",
+        f"{memory:.2f} GB" if memory else "",
+        *(f"{value:.3f} x {key.removeprefix('ratio_to_')}" for key, value in record.items() if key.startswith("ratio_to_")),
+    ]
+    return "  ".join(part for part in parts if part)

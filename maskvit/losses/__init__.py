@@ -1,0 +1,1 @@
+"""Losses: of pixels, of self-distillation, of a ranking; and guidance as weight of a token's loss."""

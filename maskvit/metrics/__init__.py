@@ -1,0 +1,1 @@
+"""What a run measures of itself: sums, rates, progress, and where they are written."""

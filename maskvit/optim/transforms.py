@@ -1,0 +1,152 @@
+"""The optimizer: AdamW with its decay, clipping and freezing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maskvit.core.types import Params, path_name, tree_paths
+from maskvit.optim.schedules import CosineDecay
+
+
+class Optimizer(NamedTuple):
+    """`tx` turns gradients into steps of learning rate 1 (sign included); `schedule` gives the learning rate."""
+
+    tx: optax.GradientTransformation
+    schedule: Any
+
+
+def decay_mask(params: Params, frozen: Any, no_decay: Sequence[str] = ()) -> Any:
+    """Which parameters decay: all trainable ones but those whose path ("norm/scale") matches one of the regular expressions."""
+
+    def decays(path: Any, leaf: Any, is_frozen: bool) -> bool:
+        return not is_frozen and not any(re.fullmatch(pattern, path_name(path)) for pattern in no_decay)
+
+    return jax.tree_util.tree_map_with_path(decays, params, frozen)
+
+
+def clip_tensors(limit: float) -> optax.GradientTransformation:
+    """Each tensor's gradient g times min(1, limit / (|g| + 1e-6)), as DINO and iBOT clip: no tensor's norm touches another's."""
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / (jnp.sqrt(jnp.square(g).sum()) + 1e-6)), updates)
+
+    return optax.stateless(clip)
+
+
+def scheduled_decay(schedule: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """Add schedule(step) * parameter to the updates that `mask` marks; `step` is the run's, an extra argument of `update`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> Any:
+        weight = schedule(step)
+        return jax.tree.map(lambda u, p, decays: u + weight * p if decays else u, updates, params, mask(updates)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def from_step(first: int, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` from the run's step `first` on. Before it nothing changes: no update, no decay, no moments, no count."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any, **extra: Any) -> Any:
+        new_updates, new_state = inner.update(updates, state, params, step=step, **extra)
+        on = jnp.asarray(step) >= first
+        updates = jax.tree.map(lambda u: jnp.where(on, u, jnp.zeros_like(u)), new_updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def adamw(
+    params: Params,
+    frozen: Any,
+    schedule: Any,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float | tuple[float, float] = 0.05,
+    no_decay: Sequence[str] = (),
+    clip_norm: float | None = None,
+    clip_tensor_norm: float | None = None,
+    freeze: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """AdamW with decoupled decay: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
+
+    `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimiser state.
+    `weight_decay`: a pair goes from the first to the second on half a cosine over `schedule`.
+    Every trainable tensor decays, norms and biases included, as in the MultiMAE reference, but those whose path matches one of
+    the regular expressions `no_decay`.
+    `clip_norm` limits the norm of all gradients together, `clip_tensor_norm` that of each tensor.
+    `freeze` {"parameters": regular expression, "until": step}: those tensors and their moments stay as they are before that step.
+    """
+    if freeze and clip_norm is not None:
+        raise ValueError("config.optimizer.clip_norm is a norm of all tensors, of which freeze holds some back: use clip_tensor_norm")
+    held = freeze["parameters"] if freeze else None
+    late = jax.tree_util.tree_map_with_path(
+        lambda path, x: held is not None and not x and re.fullmatch(held, path_name(path)) is not None, frozen
+    )
+    _check_patterns(params, no_decay, freeze)
+    decays = decay_mask(params, frozen, no_decay)
+
+    def adam(members: Any) -> optax.GradientTransformation:
+        """The optimiser of the tensors that `members` marks."""
+        # Inside `optax.masked` all others are `MaskedNode`s, and a mask must have the same holes.
+        mask = lambda _: jax.tree.map(lambda d, m: d if m else optax.MaskedNode(), decays, members)  # noqa: E731
+        if isinstance(weight_decay, Sequence):
+            decay = scheduled_decay(CosineDecay(*weight_decay, schedule), mask)
+        else:
+            decay = optax.add_decayed_weights(weight_decay, mask=mask)
+        parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+        parts += [] if clip_tensor_norm is None else [clip_tensors(clip_tensor_norm)]
+        parts += [optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay, optax.scale(-1.0)]
+        return optax.chain(*parts)
+
+    early = jax.tree.map(lambda x, y: not x and not y, frozen, late)
+    parts = [optax.masked(adam(early), early)]
+    if freeze:
+        parts.append(optax.masked(from_step(freeze["until"], adam(late)), late))
+    tx = optax.chain(*parts, optax.masked(optax.set_to_zero(), frozen))
+    return Optimizer(optax.with_extra_args_support(tx), schedule)
+
+
+def freeze_block(*, parameters: str, until: str | int) -> dict[str, Any]:
+    """`config.optimizer.freeze`."""
+    return dict(parameters=parameters, until=until)
+
+
+def _check_patterns(params: Params, no_decay: Sequence[str], freeze: Mapping[str, Any] | None) -> None:
+    """Raise where a pattern names no parameter: a slip that would change the training in silence."""
+    names = tree_paths(params)
+    patterns = [("no_decay", pattern) for pattern in no_decay]
+    patterns += [("freeze.parameters", freeze["parameters"])] if freeze else []
+    for key, pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"config.optimizer.{key} {pattern!r} matches no parameter; they are called {', '.join(list(names)[:4])}, ...")
+
+
+def with_adam_moments(opt_state: Any, moments: dict[str, Any]) -> Any:
+    """Put imported moments {"count", "mu", "nu"} (parameter trees without frozen tensors) into a fresh optimiser state."""
+
+    def merge(template: Any, given: Any, path: str) -> Any:
+        if isinstance(template, dict):
+            given = given if isinstance(given, Mapping) else {}
+            return {key: merge(value, given.get(key), f"{path}/{key}") for key, value in template.items()}
+        if isinstance(template, optax.MaskedNode):
+            return template
+        if getattr(given, "shape", None) != template.shape:
+            raise ValueError(f"imported optimiser moments lack {path[1:]!r} of shape {template.shape}")
+        return jnp.asarray(given, template.dtype)
+
+    def replace(state: Any) -> Any:
+        if not isinstance(state, optax.ScaleByAdamState):
+            return state
+        mu, nu = (merge(tree, moments[name], "") for name, tree in (("mu", state.mu), ("nu", state.nu)))
+        return optax.ScaleByAdamState(jnp.asarray(moments["count"], state.count.dtype), mu, nu)
+
+    return jax.tree.map(replace, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))

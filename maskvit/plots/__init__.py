@@ -1,0 +1,1 @@
+"""Arrays to pictures, panels, plots and one self-contained HTML page."""

@@ -1,0 +1,106 @@
+"""The train step and the state it starts from: what training, benchmarks and tests share. Pure; knows no data library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from maskvit.core.keys import sample_keys, step_key
+from maskvit.core.types import Batch, Metrics, TrainState
+from maskvit.objectives import Objective
+from maskvit.optim.transforms import Optimizer
+
+
+def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_records: int = 1) -> TrainState:
+    """A fresh state at step 0; the same for the same seed whatever the devices. `num_records`: size of the training data."""
+    params, objective_state = objective.init(jax.random.key(seed), num_records)
+    return state_from_params(params, objective_state, optimizer)
+
+
+def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -> TrainState:
+    """Step 0 with given parameters and fresh optimiser moments."""
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: a step gives each away
+    return TrainState(step, params, optimizer.tx.init(params), objective_state, skipped)
+
+
+def gradients(
+    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int
+) -> tuple[Any, Any, Any, Metrics]:
+    """(loss, gradients, what the objective observed per sample, metrics) of a batch processed in `micro_batches` equal parts.
+
+    Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:
+    then the number of samples behind each loss is known, and the parts' gradients add up to the whole batch's exactly.
+    """
+    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    # Whole pictures come with some samples only; they serve `after_update`.
+    batch = {name: value for name, value in batch.items() if not name.startswith("whole/")}
+    if micro_batches == 1:
+        result = value_and_grad(state.params, state.objective_state, batch, keys, state.step, shared_key=shared_key)
+        (loss, (observed, metrics)), grads = result
+        return loss, grads, observed, metrics
+
+    split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
+    parts = jax.tree.map(split, (batch, keys))
+    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, part[0], part[1], state.objective_state, state.step), parts)
+    counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
+
+    def of_part(part: Any) -> Any:
+        (micro_batch, micro_keys), plan = part
+        result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts, shared_key)
+        (loss, (observed, metrics)), grads = result
+        return (loss, grads, metrics), observed
+
+    def add(total: Any, part: Any) -> Any:
+        sums, observed = of_part(part)
+        return jax.tree.map(jnp.add, total, sums), observed
+
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))[0]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (loss, grads, metrics), observed = jax.lax.scan(add, zeros, (parts, plans))
+    return loss, grads, jax.tree.map(join, observed), metrics
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    seed: int | Int[Array, ""],
+    micro_batches: int = 1,
+    loss_limit: Float[Array, ""] | None = None,
+    void: Bool[Array, ""] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
+
+    `batch`: a global batch. Step, data position and schedule advance on skipped steps too. `loss_limit`: a loss above it is
+    skipped like one that is not finite. `void`: where it is True the state comes back unchanged, its step and count included.
+    """
+    batch_size = next(value.shape[0] for name, value in batch.items() if not name.startswith("whole/"))
+    keys = sample_keys(seed, state.step, batch_size)
+    loss, grads, observed, metrics = gradients(state, batch, keys, step_key(seed, state.step), objective, micro_batches)
+    grad_norm = optax.tree.norm(grads)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if loss_limit is not None:
+        accepted &= loss <= loss_limit
+    advance = jnp.ones((), jnp.int32) if void is None else 1 - void.astype(jnp.int32)
+    accepted &= advance > 0
+
+    learning_rate = optimizer.schedule(state.step)
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, step=state.step)
+    params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+    objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics)
+    new = (params, opt_state, objective_state)
+    old = (state.params, state.opt_state, state.objective_state)
+    params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
+
+    one = jnp.ones(())
+    metrics = dict(metrics, loss=(loss, one), learning_rate=(learning_rate, one), grad_norm=(grad_norm, one))
+    metrics["skipped"] = (1.0 - accepted, one)
+    skipped = state.skipped + advance - accepted.astype(jnp.int32)
+    return TrainState(state.step + advance, params, opt_state, objective_state, skipped), metrics
