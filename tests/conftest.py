@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import logging
 import os
@@ -45,6 +46,25 @@ sys.meta_path[:] = [_WithoutTensorFlow if finder is importlib.machinery.PathFind
 def fixtures() -> pathlib.Path:
     """The directory of small recorded files that tests compare with."""
     return ROOT / "tests" / "fixtures"
+
+
+# Linux allows a process 65,530 memory maps, and each compiled program holds several: past that XLA dies of a segmentation fault.
+MAPS_BETWEEN_FILES = 10_000
+
+
+def memory_maps() -> int:
+    """How many memory maps this process holds; 0 where the system does not tell."""
+    listed = pathlib.Path("/proc/self/maps")
+    return listed.read_bytes().count(b"\n") if listed.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """After a file of tests, drops the compiled programs where there are many of them."""
+    yield
+    if memory_maps() > MAPS_BETWEEN_FILES:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
