@@ -30,7 +30,7 @@ help:
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
 demo: $(VENV)/.stamp-run
-	JAX_PLATFORMS=cpu $(BIN)/python -m maskvit.demo --workdir runs/demo
+	JAX_PLATFORMS=cpu $(BIN)/python -m maskvit demo --workdir runs/demo
 
 test: $(VENV)/.stamp-test $(if $(ORACLES),oracles)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)

@@ -1,37 +1,65 @@
-"""`python -m maskvit`: what there is, and `init`."""
+"""`python -m maskvit COMMAND`: all commands; without one, the list of them."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
-COMMANDS = (
-    ("python -m maskvit init DIR", "write a config file for your own data, after looking at them"),
-    ("python -m maskvit.data.builders folder --root DIR", "pack a folder of pictures; scenes: render a data set to try things on"),
-    ("python convert_torch_checkpoint.py --src FILE --dst DIR", "convert a PyTorch checkpoint; also back, and to say what a file is"),
-    ("python main.py --config=FILE.py --workdir=DIR", "train, resume or evaluate"),
-    ("python -m maskvit.features --checkpoint DIR --images DIR", "features of your own pictures"),
-    ("python -m maskvit.commands.report COMMAND", "pages: attention, decoder, masks, guidance, compare; rows: a table"),
-    ("python -m maskvit.commands.sweep --config FILE.py --out DIR", "a grid of runs, and a table of what differs"),
-    ("python -m maskvit.commands.maps --config FILE.py", "guidance maps of a whole data set"),
-    ("python -m maskvit.commands.bench", "time steps, the loader, guidance"),
-    ("python -m maskvit.commands.demo", "the main job in minutes, on one page"),
-)
+# name -> (module with `main(argv) -> exit status`, what it does, how it is used). A module is imported only when it runs.
+COMMANDS = {
+    "init": ("maskvit.commands.init.__main__", "write a config file for your own data, after looking at them", "DIR"),
+    "data": (
+        "maskvit.data.builders.__main__",
+        "pack a folder of pictures (folder), or render a data set to try things on (scenes)",
+        "folder --root DIR --data_dir DIR --name NAME",
+    ),
+    "convert": (
+        "maskvit.commands.convert",
+        "convert a PyTorch checkpoint; also back, and to say what a file is (convert_torch_checkpoint.py)",
+        "--src FILE --dst DIR",
+    ),
+    "train": ("maskvit.commands.train", "train, resume or evaluate (main.py)", "--config=FILE.py --workdir=DIR"),
+    "features": ("maskvit.features", "features of your own pictures", "--checkpoint DIR --images DIR --out FILE.npz"),
+    "report": (
+        "maskvit.commands.report.__main__",
+        "pages: attention, decoder, masks, guidance, compare; a table: rows",
+        "attention --checkpoint DIR --images DIR --out FILE.html",
+    ),
+    "sweep": ("maskvit.commands.sweep.__main__", "a grid of runs, and a table of what differs", "--config FILE.py --out DIR"),
+    "maps": ("maskvit.commands.maps", "guidance maps of a whole data set", "--config FILE.py"),
+    "bench": ("maskvit.commands.bench.__main__", "time steps, the loader, guidance or self-distillation", "step --batch 8"),
+    "demo": ("maskvit.commands.demo", "the main job in minutes, on one page", "--workdir DIR"),
+}
+
+
+def listing() -> str:
+    """The commands, two lines each."""
+    return "\n".join(f"  {name:<10}{what}\n{'':12}python -m maskvit {name} {usage}" for name, (_, what, usage) in COMMANDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`init`, or the list of commands; the exit status is 2 for an unknown one."""
+    """Run a command, or list them; the exit status is the command's, and 2 where there is none of that name."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["init"]:
-        from maskvit.commands.init.__main__ import main as init
-
-        return init(words[1:])
-    listed = "\n".join(f"  {start:<60}{what}" for start, what in COMMANDS)
-    if words and words[0] not in ("-h", "--help"):
-        print(f"error: python -m maskvit has no command {words[0]!r}. What there is:\n{listed}", file=sys.stderr)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"Each has --help.\n{listing()}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        print(f"error: python -m maskvit has no command {name!r}. What there is:\n{listing()}", file=sys.stderr)
         return 2
-    print(f"Each has --help.\n{listed}")
-    return 0
+    if name == "train":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in main.py: until a run listens itself, Ctrl-C ends the process at once
+    module, _, _ = COMMANDS[name]
+    return importlib.import_module(module).main(words[1:])
+
+
+def script() -> int:
+    """The console script: config files import `configs` from the folder it is started in, as they do under `python -m`."""
+    sys.path.insert(0, os.getcwd())
+    return main()
 
 
 if __name__ == "__main__":

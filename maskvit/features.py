@@ -1,6 +1,6 @@
 """Features of one's own pictures: open a checkpoint, read a folder, write an array.
 
-    python -m maskvit.features --checkpoint C --images DIR --out features.npz
+    python -m maskvit features --checkpoint C --images DIR --out features.npz
 
 The file holds `ids` (paths below DIR) and `features` (float32, one row per id) as .npz, or `features` with the ids in the
 metadata as .safetensors.
@@ -194,7 +194,7 @@ def write_features(path: Path, ids: Sequence[str], features: Float[np.ndarray, "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit status is 1 where a file was left out, 2 where nothing could be done."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.features", description="Features of one's own pictures.")
+    parser = argparse.ArgumentParser(prog="python -m maskvit features", description="Features of one's own pictures.")
     parser.add_argument("--checkpoint", required=True, help="a run's workdir, its checkpoints directory, or one step's directory")
     parser.add_argument("--images", required=True, help="folder of pictures; those in folders below it count too")
     parser.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(FORMATS)}")

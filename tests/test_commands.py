@@ -18,26 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import maskvit.commands.bench.__main__
-import maskvit.commands.demo
-import maskvit.commands.init.__main__
-import maskvit.commands.maps
-import maskvit.commands.report.__main__
-import maskvit.commands.sweep.__main__
-import maskvit.data.builders.__main__
-import maskvit.features
+from maskvit.__main__ import COMMANDS, main
 from maskvit.core.errors import EXPECTED
 from tests.runs import ROOT, small_run, write_config
 
+# The flags of train are absl's, one set per process: its mistakes are made in child processes below; those of convert in tests/convert.
 MAINS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "bench": maskvit.commands.bench.__main__.main,
-    "builders": maskvit.data.builders.__main__.main,
-    "demo": maskvit.commands.demo.main,
-    "features": maskvit.features.main,
-    "maps": maskvit.commands.maps.main,
-    "init": maskvit.commands.init.__main__.main,
-    "report": maskvit.commands.report.__main__.main,
-    "sweep": maskvit.commands.sweep.__main__.main,
+    name: importlib.import_module(module).main for name, (module, _, _) in COMMANDS.items() if name not in ("train", "convert")
 }
 MAPS = dict(
     data=dict(source="tfds", name="scenes", data_dir="nowhere"), modalities=dict(rgb={}), model=dict(checkpoint="nowhere"),
@@ -124,9 +111,9 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("init", ["nowhere"], "there is no folder nowhere"),
     ("init", ["empty"], "expected"),
     ("init", ["text.txt"], "there is no folder text.txt"),
-    ("builders", ["folder", "--root", "nowhere", "--name", "x", "--data_dir", "d"], "nowhere"),
-    ("builders", ["folder", "--root", "pictures", "--name", "x y", "--data_dir", "d", "--modalities", "rgb"], "'x y'"),
-    ("builders", ["folder", "--root", "pictures", "--name", "x", "--data_dir", "text.txt", "--modalities", "rgb"], "text.txt"),
+    ("data", ["folder", "--root", "nowhere", "--name", "x", "--data_dir", "d"], "nowhere"),
+    ("data", ["folder", "--root", "pictures", "--name", "x y", "--data_dir", "d", "--modalities", "rgb"], "'x y'"),
+    ("data", ["folder", "--root", "pictures", "--name", "x", "--data_dir", "text.txt", "--modalities", "rgb"], "text.txt"),
     ("bench", ["loader", "--data-dir", "nowhere"], "nowhere"),
     ("bench", ["guidance", "--no-time", "--checkpoint", "nowhere", "--images", "pictures", "--learn-from", "pictures"], "nowhere"),
     ("bench", ["guidance", "--no-time", "--scenes", "nowhere.pth"], "nowhere.pth"),
@@ -176,7 +163,7 @@ ARGPARSE = [
     ("bench", ["--steps", "0"], "--steps: 0 must be at least 1"),
     ("init", ["pictures", "--image_size", "0"], "--image_size: 0 must be at least 1"),
     ("maps", [], "--config"),
-    ("builders", ["folder"], "--root"),
+    ("data", ["folder"], "--root"),
 ]
 
 
@@ -224,6 +211,28 @@ def test_mistakes_at_main(arguments: list[str], message: str, here):
     assert sum(line.startswith("error: ") for line in lines) == 1
     assert all(line.startswith("  - ") for line in lines[1 + next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
     assert not list((here / "w").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "maskvit", "train"], ["-c", "import sys; from maskvit.__main__ import script; sys.exit(script())", "train"]]
+)
+def test_train_by_its_other_names(start, here):
+    """`python -m maskvit train` and the console script: the same mistakes, the same flags."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, cwd=here, env=environment, check=False)
+
+    child = run(RUN[0])
+    assert (child.returncode, child.stderr) == (2, "error: the flag --workdir is missing\n")
+    shown = run("--help")
+    assert "--workdir" in shown.stdout and "Train, continue or evaluate" in shown.stdout and not shown.stderr
+
+
+def test_convert_by_its_other_name(here, capsys):
+    assert main(["convert", "--src", "nowhere.pth"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 mistakes:") and "nowhere.pth: no such file" in error
 
 
 def test_main_shows_tracebacks_and_help_when_asked(here: Any):

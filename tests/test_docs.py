@@ -12,16 +12,16 @@ import sys
 
 import pytest
 
-import convert_torch_checkpoint
+from maskvit.__main__ import COMMANDS, main
 from tests.runs import ROOT
-from tests.test_commands import MAINS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "maskvit").rglob("*.py")), ROOT / "main.py"]
 # A line of shell, or of inline code, that starts one of ours; what follows it up to the end of the line or of the code.
-COMMAND = re.compile(r"python (?:-m (maskvit(?:\.[\w.]+)?)|(main\.py|convert_torch_checkpoint\.py))\b([^\n`|#\"]*)")
-PROGRAMS = {"maskvit.data.builders": "builders", "maskvit.commands.maps": "maps"}
-WITH_SUBCOMMAND = ("report", "builders")
+COMMAND = re.compile(r"python (?:-m (maskvit(?:\.[\w.]+| [a-z]+)?)|(main\.py|convert_torch_checkpoint\.py))(?![\w.])([^\n`|#\"]*)")
+# The two files that are commands too.
+FILES = {"main.py": "train", "convert_torch_checkpoint.py": "convert"}
+WITH_SUBCOMMAND = ("report", "data")
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -32,29 +32,21 @@ def commands() -> list[tuple[str, str, str]]:
         if path.suffix == ".py":
             text = "\n".join(re.findall(r'"""(.*?)"""', text, re.DOTALL))
         for match in COMMAND.finditer(text):
-            module = match[1] or match[2].removesuffix(".py")
-            arguments = match[3]
-            if module == "maskvit":
-                if not arguments.strip().startswith("init"):
-                    continue
-                module, arguments = "maskvit.commands.init", arguments.strip().removeprefix("init")
-            found.append((str(path.relative_to(ROOT)), PROGRAMS.get(module, module.removeprefix("maskvit.")), arguments))
+            program = FILES[match[2]] if match[2] else match[1].removeprefix("maskvit").lstrip()
+            if program:  # without one it is the list of commands
+                found.append((str(path.relative_to(ROOT)), program, match[3]))
     return found
 
 
 @functools.cache
 def known_flags(program: str, subcommand: str) -> frozenset[str]:
     """The flags that the help of a command lists."""
-    if program == "main":
-        said = subprocess.run(
-            [sys.executable, str(ROOT / "main.py"), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout
-        return frozenset(re.findall(r"--(?:\[no\])?([\w-]+)", said))
-    if program == "convert_torch_checkpoint":
-        return frozenset(re.findall(r"--([\w-]+)", convert_torch_checkpoint.parser().format_help()))
+    if program == "train":  # its flags are those of the process
+        said = subprocess.run([sys.executable, "-m", "maskvit", "train", "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
+        return frozenset(re.findall(r"--(?:\[no\])?([\w-]+)", said.stdout))
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        MAINS[program]([*([subcommand] if subcommand else []), "--help"])
+        assert main([program, *([subcommand] if subcommand else []), "--help"]) == 0, f"there is no command {program}"
     return frozenset(re.findall(r"--([\w-]+)", out.getvalue()))
 
 
@@ -82,5 +74,5 @@ def test_links_between_pages_lead_somewhere():
 def test_enough_is_found():
     """The pattern above sees them."""
     found = {program for _, program, _ in commands()}
-    assert found >= {*MAINS, "main", "convert_torch_checkpoint"} - {"demo"} and len(commands()) > 60
+    assert found >= {*COMMANDS} - {"demo"} and len(commands()) > 60
     assert pathlib.Path("docs/own_config.md") in [path.relative_to(ROOT) for path in PAGES]

@@ -1,4 +1,4 @@
-"""`maskvit.load` and `python -m maskvit.features`: a checkpoint and a folder in, features with ids out."""
+"""`maskvit.load` and `python -m maskvit features`: a checkpoint and a folder in, features with ids out."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 
 def builder_arguments(said: str) -> list[str]:
     """The arguments of the builder command that was printed."""
-    text = said.split("python -m maskvit.data.builders ")[1].split("python main.py")[0]
+    text = said.split("python -m maskvit data ")[1].split("python main.py")[0]
     return shlex.split(text.replace("\\\n", " "))
 
 
@@ -170,7 +170,7 @@ def test_other_modalities(here):
     assert data.modalities["depth"]["metres_per_count"] == 1 / 512 and any("its numbers are metres" in line for line in data.assumed)
     objective = build_objective(recipe(data, None, None).config)
     assert objective.model.inputs == ("rgb", "depth", "normals", "thermal")
-    assert build(shlex.split(data.commands[-1].replace("\\\n", " ").removeprefix("python -m maskvit.data.builders "))) == 0
+    assert build(shlex.split(data.commands[-1].replace("\\\n", " ").removeprefix("python -m maskvit data "))) == 0
 
 
 def test_names_of_files_are_text(here, capsys):
@@ -212,7 +212,7 @@ def test_mistakes_are_one_line(here, folder, capsys):
 def test_the_list_of_commands(capsys):
     assert main([]) == 0 and main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(start in said for start, _ in COMMANDS)
+    assert all(f"python -m maskvit {name} {usage}" in said and what in said for name, (_, what, usage) in COMMANDS.items())
     assert main(["initialise"]) == 2 and "has no command 'initialise'" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 """Maps of where a DINO ViT-B/16 looks: the class token's attention in the last block, mean over the heads.
 
 python convert_torch_checkpoint.py --src dino_vitbase16_pretrain.pth --dst checkpoints/dino_vitb16
-python -m maskvit.commands.maps --config configs/guidance/dino_attention_imagenet.py
+python -m maskvit maps --config configs/guidance/dino_attention_imagenet.py
 
 Cost of a picture: one pass of the ViT up to its last attention, about 33 GFLOP.
 The data set is that of the pretraining experiments; for another one

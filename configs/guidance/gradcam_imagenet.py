@@ -1,7 +1,7 @@
 """Grad-CAM maps of a ResNet-50 classifier, for the class that it predicts.
 
 python convert_torch_checkpoint.py --src resnet50-0676ba61.pth --dst checkpoints/resnet50
-python -m maskvit.commands.maps --config configs/guidance/gradcam_imagenet.py
+python -m maskvit maps --config configs/guidance/gradcam_imagenet.py
 
 Behind the last stage a map is 7 x 7 at 224 pixels; it is enlarged (bilinear) to the 14 x 14 tokens of a ViT with patches of 16.
 Cost of a picture: one pass of the network, about 8 GFLOP; the gradient is that of pooling and classifier alone.

@@ -1,7 +1,7 @@
 """TokenCut maps with a DINO ViT-B/16 for loss weights or masking scores: the best map of attention-guided MAE.
 
 python convert_torch_checkpoint.py --src dino_vitbase16_pretrain.pth --dst checkpoints/dino_vitb16
-python -m maskvit.commands.maps --config configs/guidance/tokencut_imagenet.py
+python -m maskvit maps --config configs/guidance/tokencut_imagenet.py
 
 Cost of a picture: one pass of the ViT up to its last keys (about 33 GFLOP) and the eigenvectors of a 196 x 196 matrix.
 The data set is that of the pretraining experiments; for another one

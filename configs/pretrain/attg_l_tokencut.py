@@ -1,6 +1,6 @@
 """AttG: MAE-L whose loss weighs a patch exp(g / 0.75), g from stored TokenCut maps; the published size. 800 epochs at batch 512.
 
-    python -m maskvit.commands.maps --config configs/guidance/tokencut_imagenet.py
+    python -m maskvit maps --config configs/guidance/tokencut_imagenet.py
     python main.py --config=configs/pretrain/attg_l_tokencut.py --workdir=runs/attg_l_tokencut
 
 Masking stays random: only the loss is weighted, from 1 on the background to 3.79 on the object. One A100 of 80 GB in the paper.

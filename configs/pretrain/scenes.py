@@ -1,6 +1,6 @@
 """How the demo's checkpoint was made: a small MultiMAE from scratch on 12,000 rendered scenes, random masking.
 
-python -m maskvit.data.builders scenes --data_dir data/scenes --num_train 12000 --num_val 1000
+python -m maskvit data scenes --data_dir data/scenes --num_train 12000 --num_val 1000
 python main.py --config=configs/pretrain/scenes.py --workdir=runs/scenes
 python convert_torch_checkpoint.py --src runs/scenes --dst assets/multimae_scenes.pth --to multimae
 """

@@ -1,8 +1,7 @@
 """Smoke experiments of self-distillation: one small model per method on rendered scenes, 16 to 28 minutes each on one CPU core.
 
-python -m maskvit.data.builders scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
-python -m maskvit.commands.sweep --config configs/sweeps/distillation_scenes.py \\
-    --seeds 3 --out runs/distillation_scenes --baseline untrained
+python -m maskvit data scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
+python -m maskvit sweep --config configs/sweeps/distillation_scenes.py --seeds 3 --out runs/distillation_scenes --baseline untrained
 
 The input is depth, where shape is in the open. k-NN reads the teacher; `untrained` is the network before the first step. What the
 first steps learn of a scene is its ground and walls, and k-NN falls; the kind of the nearest object comes later.

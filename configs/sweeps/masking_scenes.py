@@ -1,10 +1,10 @@
 """Smoke experiments: one small model per way of masking, on rendered scenes, a minute each on two CPU cores.
 
-python -m maskvit.data.builders scenes --data_dir data/masking_scenes --num_train 3000 --num_val 500
-python -m maskvit.commands.sweep --config configs/sweeps/masking_scenes.py --seeds 3 --out runs/masking_scenes \
+python -m maskvit data scenes --data_dir data/masking_scenes --num_train 3000 --num_val 500
+python -m maskvit sweep --config configs/sweeps/masking_scenes.py --seeds 3 --out runs/masking_scenes \
     --baseline random --controls low,random_map
-python -m maskvit.commands.report compare runs/masking_scenes --baseline random --out runs/masking_scenes/compare.html
-python -m maskvit.commands.report masks --config configs/sweeps/masking_scenes.py --checkpoint runs/masking_scenes/random/seed_0 \
+python -m maskvit report compare runs/masking_scenes --baseline random --out runs/masking_scenes/compare.html
+python -m maskvit report masks --config configs/sweeps/masking_scenes.py --checkpoint runs/masking_scenes/random/seed_0 \
     --split val --out runs/masking_scenes/masks.html
 
 Inputs are depth and rgb, and k-NN reads the depth tokens: in so few steps only depth, where shape is in the open, lets the

@@ -1,7 +1,7 @@
 """Smoke experiments: one small model per objective on the depth of rendered scenes, about four minutes each on one CPU core.
 
-python -m maskvit.data.builders scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
-python -m maskvit.commands.sweep --config configs/sweeps/objectives_scenes.py --seeds 3 --out runs/objectives_scenes --baseline untrained
+python -m maskvit data scenes --data_dir data/objectives_scenes --num_train 3000 --num_val 2000
+python -m maskvit sweep --config configs/sweeps/objectives_scenes.py --seeds 3 --out runs/objectives_scenes --baseline untrained
 
 The one input is depth: in so few steps only depth, where shape is in the open, lets k-NN rise above that of `untrained`, the
 network before the first step.

@@ -106,7 +106,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.commands.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m maskvit demo", description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="where data, runs and the page go")
     add_debug(parser)
     options = parser.parse_args(arguments)

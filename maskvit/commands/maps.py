@@ -1,6 +1,6 @@
 """Guidance maps for a whole data set, made once and stored beside it.
 
-    python -m maskvit.commands.maps --config configs/guidance/tokencut_imagenet.py
+    python -m maskvit maps --config configs/guidance/tokencut_imagenet.py
 
 A map source looks at every whole picture, squeezed to `image_size`, and the maps become a data set of their own
 (`maskvit.data.maps`), which `config.objective.guidance = dict(name="stored", path=<data_dir>/<name>)` reads. Finished parts lie
@@ -466,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config.to_dict())
 
     parser = argparse.ArgumentParser(
-        prog="python -m maskvit.commands.maps",
+        prog="python -m maskvit maps",
         description="Guidance maps of a whole data set, made once.",
         epilog="Any key of the config can be set with --config.key=value.",
     )

@@ -19,7 +19,7 @@ from maskvit.data import codec
 from maskvit.data.codec import RecordError
 from maskvit.data.sources import Source, TfdsSource, open_directory
 
-REMEDY = "make the maps with python -m maskvit.commands.maps for these data, or set config.objective.guidance.path to another map set"
+REMEDY = "make the maps with python -m maskvit maps for these data, or set config.objective.guidance.path to another map set"
 # What a manifest must hold.
 MANIFEST: dict[str, Any] = {"data": dict, "modalities": (list, tuple), "maps": int, "grid": (list, tuple), "without_map": int}
 PROBES = 8  # ids compared before the first batch

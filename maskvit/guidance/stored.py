@@ -29,7 +29,7 @@ def maps_to_tokens(maps: Float[Array, "b m h w"], layout: TokenLayout) -> Float[
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Source):
-    """Maps made beforehand (`python -m maskvit.commands.maps`), cropped and flipped with the picture.
+    """Maps made beforehand (`python -m maskvit maps`), cropped and flipped with the picture.
 
     `path`: the folder of the map set.
     """
@@ -43,7 +43,7 @@ class Stored(Source):
 
     def check(self, model: MultiMaeModel) -> None:
         if not self.path:
-            raise ValueError("config.objective.guidance.path is empty: give the folder of stored maps (python -m maskvit.commands.maps)")
+            raise ValueError("config.objective.guidance.path is empty: give the folder of stored maps (python -m maskvit maps)")
 
     def __call__(self, request: Request) -> Guidance:
         return maps_to_tokens(request.batch["guidance"], request.tokens.layout)

@@ -244,7 +244,7 @@ def test_maps_of_another_grid_or_other_modalities(map_set, tmp_path):
 
 
 def test_no_map_set(map_set, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no map set in .*nowhere: make the maps with python -m maskvit.commands.maps"):
+    with pytest.raises(FileNotFoundError, match="no map set in .*nowhere: make the maps with python -m maskvit maps"):
         start(str(tmp_path / "nowhere"))
     prepare("scenes", str(tmp_path), num_train=1, num_val=1, size=16)
     with pytest.raises(ValueError, match="scenes is a data set, but no map set"):

@@ -1,4 +1,4 @@
-"""`python -m maskvit.commands.maps`: a map per record, a stopped run goes on to the same bytes, and what is refused."""
+"""`python -m maskvit maps`: a map per record, a stopped run goes on to the same bytes, and what is refused."""
 
 from __future__ import annotations
 
@@ -370,7 +370,7 @@ def test_the_command_itself(checkpoint, data_dir, tmp_path):
     file = tmp_path / "x.py"
     settings = config(checkpoint, data_dir, tmp_path)
     file.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({settings!r})\n")
-    run = [sys.executable, "-m", "maskvit.commands.maps", f"--config={file}"]
+    run = [sys.executable, "-m", "maskvit", "maps", f"--config={file}"]
     child = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False)
     assert child.returncode == 0, child.stderr[-2000:]
     assert f"maps {RECORDS} records written to" in child.stdout

@@ -1,4 +1,4 @@
-"""How fast it is, and what cheap guidance is worth: `python -m maskvit.commands.bench [step|loader|guidance|distillation]`.
+"""How fast it is, and what cheap guidance is worth: `python -m maskvit bench [step|loader|guidance|distillation]`.
 
 `step` times whole train steps of MultiMAE on synthetic batches that lie on the device: random masks, attention-guided
 masks, and (where torch is installed) a torch model of the same sizes, in turns inside one run, so that a ratio holds

@@ -33,7 +33,7 @@ def comma_list(kind: Callable[[str], Any], known: Sequence[Any] | None = None) -
 def make_parser() -> argparse.ArgumentParser:
     """All that can be asked for."""
     parser = argparse.ArgumentParser(
-        prog="python -m maskvit.commands.bench", description="Times steps, the input pipeline, cheap guidance, or self-distillation."
+        prog="python -m maskvit bench", description="Times steps, the input pipeline, cheap guidance, or self-distillation."
     )
     parser.add_argument("what", nargs="?", choices=("step", "loader", "guidance", "distillation"), default="step")
     parser.add_argument("--batch", type=comma_list(whole()), default=[8], help="images per step over all devices; 64,256 times both")

@@ -154,7 +154,7 @@ def _from_folder(seen: Look, links: Mapping[str, str], root: str, data_dir: str,
     val = next((split for split in seen.splits if split != train), None)
     records = dict(seen.splits)
     words = [
-        "python -m maskvit.data.builders folder",
+        "python -m maskvit data folder",
         f"--root {shlex.quote(root)}",
         f"--data_dir {shlex.quote(data_dir)}",
         f"--name {name}",
@@ -389,7 +389,7 @@ def _picture(name: str, seen: Seen, given: Mapping[str, Any], guesses: list[tupl
 
 
 def builder_words(name: str, fields: Mapping[str, Any]) -> str:
-    """A modality as `python -m maskvit.data.builders folder --modalities` takes it."""
+    """A modality as `python -m maskvit data folder --modalities` takes it."""
     words = [name]
     for field in STATED:
         kind = fields.get("kind", "continuous")

@@ -1,1 +1,1 @@
-"""Pages and tables about checkpoints, strategies and runs: `python -m maskvit.commands.report COMMAND`, one file per command."""
+"""Pages and tables about checkpoints, strategies and runs: `python -m maskvit report COMMAND`, one file per command."""

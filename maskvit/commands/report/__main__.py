@@ -1,11 +1,11 @@
 """Reports.
 
-python -m maskvit.commands.report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
-python -m maskvit.commands.report rows --checkpoint C --data_dir D
-python -m maskvit.commands.report decoder --checkpoint C --images FILES_OR_FOLDER --out decoder.html
-python -m maskvit.commands.report compare RUN... --out compare.html
-python -m maskvit.commands.report masks --config FILE --out masks.html
-python -m maskvit.commands.report guidance --config FILE --out guidance.html
+python -m maskvit report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
+python -m maskvit report rows --checkpoint C --data_dir D
+python -m maskvit report decoder --checkpoint C --images FILES_OR_FOLDER --out decoder.html
+python -m maskvit report compare RUN... --out compare.html
+python -m maskvit report masks --config FILE --out masks.html
+python -m maskvit report guidance --config FILE --out guidance.html
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The commands; the exit status is 1 where something was left out, 2 where nothing could be done."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.commands.report", description="Pages and tables about checkpoints and runs.")
+    parser = argparse.ArgumentParser(prog="python -m maskvit report", description="Pages and tables about checkpoints and runs.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (module, words) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=words)

@@ -1,6 +1,6 @@
 """A grid of runs in one process, and a table of what came of it.
 
-    python -m maskvit.commands.sweep --config FILE --grid key=a,b --grid other.key=c,d --seeds 3 --out DIR
+    python -m maskvit sweep --config FILE --grid key=a,b --grid other.key=c,d --seeds 3 --out DIR
 
 Every cell of the grid is one experiment, trained once per seed in DIR/CELL/seed_N. What is finished is skipped, so the same
 command goes on where it was stopped. A config file may also define `get_sweep()`, which names cells that differ in several
@@ -74,7 +74,7 @@ def expected_seconds(cell: str, results: Sequence[Mapping[str, Any]]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit status is 2 where nothing could be done."""
-    parser = argparse.ArgumentParser(prog="python -m maskvit.commands.sweep", description="A grid of runs, resumable, and its table.")
+    parser = argparse.ArgumentParser(prog="python -m maskvit sweep", description="A grid of runs, resumable, and its table.")
     parser.add_argument("--config", required=True, help="config file; its get_sweep(), if any, names cells")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=A,B", help="a dotted config key and its values; repeatable")
     parser.add_argument("--seeds", type=whole(), default=1, help="runs per cell, under config.seed, config.seed + 1, ...")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     debug = arguments.pop("debug")
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: print(sweep(**arguments, command=" ".join(["python -m maskvit.commands.sweep", *words]))), debug)
+    return run_command(lambda: print(sweep(**arguments, command=" ".join(["python -m maskvit sweep", *words]))), debug)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Data sets we write ourselves: `scenes`, and a folder of pictures. TFDS builders, `array_record` files, no TensorFlow.
 
-`python -m maskvit.data.builders scenes --data_dir D` and `... folder --root R --data_dir D --name N` prepare them.
+`python -m maskvit data scenes --data_dir D` and `... folder --root R --data_dir D --name N` prepare them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m maskvit.data.builders scenes|folder ...`: prepare a data set."""
+"""`python -m maskvit data scenes|folder ...`: prepare a data set."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def parse_modalities(texts: list[str]) -> tuple[dict[str, known.Modality], list[
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     suppress: Any = argparse.SUPPRESS
-    top = argparse.ArgumentParser(prog="python -m maskvit.data.builders", description="Prepare a data set as TFDS array_record files.")
+    top = argparse.ArgumentParser(prog="python -m maskvit data", description="Prepare a data set as TFDS array_record files.")
     commands = top.add_subparsers(dest="builder", required=True)
     scenes = commands.add_parser("scenes", help="render the embedded data", description="Render scenes: rgb, depth, semseg and a class.")
     scenes.add_argument("--name", default=suppress, help="folder below --data_dir (scenes)")

@@ -68,7 +68,7 @@ class Look:
 
 
 def look(root: str, modalities: tuple[str, ...] = (), samples: int = 64) -> Look:
-    """Look at a folder <root>/[<split>/]<modality>/<class or "all">/<file> as `python -m maskvit.data.builders folder` reads it.
+    """Look at a folder <root>/[<split>/]<modality>/<class or "all">/<file> as `python -m maskvit data folder` reads it.
 
     Args:
       modalities: names of their folders; all that hold files that are read by default.
