@@ -13,14 +13,14 @@ from maskvit.core.flops import attention_flops
 from maskvit.core.keys import stream_keys
 from maskvit.core.types import Guidance, Params, TokenBatch, TokenLayout
 from maskvit.guidance.source import Request, Source
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 QUERIES = ("global", "mean")
 Heads = tuple[int, ...] | str | None
 
 
 def self_attention(
-    model: MultiMaeModel,
+    model: Network,
     params: Params,
     tokens: TokenBatch,
     query: str = "global",
@@ -109,7 +109,7 @@ class SelfAttention(Source):
     heads: Heads = None
     renormalise: bool = False
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         sizes = dict(model.encoder)
         where = "config.objective.guidance"
         if self.query not in QUERIES:
@@ -134,7 +134,7 @@ class SelfAttention(Source):
     def __call__(self, request: Request) -> Guidance:
         return self_attention(request.model, request.params, request.tokens, block=self.block, keys=request.keys, **self.reading)
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         return attention_flops(model, self.block, self.query == "global")
 
 
@@ -147,11 +147,11 @@ class TeacherAttention(SelfAttention):
 
     momentum: float = 0.996
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_momentum(self.momentum)
 
-    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> Params:
+    def init(self, model: Network, params: Params, num_records: int) -> Params:
         return jax.tree.map(jnp.array, encoder_params(params))
 
     def __call__(self, request: Request) -> Guidance:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from maskvit.core.flops import block_flops
 from maskvit.core.types import Guidance
 from maskvit.guidance.source import Request, Source
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 ITERATIONS = 60  # of the power method; the second eigenvector only has to tell two groups apart
 
@@ -64,7 +64,7 @@ class Bipartition(Source):
 
     block: int = -1
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         depth = dict(model.encoder)["depth"]
         if not -depth <= self.block < depth:
             raise ValueError(
@@ -74,12 +74,11 @@ class Bipartition(Source):
     def __call__(self, request: Request) -> Guidance:
         params, batch = jax.lax.stop_gradient(request.params), request.tokens
         stop = self.block % dict(request.model.encoder)["depth"] + 1
-        tokens, mask = request.model.append_global(params, batch.tokens, batch.present)
-        tokens = request.model.blocks(params, tokens, 0, stop, mask).astype(jnp.float32)
+        tokens = request.model.features(params, batch.tokens, (stop,), batch.present)[0].astype(jnp.float32)
         there = jnp.ones(batch.tokens.shape[:2], bool) if batch.present is None else batch.present
         return jnp.concatenate([jax.vmap(relevance)(tokens[:, s], there[:, s]) for s in batch.layout.spans()], axis=1)
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         sizes = dict(model.encoder)
         tokens = model.layout.num_tokens + model.num_global_tokens
         blocks = (self.block % sizes["depth"] + 1) * block_flops(tokens, sizes["width"], sizes.get("mlp_ratio", 4.0))

@@ -21,7 +21,7 @@ from maskvit.core.types import Guidance, TokenBatch, TokenLayout
 from maskvit.guidance.attention import SelfAttention, check_momentum
 from maskvit.guidance.errors import check_rebuilds_inputs
 from maskvit.guidance.source import Request, Source
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 Maps = Float[Array, "r m g g"]  # float16; NaN where a record's cell was never written
 
@@ -235,7 +235,7 @@ class ReusedAttention(SelfAttention):
     def whole_every(self) -> int:
         return self.every if self.view == "whole" else 0
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_momentum(self.momentum)
         check_grid("grid", self.grid)
@@ -244,7 +244,7 @@ class ReusedAttention(SelfAttention):
         if self.view not in VIEWS:
             raise ValueError(f"config.objective.guidance.view is {self.view!r}; known: {', '.join(VIEWS)}")
 
-    def init(self, model: MultiMaeModel, params: Any, num_records: int) -> Maps:
+    def init(self, model: Network, params: Any, num_records: int) -> Maps:
         return blank(num_records, model.layout, self.grid)
 
     def __call__(self, request: Request) -> Guidance:
@@ -272,7 +272,7 @@ class ReusedAttention(SelfAttention):
         """The memory after the exact scores of these crops (`standard_logs`) were seen."""
         return average_in(request.state, request, targets, self.momentum)
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         return (embed_flops(model) + super().flops(model)) / self.every
 
 
@@ -294,12 +294,12 @@ class AverageError(Source):
     batch_keys = ("index", "box", "flip")
     observes = True
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         check_rebuilds_inputs(model, "average_error")
         check_momentum(self.momentum)
         check_grid("grid", self.grid)
 
-    def init(self, model: MultiMaeModel, params: Any, num_records: int) -> Maps:
+    def init(self, model: Network, params: Any, num_records: int) -> Maps:
         return blank(num_records, model.layout, self.grid)
 
     def __call__(self, request: Request) -> Guidance:

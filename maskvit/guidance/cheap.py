@@ -31,8 +31,8 @@ from maskvit.guidance.canvas import (
     thinned,
 )
 from maskvit.guidance.source import Request
+from maskvit.heads.network import Network
 from maskvit.masking.plan import gather_tokens
-from maskvit.nn.backbone import MultiMaeModel
 
 __all__ = [
     "AverageError",
@@ -73,7 +73,7 @@ class CoarseAttention(SelfAttention):
 
     resolution: float = 0.75
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_share("resolution", self.resolution)
 
@@ -98,7 +98,7 @@ class CoarseAttention(SelfAttention):
         scores = per_modality(resample_scores, fine, scores, coarse)
         return per_modality_sum_one(scores, fine, request.tokens.present) if self.renormalise else scores
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         tokens = sum(rows * columns for rows, columns in map(self._grid, model.layout.grids))
         embedding = embed_flops(model) * tokens / model.layout.num_tokens
         return embedding + attention_flops(model, self.block, self.query == "global", tokens)
@@ -130,7 +130,7 @@ class SampledAttention(SelfAttention):
 
     share: float = 0.5
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_share("share", self.share)
 
@@ -155,7 +155,7 @@ class SampledAttention(SelfAttention):
         full = jnp.concatenate(spread, axis=1)
         return per_modality_sum_one(full, layout, present) if self.renormalise else full
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         return attention_flops(model, self.block, self.query == "global", sum(self._counts(model.layout)))
 
 
@@ -190,7 +190,7 @@ class MergedAttention(SelfAttention):
     share: float = 0.5
     after: int = 1
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_share("share", self.share)
         last = self.block % dict(model.encoder)["depth"]
@@ -203,8 +203,7 @@ class MergedAttention(SelfAttention):
     def __call__(self, request: Request) -> Guidance:
         model, params = request.model, jax.lax.stop_gradient(request.params)
         (tokens, layout, present), counts = request.tokens, self._counts(request.tokens.layout)
-        x, mask = model.append_global(params, jax.lax.stop_gradient(tokens), present)
-        x = model.blocks(params, x, 0, self.after, mask)
+        x = model.features(params, jax.lax.stop_gradient(tokens), (self.after,), present)[0]
         there = jnp.ones(tokens.shape[:2], bool) if present is None else present
         merged, exists, owners = [], [], []
         for span, count in zip(layout.spans(), counts, strict=True):
@@ -227,7 +226,7 @@ class MergedAttention(SelfAttention):
         full = jnp.concatenate(spread, axis=1)
         return per_modality_sum_one(full, layout, present) if self.renormalise else full
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         sizes, counts = dict(model.encoder), self._counts(model.layout)
         ratio, globals_ = sizes.get("mlp_ratio", 4.0), model.num_global_tokens
         before = self.after * block_flops(model.layout.num_tokens + globals_, sizes["width"], ratio)
@@ -267,13 +266,13 @@ def merge_tokens(
     return tokens, weights, owner
 
 
-def from_block(model: MultiMaeModel, params: Params, first: int) -> tuple[MultiMaeModel, Params]:
+def from_block(model: Network, params: Params, first: int) -> tuple[Network, Params]:
     """The encoder from block `first` on as a model of its own, which takes tokens with the global ones already behind them."""
     sizes = dict(model.encoder)
     names = [f"block_{i:02d}" for i in range(sizes["depth"])]
     encoder = {new: params["encoder"][old] for new, old in zip(names, names[first:], strict=False)}
     sizes["depth"] -= first
-    rest = dataclasses.replace(model, encoder=tuple(sorted(sizes.items())), num_global_tokens=0, num_classes=0)
+    rest = dataclasses.replace(model, encoder=tuple(sorted(sizes.items())), num_global_tokens=0, heads=())
     return rest, {"encoder": encoder}
 
 
@@ -312,7 +311,7 @@ class PredictedAttention(SelfAttention):
     def batch_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("index", "box", "flip") if self.grid else ()
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         super().check(model)
         check_momentum(self.momentum)
         check_momentum(self.map_momentum)
@@ -327,7 +326,7 @@ class PredictedAttention(SelfAttention):
         if self.ridge <= 0:
             raise ValueError(f"{WHERE}.ridge is {self.ridge}; it must be positive")
 
-    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> dict[str, Array]:
+    def init(self, model: Network, params: Params, num_records: int) -> dict[str, Array]:
         modalities, size = len(model.inputs), self._num_features(model)
         state = {
             "gram": jnp.zeros((modalities, size, size)),
@@ -336,7 +335,7 @@ class PredictedAttention(SelfAttention):
         }
         return state | ({"maps": blank(num_records, model.layout, self.grid)} if self.grid else {})
 
-    def _num_features(self, model: MultiMaeModel) -> int:
+    def _num_features(self, model: Network) -> int:
         products = 1 + bool(model.num_global_tokens) + bool(self.grid)
         return (2 + products) * model.width + (MAP_FEATURES if self.grid else 0) + 1
 
@@ -344,8 +343,8 @@ class PredictedAttention(SelfAttention):
         """Of every modality: (normed tokens on their grid, their mean and the normed global token, features of the record's map)."""
         model, params = request.model, jax.lax.stop_gradient(request.params)
         tokens, layout, present = request.tokens
-        x, mask = model.append_global(params, jax.lax.stop_gradient(tokens), present)
-        x = jax.nn.standardize(model.blocks(params, x, 0, self.after, mask).astype(jnp.float32), axis=-1, epsilon=1e-6)
+        x = model.features(params, jax.lax.stop_gradient(tokens), (self.after,), present)[0]
+        x = jax.nn.standardize(x.astype(jnp.float32), axis=-1, epsilon=1e-6)
         there = jnp.ones(tokens.shape[:2], bool) if present is None else present
         known = None
         if self.grid:
@@ -399,7 +398,7 @@ class PredictedAttention(SelfAttention):
             state["maps"] = average_in(state["maps"], request, targets, self.map_momentum)
         return state
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         sizes, size, tokens = dict(model.encoder), self._num_features(model), model.layout.num_tokens
         blocks = self.after * block_flops(tokens + model.num_global_tokens, sizes["width"], sizes.get("mlp_ratio", 4.0))
         # The samples with an exact pass go through the first blocks once more, for their features.

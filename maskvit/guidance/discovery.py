@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maskvit.core.types import Params, TokenBatch
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 
 def heaviest(weights: Float[Array, "*b n"], mass: float) -> Float[Array, "*b n"]:
@@ -20,7 +20,7 @@ def heaviest(weights: Float[Array, "*b n"], mass: float) -> Float[Array, "*b n"]
 
 
 def attention_map(
-    model: MultiMaeModel,
+    model: Network,
     params: Params,
     batch: TokenBatch,
     head: int | None = None,

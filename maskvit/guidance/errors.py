@@ -14,11 +14,11 @@ from maskvit.core.keys import stream_keys
 from maskvit.core.types import Guidance, Params, TokenLayout
 from maskvit.guidance.attention import check_momentum, moving_average
 from maskvit.guidance.source import Request, Source
+from maskvit.heads.network import Network
 from maskvit.masking.plan import show_all
-from maskvit.nn.backbone import MultiMaeModel
 
 
-def check_rebuilds_inputs(model: MultiMaeModel, name: str) -> None:
+def check_rebuilds_inputs(model: Network, name: str) -> None:
     """Raise unless every input is rebuilt, so that every token has an error."""
     rebuilt = {model.modality(output).name for output in model.outputs}
     missing = [modality for modality in model.inputs if modality not in rebuilt]
@@ -48,7 +48,7 @@ class ReconstructionError(Source):
 
     passes: int = 1
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         check_rebuilds_inputs(model, "reconstruction_error")
         if self.passes < 1:
             raise ValueError(f"config.objective.guidance.passes is {self.passes}; it must be at least 1")
@@ -61,7 +61,7 @@ class ReconstructionError(Source):
         mean = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
         return jax.lax.stop_gradient(fill_with_mean(mean, request.tokens.layout))
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         visible = model.layout.num_tokens // 6  # the usual share; the objective's own number is not known here
         return self.passes * (encoder_flops(model, visible) + sum(decoder_flops(model, output, visible) for output in model.outputs))
 
@@ -77,11 +77,11 @@ class PredictedError(Source):
     momentum: float = 0.999
     predicts_errors = True
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         check_rebuilds_inputs(model, "predicted_error")
         check_momentum(self.momentum)
 
-    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> Params:
+    def init(self, model: Network, params: Params, num_records: int) -> Params:
         return jax.tree.map(jnp.array, _predicting(model, params))
 
     def __call__(self, request: Request) -> Guidance:
@@ -97,7 +97,7 @@ class PredictedError(Source):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Params:
         return moving_average(request.state, _predicting(request.model, request.params), self.momentum)
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         tokens = model.layout.num_tokens
         heads = [f"error_{name}" for name in model.inputs]
         student = sum(3 * decoder_flops(model, head, tokens // 6) for head in heads)
@@ -105,13 +105,13 @@ class PredictedError(Source):
 
 
 def predict_errors(
-    model: MultiMaeModel, params: Params, memory: tuple[Float[Array, "b e d"], ...], plan: Any, layout: TokenLayout, masks_keys: bool
+    model: Network, params: Params, memory: tuple[Float[Array, "b e d"], ...], plan: Any, layout: TokenLayout, masks_keys: bool
 ) -> Float[Array, "b n"]:
     """How hard the model expects each token of the layout to be; only the order inside a modality means something."""
     parts = [model.decode(params, f"error_{name}", memory, plan, layout, masks_keys)[..., 0] for name in layout.names]
     return jnp.concatenate(parts, axis=1)
 
 
-def _predicting(model: MultiMaeModel, params: Params) -> Params:
+def _predicting(model: Network, params: Params) -> Params:
     heads = {f"error_{name}": params["outputs"][f"error_{name}"] for name in model.inputs}
     return {"outputs": heads, **{name: params[name] for name in ("inputs", "global_tokens", "encoder", "norm") if name in params}}

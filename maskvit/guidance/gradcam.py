@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maskvit.core.types import Params, TokenBatch
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 from maskvit.nn.encoder import Block
 from maskvit.nn.layers import apply, layer_norm
 from maskvit.nn.resnet import ResNet
@@ -47,9 +47,7 @@ def resnet_gradcam(
     return class_activation(model.features(params, values, stage), lambda x: model.logits(params, x, stage), classes)
 
 
-def vit_gradcam(
-    model: MultiMaeModel, params: Params, batch: TokenBatch, classes: Int[Array, " b"] | None = None
-) -> Float[Array, "b gh gw"]:
+def vit_gradcam(model: Network, params: Params, batch: TokenBatch, classes: Int[Array, " b"] | None = None) -> Float[Array, "b gh gw"]:
     """Grad-CAM of a fine-tuned ViT with one input, on the patch tokens behind the first norm of the last block.
 
     Behind the block itself the class token alone would have a gradient; before the norm a few large channels outweigh all others.
@@ -61,8 +59,8 @@ def vit_gradcam(
     sizes = dict(model.encoder)
     last = params["encoder"][f"block_{sizes['depth'] - 1:02d}"]
     block = Block(**{key: value for key, value in sizes.items() if key != "depth"})
-    tokens, mask = model.append_global(params, batch.tokens, batch.present)
-    tokens = model.blocks(params, tokens, 0, sizes["depth"] - 1, mask).astype(jnp.float32)
+    _, mask = model.append_global(params, batch.tokens, batch.present)
+    tokens = model.features(params, batch.tokens, (sizes["depth"] - 1,), batch.present)[0].astype(jnp.float32)
     normed = apply(layer_norm(jnp.float32), last["norm1"], tokens)
     grid, n = batch.layout.grids[0], batch.layout.num_tokens
 

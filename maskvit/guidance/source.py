@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int, Key, Num
 
 from maskvit.core.types import Batch, Guidance, Params, TokenBatch
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 
 class Request(NamedTuple):
@@ -20,7 +20,7 @@ class Request(NamedTuple):
     `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`).
     """
 
-    model: MultiMaeModel
+    model: Network
     params: Params
     state: Any
     tokens: TokenBatch
@@ -37,7 +37,7 @@ class Source:
     Attributes:
       batch_keys: what the batch must hold beside the modalities: "index", "box", "flip", "guidance".
       observes: whether `update` needs the step's own errors per token.
-      predicts_errors: whether the model must learn to predict its errors (`MultiMaeModel.error_outputs`).
+      predicts_errors: whether the model must learn to predict its errors (`Network.error_outputs`).
       whole_every: every how many samples the batch must hold the whole picture beside the crop; 0: never.
     """
 
@@ -59,10 +59,10 @@ class Source:
         """(ratio, ratio_var) of the block masks that the loader must deliver, if any."""
         return None
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         """Raise ValueError where the model cannot give what this source reads."""
 
-    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> Any:
+    def init(self, model: Network, params: Params, num_records: int) -> Any:
         """The memory at step 0; `num_records`: size of the training data, for what is kept per record."""
         return ()
 
@@ -77,6 +77,6 @@ class Source:
         """
         return request.state
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         """Arithmetic per image and step: the call and the update."""
         return 0.0

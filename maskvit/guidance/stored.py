@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from maskvit.core.keys import stream_keys
 from maskvit.core.types import Guidance, Params, TokenLayout
 from maskvit.guidance.source import Request, Source
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 
 def maps_to_tokens(maps: Float[Array, "b m h w"], layout: TokenLayout) -> Float[Array, "b n"]:
@@ -41,7 +41,7 @@ class Stored(Source):
     def maps(self) -> str | None:
         return self.path
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         if not self.path:
             raise ValueError("config.objective.guidance.path is empty: give the folder of stored maps (python -m maskvit maps)")
 
@@ -66,7 +66,7 @@ class BlockMask(Source):
     def blocks(self) -> tuple[Any, Any] | None:
         return self.ratio, self.ratio_var
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
             if not 0 <= ratio <= 1:
                 raise ValueError(f"config.objective.guidance.ratio is {self.ratio}; it must lie in 0 ... 1")
@@ -115,13 +115,13 @@ class RandomMap(Source):
     def blocks(self) -> tuple[Any, Any] | None:
         return self.of.blocks if self.of else None
 
-    def check(self, model: MultiMaeModel) -> None:
+    def check(self, model: Network) -> None:
         if self.of:
             self.of.check(model)
         elif not self.low < self.high:
             raise ValueError(f"config.objective.guidance: low {self.low} must be below high {self.high}")
 
-    def init(self, model: MultiMaeModel, params: Params, num_records: int) -> Any:
+    def init(self, model: Network, params: Params, num_records: int) -> Any:
         return self.of.init(model, params, num_records) if self.of else ()
 
     def __call__(self, request: Request) -> Guidance:
@@ -135,7 +135,7 @@ class RandomMap(Source):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Any:
         return self.of.update(request, step, errors) if self.of else ()
 
-    def flops(self, model: MultiMaeModel, batch: int = 1) -> float:
+    def flops(self, model: Network, batch: int = 1) -> float:
         return self.of.flops(model, batch) if self.of else 0.0
 
 

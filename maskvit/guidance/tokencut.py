@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from maskvit.core.types import Params, TokenBatch
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 
 FEATURES = ("keys", "keys_without_bias", "tokens")
 GRAPHS = ("binary", "cosine")
@@ -145,7 +145,7 @@ def bounding_box(mask: Bool[np.ndarray, "gh gw"], patch: int, image_size: tuple[
 
 
 def patch_features(
-    model: MultiMaeModel,
+    model: Network,
     params: Params,
     batch: TokenBatch,
     features: str = "keys_without_bias",
@@ -167,8 +167,7 @@ def patch_features(
     if not -depth <= block < depth:
         raise ValueError(f"block is {block}; the encoder has blocks 0 ... {depth - 1} (or -1 for the last)")
     if features == "tokens":
-        tokens, mask = model.append_global(params, batch.tokens, batch.present)
-        found = model.blocks(params, tokens, 0, block % depth + 1, mask)
+        found = model.features(params, batch.tokens, (block % depth + 1,), batch.present)[0]
         found = model.normed(params, found) if block % depth == depth - 1 else found
     else:
         found = model.key_features(params, batch, block, bias=features == "keys")
@@ -176,7 +175,7 @@ def patch_features(
 
 
 def tokencut_map(
-    model: MultiMaeModel,
+    model: Network,
     params: Params,
     batch: TokenBatch,
     features: str = "keys_without_bias",

@@ -161,8 +161,9 @@ def crossmae_features(
     return (0, *chosen) if use_input is None or use_input else tuple(chosen)
 
 
-def _crossmae(
-    *, width: int = 0, depth: int = 0, heads: int = 0, mlp_ratio: float | int = 4.0, features: str | tuple[int, ...] = "all",
-    use_input: bool | None = None, weighted: bool = True, self_attention: bool = False,
-) -> None:  # fmt: skip
-    """What the block of a `crossmae` decoder may hold."""
+def crossmae_options(
+    encoder_depth: int, *, width: int = 0, depth: int = 0, heads: int = 0, mlp_ratio: float | int = 4.0,
+    features: str | tuple[int, ...] = "all", use_input: bool | None = None, weighted: bool = True, self_attention: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """What the block of a `crossmae` decoder may hold; gives the features that it reads."""
+    return {"features": crossmae_features(encoder_depth, weighted, features, use_input)}

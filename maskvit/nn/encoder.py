@@ -129,59 +129,46 @@ class Encoder(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "depth two b"] | None = None
     ) -> Float[Array, "b n d"]:
-        return self.blocks(x, 0, self.depth, mask, branches)
+        return self.features(x, (self.depth,), mask, branches)[0]
 
-    def blocks(
+    def features(
         self,
         x: Float[Array, "b n d"],
-        start: int,
-        stop: int,
+        layers: tuple[int, ...],
         mask: Bool[Array, "b n"] | None = None,
         branches: Float[Array, "depth two b"] | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Blocks start ... stop - 1 only."""
+    ) -> tuple[Float[Array, "b n d"], ...]:
+        """Those in `layers` of f_0 (what enters block 0), f_1, ... f_depth (what leaves each block), ascending; no later block is run.
+
+        `branches`: `drop_path`.
+        """
         x = x.astype(self.dtype)
-        for i in range(start, stop):
+        found = [x] if 0 in layers else []
+        for i in range(max(layers)):
             x = getattr(self, f"block_{i:02d}")(x, mask, None if branches is None else branches[i])
-        return x
+            found += [x] if i + 1 in layers else []
+        return tuple(found)
 
     def with_attention(
         self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b a q n"]]:
         """All blocks, and the last one's attention of the tokens in `queries`, in one pass."""
-        x = self.blocks(x, 0, self.depth - 1, mask)
-        return getattr(self, f"block_{self.depth - 1:02d}").with_attention(x, queries, mask)
-
-    def features(
-        self, x: Float[Array, "b n d"], wanted: tuple[int, ...], mask: Bool[Array, "b n"] | None = None
-    ) -> tuple[Float[Array, "b n d"], ...]:
-        """The wanted ones of f_0 (what enters block 0), f_1, ... f_depth (what leaves each block), in ascending order."""
-        x = x.astype(self.dtype)
-        found = [x] if 0 in wanted else []
-        for i in range(max(wanted)):
-            x = getattr(self, f"block_{i:02d}")(x, mask)
-            found += [x] if i + 1 in wanted else []
-        return tuple(found)
+        last = self.depth - 1
+        return getattr(self, f"block_{last:02d}").with_attention(self.features(x, (last,), mask)[0], queries, mask)
 
     def attention(
-        self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None, start: int = 0
+        self, x: Float[Array, "b n d"], queries: slice, block: int, mask: Bool[Array, "b n"] | None = None
     ) -> Float[Array, "b a q n"]:
-        """The attention of block `block` (negative counts from the end) on tokens as block `start` finds them; no work beyond."""
+        """The attention of block `block` (negative counts from the end), and no work beyond it."""
         block %= self.depth
-        x = self.blocks(x, start, block, mask)
-        return getattr(self, f"block_{block:02d}").attention(x, queries, mask)
+        return getattr(self, f"block_{block:02d}").attention(self.features(x, (block,), mask)[0], queries, mask)
 
     def key_features(self, x: Float[Array, "b n d"], block: int, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
-        """The keys of block `block` (negative counts from the end); later work is not computed."""
+        """The keys of block `block` (negative counts from the end), and no work beyond them."""
         block %= self.depth
-        return getattr(self, f"block_{block:02d}").key_features(self.blocks(x, 0, block, mask))
+        return getattr(self, f"block_{block:02d}").key_features(self.features(x, (block,), mask)[0])
 
     def attentions(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> list[Float[Array, "b a n n"]]:
         """The attention maps of every block, for pictures and rollout."""
-        x = x.astype(self.dtype)
-        maps = []
-        for i in range(self.depth):
-            block = getattr(self, f"block_{i:02d}")
-            maps.append(block.attention(x, slice(None), mask))
-            x = block(x, mask)
-        return maps
+        entering = self.features(x, tuple(range(self.depth)), mask)
+        return [getattr(self, f"block_{i:02d}").attention(h, slice(None), mask) for i, h in enumerate(entering)]

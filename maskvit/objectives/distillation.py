@@ -24,10 +24,12 @@ from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, Guidance, Metrics, Params, TokenLayout
 from maskvit.guidance import build_source
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
+from maskvit.heads.network import Network
+from maskvit.heads.prototypes import redraw
 from maskvit.losses.distillation import across_views, at_masked_tokens, distillation_targets
 from maskvit.losses.weights import cosine_between
 from maskvit.masking.scores import SCORES, hint_reveals
-from maskvit.nn.backbone import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.multimae import Duration, ToSteps, check_inputs, resolved
 from maskvit.objectives.values import Prepared, prepare
@@ -122,7 +124,7 @@ class Distillation:
     State: "teacher" (parameters without `mask_embed`), "center" (k,) and "patch_center" (k,), running means of its logits.
     """
 
-    model: MultiMaeModel
+    model: Network
     masking: Masking | None = None
     scores: tuple[Any, tuple[tuple[str, Any], ...]] = (SCORES["random"], ())
     guidance: BlockMask | None = None
@@ -149,7 +151,7 @@ class Distillation:
 
     def init(self, key: Key[Array, ""], num_records: int = 1) -> tuple[Params, Any]:
         """Fresh parameters and the state that goes with them."""
-        params = self.model.init(key)
+        params = redraw(self.model.init(key), jax.random.fold_in(key, 3))
         return params, self.init_state(params, num_records)
 
     def init_state(self, params: Params, num_records: int = 1) -> dict[str, Any]:
@@ -505,26 +507,22 @@ def _model(
     compute_dtype: str,
     remat: bool,
     mask_embed: bool,
-) -> MultiMaeModel:
+) -> Network:
     check_inputs(modalities, inputs)
-    if compute_dtype not in DTYPES:
-        raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     sizes = encoder_sizes(encoder)
     check_arguments("config.objective.projection", projection_sizes, projection)
     head = projection_sizes(**projection)
-    model = MultiMaeModel(
+    model = Network(
         modalities=tuple(modalities[name] for name in inputs),
         inputs=tuple(inputs),
-        outputs=(),
         image_size=image_size,
         encoder=tuple(sorted(sizes.items())),
-        decoder=(),
         compute_dtype=compute_dtype,
         remat=remat,
         final_norm=True,
         positions="learned",
         mask_embed=mask_embed,
-        projection=tuple(sorted(head.items())),
+        heads=(("projection", tuple(sorted(head.items()))),),
     )
     for spec in model.modalities:
         spec.size(model.image_size)
@@ -543,7 +541,7 @@ def projection_sizes(
     return {**sizes, "fixed_scale": fixed_scale}
 
 
-def _checked(model: MultiMaeModel, **fields: Any) -> Distillation:
+def _checked(model: Network, **fields: Any) -> Distillation:
     """The objective, or an error about a number that cannot be."""
     for name, low, high in (("teacher_momentum", 0, 1), ("center_momentum", 0, 1), ("drop_path", 0, 1)):
         if not low <= fields[name] < high:

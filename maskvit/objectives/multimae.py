@@ -23,13 +23,14 @@ from maskvit.core.types import Batch, Guidance, MaskPlan, Metrics, Params, Queri
 from maskvit.guidance import GUIDANCE, Request, Source, build_source
 from maskvit.guidance.errors import predict_errors
 from maskvit.heads import decoder_arguments
+from maskvit.heads.network import Network
 from maskvit.losses.pixels import PIXEL_LOSSES, masked_mean, normalize_patches
 from maskvit.losses.ranking import ranking_loss
 from maskvit.losses.weights import cosine_between, guidance_weights
 from maskvit.masking.budgets import BUDGETS
 from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.masking.scores import GUIDED_SCORES, SCORES, random_scores
-from maskvit.nn.backbone import DTYPES, MultiMaeModel, encoder_sizes
+from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives.values import Prepared, check_targets, prepare
 
 Duration = str | int | float
@@ -141,7 +142,7 @@ class MultiMae:
     adaptive budget).
     """
 
-    model: MultiMaeModel
+    model: Network
     num_visible: int
     scores: tuple[Any, tuple[tuple[str, Any], ...]]
     budget: tuple[Any, tuple[tuple[str, Any], ...]]
@@ -575,11 +576,9 @@ def multimae(
             raise ValueError(f"config.objective.outputs names {name!r}; known: {known}")
         if name != base and modalities[base].kind == "categorical":
             raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalised per patch")
-    if compute_dtype not in DTYPES:
-        raise ValueError(f"config.objective.compute_dtype is {compute_dtype!r}; known: {', '.join(DTYPES)}")
     used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
     decoder_name, sizes = decoder_arguments(decoder or {}, encoder_sizes(encoder)["depth"])
-    model = MultiMaeModel(
+    model = Network(
         modalities=tuple(used),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
@@ -590,7 +589,7 @@ def multimae(
         compute_dtype=compute_dtype,
         remat=remat,
         final_norm=final_norm,
-        num_classes=num_classes,
+        heads=(("head", (("num_classes", num_classes),)),) if num_classes else (),
         pool=pool,
         decoder_name=decoder_name,
         positions=positions,

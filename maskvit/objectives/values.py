@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Num
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify
 from maskvit.core.types import Batch
+from maskvit.heads.network import Network
 from maskvit.losses.pixels import standardize_trimmed
-from maskvit.nn.backbone import MultiMaeModel
 
 
 class Prepared(NamedTuple):
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
         return {name: self.values[name] for name in names if name in self.values}
 
 
-def prepare(model: MultiMaeModel, batch: Batch) -> Prepared:
+def prepare(model: Network, batch: Batch) -> Prepared:
     """Normalise what the loader delivers; depth is standardised per sample over its valid pixels.
 
     Raises ValueError for arrays of another form than the modality's, and for a batch that has none of the model's modalities.
@@ -86,7 +86,7 @@ def check_values(spec: Modality, stored: Any) -> None:
         raise ValueError(f"{where} is {shape[1]} x {shape[2]} pixels, which do not divide into tokens of {patch} x {patch}")
 
 
-def check_targets(model: MultiMaeModel, prepared: Prepared) -> None:
+def check_targets(model: Network, prepared: Prepared) -> None:
     """Raise ValueError where a batch lacks what an output of the model is compared with."""
     for output in (*model.outputs, *model.error_outputs):
         name = model.modality(output).name
@@ -101,7 +101,7 @@ def _names(batch: Mapping[str, Any]) -> str:
     return ", ".join(batch) or "nothing"
 
 
-def _samples_with(model: MultiMaeModel, batch: Batch, name: str) -> Bool[Array, " b"] | None:
+def _samples_with(model: Network, batch: Batch, name: str) -> Bool[Array, " b"] | None:
     """Which samples have a modality; None where all do."""
     if "present" not in batch:
         return None
@@ -110,7 +110,7 @@ def _samples_with(model: MultiMaeModel, batch: Batch, name: str) -> Bool[Array, 
     return batch["present"][:, column] if column < batch["present"].shape[1] else None
 
 
-def _present_tokens(model: MultiMaeModel, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:
+def _present_tokens(model: Network, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:
     """Tokens of the inputs that have at least one valid pixel."""
     names = [name for name in model.inputs if name in values]
     if not any(name in valid for name in names):

@@ -13,7 +13,7 @@ from maskvit import convert
 from maskvit.convert import opening
 from maskvit.convert.reader import ConversionError
 from maskvit.core.types import TokenBatch, tree_paths
-from maskvit.nn.backbone import MultiMaeModel
+from maskvit.heads.network import Network
 from tests.guidance.real_photos import saliency_vit
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 12, 2, 3, 4, 4
@@ -196,9 +196,9 @@ def test_trees_of_own_models_hold_what_the_config_says(imported):
     fresh = jax.eval_shape(model.init, jax.random.key(0))
     assert {k: v.shape for k, v in tree_paths(fresh).items()} == {k: v.shape for k, v in tree_paths(params).items()}
     with pytest.raises(ValueError, match="pool is 'cls'; known: global, mean"):
-        MultiMaeModel(model.modalities, ("rgb",), (), (16, 16), model.encoder, (), pool="cls")
+        Network(model.modalities, ("rgb",), (16, 16), model.encoder, pool="cls")
     with pytest.raises(ValueError, match="no global token"):
-        MultiMaeModel(model.modalities, ("rgb",), (), (16, 16), model.encoder, (), num_global_tokens=0, num_classes=3)
+        Network(model.modalities, ("rgb",), (16, 16), model.encoder, num_global_tokens=0, heads=(("head", (("num_classes", 3),)),))
 
 
 def test_the_mean_is_over_patches_alone(imported):

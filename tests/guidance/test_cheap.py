@@ -157,8 +157,7 @@ def test_absent_tokens_change_no_mean():
 
 def test_the_later_blocks_are_a_model_of_their_own(objective, params, request_of):
     tokens = request_of(tiny_batch(2)).tokens
-    x, _ = objective.model.append_global(params, tokens.tokens)
-    x = objective.model.blocks(params, x, 0, 2)
+    x = objective.model.features(params, tokens.tokens, (2,))[0]
     rest, rest_params = from_block(objective.model, params, 2)
     found = rest.attention(rest_params, tokens._replace(tokens=x), slice(48, None))
     np.testing.assert_allclose(found, objective.model.attention(params, tokens, slice(48, None)), rtol=1e-4, atol=1e-7)

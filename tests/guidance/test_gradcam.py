@@ -184,7 +184,7 @@ def test_models_without_a_classifier():
     batch = model.embed(params, {"rgb": jnp.zeros((1, 32, 32, 3))})
     with pytest.raises(ValueError, match="num_classes is 0"):
         vit_gradcam(model, params, batch)
-    both = dataclasses.replace(model, num_classes=3)
+    both = dataclasses.replace(model, heads=(("head", (("num_classes", 3),)),))
     batch = both.embed(params, {"rgb": jnp.zeros((1, 32, 32, 3)), "depth": jnp.zeros((1, 32, 32, 1))})
     with pytest.raises(ValueError, match="reads one input, but this model has rgb, depth"):
         vit_gradcam(both, params, batch)

@@ -15,8 +15,9 @@ from configs import common
 from maskvit import features
 from maskvit.core.keys import sample_keys, step_key
 from maskvit.core.types import TokenLayout, tree_paths
+from maskvit.heads.network import Network
 from maskvit.masking.scores import SCORES
-from maskvit.nn.backbone import MultiMaeModel, count_parameters, frozen_mask
+from maskvit.nn.backbone import count_parameters, frozen_mask
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives import build_objective
 from maskvit.objectives.distillation import Masking, choose_hidden, teacher_params
@@ -58,7 +59,7 @@ def test_teacher_looks_first_and_once_and_only_large_views_are_masked(monkeypatc
     calls = []
 
     def recording(name):
-        original = getattr(MultiMaeModel, name)
+        original = getattr(Network, name)
 
         def call(self, params, values, *arguments, **keywords):
             who = "student" if "mask_embed" in params["inputs"]["rgb"] else "teacher"
@@ -66,7 +67,7 @@ def test_teacher_looks_first_and_once_and_only_large_views_are_masked(monkeypatc
             calls.append((who, name, values["rgb"].shape[1] if name == "embed" else values.shape[1], masked is not None))
             return original(self, params, values, *arguments, **keywords)
 
-        monkeypatch.setattr(MultiMaeModel, name, call)
+        monkeypatch.setattr(Network, name, call)
 
     for name in ("embed", "encode", "encode_with_attention"):
         recording(name)
@@ -87,14 +88,14 @@ def test_masks_come_from_the_teachers_attention(monkeypatch):
     params, state = init(jax.random.key(0))
     state["teacher"] = init(jax.random.key(7))[1]["teacher"]
     seen = {}
-    original = MultiMaeModel.embed
+    original = Network.embed
 
     def embed(self, params, values, present=None, masked=None):
         if masked is not None:
             seen["values"], seen["masked"] = values, masked
         return original(self, params, values, present, masked)
 
-    monkeypatch.setattr(MultiMaeModel, "embed", embed)
+    monkeypatch.setattr(Network, "embed", embed)
     keys = keys_of(4)
     seen.update(jax.jit(lambda p, s: (objective.loss(p, s, views(), keys, jnp.int32(0)), dict(seen))[1])(params, state))
 
