@@ -12,7 +12,7 @@ from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys
 from maskvit.nn.backbone import frozen_mask
-from maskvit.objectives.multimae import MultiMae
+from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import adamw
 from maskvit.sharding import (
@@ -30,7 +30,7 @@ from maskvit.training.step import init_state, train_step
 STEPS = 20
 
 
-def run(objective: MultiMae, devices: int) -> tuple[list[float], np.ndarray]:
+def run(objective: MaskedAutoencoder, devices: int) -> tuple[list[float], np.ndarray]:
     """(losses of 20 steps at learning rate 1e-4, what is hidden at step 0) on that many devices."""
     mesh = make_mesh(jax.devices()[:devices])
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))

@@ -12,7 +12,7 @@ from tiny import GUIDED, RANDOM, counting, on_device, tiny_batch, tiny_objective
 from maskvit.core.keys import sample_keys, step_key
 from maskvit.core.types import TrainState, tree_paths
 from maskvit.nn.backbone import frozen_mask
-from maskvit.objectives.multimae import MultiMae
+from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import Optimizer, adamw
 from maskvit.training.step import gradients, init_state, train_step
@@ -21,16 +21,16 @@ from maskvit.training.step import gradients, init_state, train_step
 OUTPUTS = ("rgb", "semseg")
 
 
-def small_objective(**objective: Any) -> MultiMae:
+def small_objective(**objective: Any) -> MaskedAutoencoder:
     return tiny_objective(outputs=OUTPUTS, **objective)
 
 
-def optimizer_for(objective: MultiMae, peak: float = 1e-3, **arguments: Any) -> Optimizer:
+def optimizer_for(objective: MaskedAutoencoder, peak: float = 1e-3, **arguments: Any) -> Optimizer:
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     return adamw(shapes, frozen_mask(shapes), Cosine(peak=peak, total=1000), **arguments)
 
 
-def fresh_state(objective: MultiMae, optimizer: Optimizer) -> TrainState:
+def fresh_state(objective: MaskedAutoencoder, optimizer: Optimizer) -> TrainState:
     return jax.jit(lambda: init_state(objective, optimizer, 0))()
 
 
@@ -156,7 +156,7 @@ def test_randomness_follows_seed_and_step():
 # Compute types
 
 
-def gradients_of(objective: MultiMae, state: TrainState) -> tuple[float, dict[str, np.ndarray]]:
+def gradients_of(objective: MaskedAutoencoder, state: TrainState) -> tuple[float, dict[str, np.ndarray]]:
     compiled = jax.jit(lambda state, batch: gradients(state, batch, sample_keys(0, 0, 8), step_key(0, 0), objective, 1))
     loss, grads, _, _ = compiled(state, on_device(tiny_batch(8)))
     return float(loss), {name: np.asarray(value) for name, value in tree_paths(grads).items()}

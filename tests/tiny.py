@@ -11,7 +11,7 @@ import numpy as np
 
 from maskvit.core.types import Batch
 from maskvit.objectives import build_objective
-from maskvit.objectives.multimae import MultiMae
+from maskvit.objectives.masked import MaskedAutoencoder
 
 MODALITIES: dict[str, dict[str, Any]] = {
     "rgb": dict(channels=3, patch=8, loss="mse", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
@@ -35,7 +35,7 @@ def tiny_config(modalities: dict[str, dict[str, Any]] | None = None, **objective
     return dict(image_size=(32, 32), modalities=copy.deepcopy(modalities or MODALITIES), objective={**block, **objective})
 
 
-def tiny_objective(modalities: dict[str, dict[str, Any]] | None = None, **objective: Any) -> MultiMae:
+def tiny_objective(modalities: dict[str, dict[str, Any]] | None = None, **objective: Any) -> MaskedAutoencoder:
     """The objective of `tiny_config`."""
     return build_objective(tiny_config(modalities, **objective))
 

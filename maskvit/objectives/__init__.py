@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from maskvit.core.configuration import check_arguments, hashable, look_up
 from maskvit.core.modalities import parse_modalities
 from maskvit.objectives.distillation import dino, ibot
-from maskvit.objectives.mae import crossmae, mae
-from maskvit.objectives.multimae import multimae
+from maskvit.objectives.methods import crossmae, mae, multimae
 
 
 @runtime_checkable

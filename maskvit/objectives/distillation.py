@@ -31,8 +31,8 @@ from maskvit.losses.weights import cosine_between
 from maskvit.masking.scores import SCORES, hint_reveals
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
-from maskvit.objectives.multimae import Duration, ToSteps, check_inputs, resolved
-from maskvit.objectives.values import Prepared, prepare
+from maskvit.objectives.options import Duration, ToSteps, check_inputs, resolved
+from maskvit.objectives.values import Prepared, pooled_features, prepare
 
 GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
@@ -250,15 +250,7 @@ class Distillation:
 
         Without a state `params` are the teacher's, as they are where a checkpoint is opened for use.
         """
-        teacher = state["teacher"] if state else params
-        names = inputs or self.model.inputs[:1]
-        prepared = prepare(self.model, {key: value for key, value in batch.items() if key in names or key == "present"})
-        tokens = self.model.embed(teacher, prepared.values_of(names), prepared.present)
-        encoded = self.model.encode(teacher, tokens.tokens, tokens.present).astype(jnp.float32)
-        n = tokens.layout.num_tokens
-        weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
-        mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-        return {"mean": mean, "global": encoded[:, n]}
+        return pooled_features(self.model, state["teacher"] if state else params, batch, inputs)
 
     def visualize(
         self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: Any = None, step: Int[Array, ""] | int = 0

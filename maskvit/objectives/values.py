@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify
-from maskvit.core.types import Batch
+from maskvit.core.types import Batch, Params
 from maskvit.heads.network import Network
 from maskvit.losses.pixels import standardize_trimmed
 
@@ -71,6 +71,21 @@ def prepare(model: Network, batch: Batch) -> Prepared:
             restore[spec.name] = mean, deviation
         values[spec.name] = scaled if there is None else jnp.where(there, scaled, 0)
     return Prepared(values, valid, restore, _present_tokens(model, values, valid))
+
+
+def pooled_features(model: Network, params: Params, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
+    """Features of an unmasked pass over `inputs` (the first input modality alone unless given).
+
+    "mean": mean of the patch tokens present of those modalities; "global": the (first) global token, where there is one.
+    """
+    names = inputs or model.inputs[:1]
+    prepared = prepare(model, {key: value for key, value in batch.items() if key in names or key == "present"})
+    tokens = model.embed(params, prepared.values_of(names), prepared.present)
+    encoded = model.encode(params, tokens.tokens, tokens.present).astype(jnp.float32)
+    n = tokens.layout.num_tokens
+    weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
+    mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+    return {"mean": mean} | ({"global": encoded[:, n]} if model.num_global_tokens else {})
 
 
 def check_values(spec: Modality, stored: Any) -> None:

@@ -15,7 +15,7 @@ from maskvit.core.types import TokenBatch
 from maskvit.guidance.attention import self_attention
 from maskvit.masking.plan import predicted_mask
 from maskvit.objectives import build_objective
-from maskvit.objectives.multimae import MultiMae
+from maskvit.objectives.masked import MaskedAutoencoder
 
 WITH_MISSING = {**MODALITIES, "depth": {**MODALITIES["depth"], "missing": 0.0}, "semseg": {**MODALITIES["semseg"], "missing": 255}}
 
@@ -26,7 +26,7 @@ def params():
 
 
 @functools.cache
-def everything(objective: MultiMae):
+def everything(objective: MaskedAutoencoder):
     """A function of (params, batch, keys): plan, predictions, loss sums (numerators and counts)."""
 
     @jax.jit
@@ -41,7 +41,7 @@ def everything(objective: MultiMae):
 
 
 @functools.cache
-def loss_and_gradients(objective: MultiMae):
+def loss_and_gradients(objective: MaskedAutoencoder):
     """A function of (params, batch, keys)."""
 
     @jax.jit

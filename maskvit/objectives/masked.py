@@ -1,13 +1,14 @@
-"""MultiMAE: hide most tokens of all modalities, rebuild every modality; what to hide is a line of config.
+"""Masked autoencoding: hide most tokens of all modalities, rebuild every modality; what to hide is a line of config.
 
-Source: Bachmann et al., "MultiMAE: Multi-modal Multi-task Masked Autoencoders", 2022, and the attention-guided masking
-that continues it.
+Sources: Bachmann et al., "MultiMAE: Multi-modal Multi-task Masked Autoencoders", 2022, and the attention-guided masking that continues
+it; He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021; Fu et al., "Rethinking Patch Dependence for Masked
+Autoencoders", 2024. The three are rows of `maskvit.objectives.methods`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,120 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from maskvit.core.configuration import check_arguments, hashable, named_function
 from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify, unpatchify
 from maskvit.core.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
-from maskvit.guidance import GUIDANCE, Request, Source, build_source
+from maskvit.guidance import Request, Source
 from maskvit.guidance.errors import predict_errors
-from maskvit.heads import decoder_arguments
 from maskvit.heads.network import Network
 from maskvit.losses.pixels import PIXEL_LOSSES, masked_mean, normalize_patches
 from maskvit.losses.ranking import ranking_loss
-from maskvit.losses.weights import cosine_between, guidance_weights
+from maskvit.losses.weights import guidance_weights
 from maskvit.masking.budgets import BUDGETS
 from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
-from maskvit.masking.scores import GUIDED_SCORES, SCORES, random_scores
-from maskvit.nn.backbone import encoder_sizes
-from maskvit.objectives.values import Prepared, check_targets, prepare
-
-Duration = str | int | float
-ToSteps = Callable[[Duration], int]
-
-
-def resolved(duration: Duration) -> int | float:
-    """A duration that `resolve` has turned into steps. Raises TypeError for one that is still words."""
-    if isinstance(duration, str):
-        raise TypeError(f"the duration {duration!r} is not in steps yet: call the objective's `resolve` first")
-    return duration
+from maskvit.masking.scores import random_scores
+from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, ToSteps
+from maskvit.objectives.values import Prepared, check_targets, pooled_features, prepare
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidedShare:
-    """Which share of the hidden tokens the scores choose; the rest is hidden at random (`config.objective.guided_share`).
-
-    Attributes:
-      share: (first, last), each in [0, 1].
-      start: duration before which all are random.
-      ramp: duration of the linear way from first to last after `start`; 0 is a step.
-    """
-
-    share: tuple[float, float] = (1.0, 1.0)
-    start: Duration = 0
-    ramp: Duration = 0
-
-    def __post_init__(self) -> None:
-        if len(self.share) != 2 or not all(0 <= value <= 1 for value in self.share):
-            raise ValueError(f"config.objective.guided_share.share is {self.share}; give (first, last), both between 0 and 1")
-
-    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """The share at a step; durations must be in steps (`resolve`)."""
-        first, last = self.share
-        start, ramp = resolved(self.start), resolved(self.ramp)
-        progress = (step - start + 1e-6) / max(ramp, 1e-6)
-        return jnp.where(step < start, 0.0, first + (last - first) * jnp.clip(progress, 0.0, 1.0))
-
-    def resolve(self, to_steps: ToSteps) -> GuidedShare:
-        """Durations in steps."""
-        return dataclasses.replace(self, start=to_steps(self.start) if self.start else 0, ramp=to_steps(self.ramp) if self.ramp else 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossWeight:
-    """Guidance as weight of a token's loss, gamma * exp(g / tau) with g in [0, 1] per image and modality (`config.objective.loss_weight`).
-
-    Attributes:
-      tau: temperature; a pair goes from the first to the second on half a cosine over the run.
-      gamma: factor on all weights.
-      over: duration of the way between two temperatures.
-    """
-
-    tau: float | int | tuple[float, float] = 0.75
-    gamma: float | int = 1.0
-    over: Duration = "100 percent"
-
-    def __post_init__(self) -> None:
-        taus = self.tau if isinstance(self.tau, tuple) else (self.tau,)
-        if len(taus) > 2 or min(taus) <= 0.05:
-            raise ValueError(
-                f"config.objective.loss_weight.tau is {self.tau}; give one or two numbers above 0.05 (weights reach exp(1 / tau))"
-            )
-        if self.gamma <= 0:
-            raise ValueError(f"config.objective.loss_weight.gamma is {self.gamma}; it must be positive")
-
-    def at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
-        """The temperature at a step; durations must be in steps (`resolve`)."""
-        if not isinstance(self.tau, tuple):
-            return float(self.tau)
-        return cosine_between(*self.tau, step / resolved(self.over))
-
-    def resolve(self, to_steps: ToSteps) -> LossWeight:
-        """Durations in steps."""
-        return dataclasses.replace(self, over=max(1, to_steps(self.over))) if isinstance(self.tau, tuple) else self
-
-
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """Which hidden tokens are rebuilt (`config.objective.predicted`); the others are thrown away.
-
-    Attributes:
-      share: of each modality's hidden tokens.
-      by: "scores" rebuilds those with the highest scores (AMT throws the less attended away), "random" any (CrossMAE).
-    """
-
-    share: float | int = 1.0
-    by: str = "scores"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"config.objective.predicted.share is {self.share}; it must be above 0 and at most 1")
-        if self.by not in ("scores", "random"):
-            raise ValueError(f"config.objective.predicted.by is {self.by!r}; known: scores, random")
-
-
-@dataclasses.dataclass(frozen=True)
-class MultiMae:
+class MaskedAutoencoder:
     """The objective. Hashable and without arrays: parameters and state belong to the caller.
 
     Attributes:
@@ -166,7 +72,7 @@ class MultiMae:
             state["averages"] = {"loss": jnp.zeros(len(self.model.inputs)), "weight": jnp.zeros(())}
         return state
 
-    def resolve(self, to_steps: ToSteps) -> MultiMae:
+    def resolve(self, to_steps: ToSteps) -> MaskedAutoencoder:
         """The objective with every duration in steps; needed where `guided_share` or a temperature schedule is used."""
         parts = {name: getattr(self, name) for name in ("guided_share", "loss_weight")}
         return dataclasses.replace(self, **{name: part.resolve(to_steps) for name, part in parts.items() if part is not None})
@@ -465,18 +371,8 @@ class MultiMae:
     # What evaluators and pictures read
 
     def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
-        """Features of an unmasked pass over `inputs` (the first input modality alone unless given).
-
-        "mean": mean of the patch tokens of those modalities; "global": the (first) global token, where there is one.
-        """
-        names = inputs or self.model.inputs[:1]
-        prepared = self.prepare({key: value for key, value in batch.items() if key in names or key == "present"})
-        tokens = self.model.embed(params, prepared.values_of(names), prepared.present)
-        encoded = self.model.encode(params, tokens.tokens, tokens.present).astype(jnp.float32)
-        n = tokens.layout.num_tokens
-        weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
-        mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-        return {"mean": mean} | ({"global": encoded[:, n]} if self.model.num_global_tokens else {})
+        """Features of an unmasked pass (`pooled_features`)."""
+        return pooled_features(self.model, params, batch, inputs)
 
     def visualize(
         self,
@@ -533,131 +429,3 @@ def _take(values: Num[Array, "b n *p"], ids: Int[Array, "b q"]) -> Num[Array, "b
 
 def _split_channels(patches: Num[Array, "b n k"], spec: Modality) -> Num[Array, "b n p c"]:
     return patches.reshape(*patches.shape[:2], spec.patch_pixels**2, -1)
-
-
-def multimae(
-    modalities: Mapping[str, Modality],
-    image_size: tuple[int, int],
-    *,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    encoder: str | Mapping[str, Any] = "B",
-    decoder: Mapping[str, Any] | None = None,
-    num_global_tokens: int = 1,
-    num_visible: int = 98,
-    scores: Mapping[str, Any] | None = None,
-    budget: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, Any] | None = None,
-    guided_share: Mapping[str, Any] | None = None,
-    loss_weight: Mapping[str, Any] | None = None,
-    predicted: Mapping[str, Any] | None = None,
-    final_norm: bool = False,
-    num_classes: int = 0,
-    pool: str = "global",
-    positions: str = "rows_first",
-    compute_dtype: str = "float32",
-    remat: bool = False,
-) -> MultiMae:
-    """Build the objective from `config.objective`. Every mistake is an error that names the key.
-
-    `decoder`: each output's, {"name": "spatial" (MultiMAE's, by default 256 wide with 2 blocks and 8 heads), "mae" (512, 8, 16) or
-    "crossmae" (512, 12, 16), and width, depth, heads, mlp_ratio}; "crossmae" takes `features` (encoder blocks read: "all" or a
-    list), `use_input` (also what enters the encoder), `weighted` (False: the last block alone) and `self_attention` beside.
-    `positions`: "rows_first" or, as in MAE, "columns_first". `scores`, `budget`, `guidance`: {"name": ..., and that row's
-    arguments}; by default random scores under a Dirichlet budget. `guided_share`, `loss_weight`, `predicted`: the fields of
-    `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
-    of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
-    """
-    check_inputs(modalities, inputs)
-    for name in outputs:
-        base = name if name in modalities else name.removeprefix("norm_")
-        if base not in modalities:
-            known = ", ".join(modalities) + ", or norm_<name> of a continuous one"
-            raise ValueError(f"config.objective.outputs names {name!r}; known: {known}")
-        if name != base and modalities[base].kind == "categorical":
-            raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalised per patch")
-    used = [modalities[name] for name in dict.fromkeys((*inputs, *(n if n in modalities else n.removeprefix("norm_") for n in outputs)))]
-    decoder_name, sizes = decoder_arguments(decoder or {}, encoder_sizes(encoder)["depth"])
-    model = Network(
-        modalities=tuple(used),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        image_size=image_size,
-        encoder=tuple(sorted(encoder_sizes(encoder).items())),
-        decoder=tuple(sorted(sizes.items())),
-        num_global_tokens=num_global_tokens,
-        compute_dtype=compute_dtype,
-        remat=remat,
-        final_norm=final_norm,
-        heads=(("head", (("num_classes", num_classes),)),) if num_classes else (),
-        pool=pool,
-        decoder_name=decoder_name,
-        positions=positions,
-    )
-    for spec in used:
-        spec.size(model.image_size)
-    if not 1 <= num_visible < model.layout.num_tokens:
-        raise ValueError(
-            f"config.objective.num_visible is {num_visible}, but an image of {model.image_size} has {model.layout.num_tokens} tokens "
-            f"({', '.join(f'{n} {s}' for n, s in zip(model.layout.names, model.layout.sizes, strict=True))}): "
-            "at least one must be visible and one hidden"
-        )
-    name = (scores or {}).get("name", "random")
-    score = named_function("config.objective.scores", SCORES, scores or {"name": "random"}, ("keys", "layout", "guidance", "present"))
-    weight = _part("loss_weight", LossWeight, loss_weight)
-    users = [f"scores {name!r}"] if name in GUIDED_SCORES else []
-    users += ["loss_weight"] if weight is not None else []
-    if users and not guidance:
-        raise ValueError(
-            f"config.objective.{users[0].replace(' ', '.name ')} needs config.objective.guidance, one of: {', '.join(GUIDANCE)}"
-        )
-    if guidance and not users:
-        raise ValueError(f"config.objective.guidance is set, but scores {name!r} do not use it and there is no loss_weight: remove it")
-    share = _part("guided_share", GuidedShare, guided_share)
-    source = build_source(guidance) if guidance else None
-    if source is not None:
-        if source.predicts_errors:
-            model = dataclasses.replace(model, error_outputs=model.inputs)
-        source.check(model)
-    given = ("keys", "layout", "num_visible", "present", "scores", "averages")
-    spend = named_function("config.objective.budget", BUDGETS, budget or {"name": "dirichlet"}, given)
-    objective = MultiMae(model, num_visible, score, spend, source, share, weight, _part("predicted", Predicted, predicted))
-    _check_arguments_of_functions(objective)
-    return objective
-
-
-def check_inputs(modalities: Mapping[str, Modality], inputs: Sequence[str]) -> None:
-    """Raise ValueError where `config.objective.inputs` is empty, or names what is not declared, or something twice."""
-    if not inputs:
-        raise ValueError("config.objective.inputs must name at least one modality")
-    for name in inputs:
-        if name not in modalities:
-            raise ValueError(f"config.objective.inputs names {name!r}; declared in config.modalities: {', '.join(modalities)}")
-    if len(set(inputs)) < len(inputs):
-        raise ValueError(f"config.objective.inputs is {tuple(inputs)}: each modality is named once")
-
-
-def _part(key: str, constructor: Any, block: Mapping[str, Any] | None) -> Any:
-    """A block of `config.objective` to its dataclass; None where it is empty."""
-    if not block:
-        return None
-    check_arguments(f"config.objective.{key}", constructor, block)
-    return constructor(**{name: hashable(value) for name, value in block.items()})
-
-
-def _check_arguments_of_functions(objective: MultiMae) -> None:
-    """Call scores and budget on shapes, so that wrong numbers are found before anything is computed."""
-    model = objective.model
-    if objective._budget_momentum is not None:
-        missing = [n for n in model.inputs if n not in model.outputs and f"norm_{n}" not in model.outputs]
-        if missing:
-            raise ValueError(
-                f"the budget 'adaptive_dirichlet' follows losses, but the input {missing[0]!r} is not in config.objective.outputs"
-            )
-    (score, score_arguments), (budget, budget_arguments), layout = objective.scores, objective.budget, model.layout
-
-    def both(keys: Key[Array, " b"]) -> Any:
-        scores = score(keys, layout, jnp.zeros((1, layout.num_tokens)), None, **dict(score_arguments))
-        return budget(keys, layout, objective.num_visible, None, scores, None, **dict(budget_arguments))
-
-    jax.eval_shape(both, jax.random.split(jax.random.key(0), 1))
