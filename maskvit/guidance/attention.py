@@ -14,6 +14,7 @@ from maskvit.core.keys import stream_keys
 from maskvit.core.types import Guidance, Params, TokenBatch, TokenLayout
 from maskvit.guidance.source import Request, Source
 from maskvit.heads.network import Network
+from maskvit.optim.transforms import guarded
 
 QUERIES = ("global", "mean")
 Heads = tuple[int, ...] | str | None
@@ -159,7 +160,7 @@ class TeacherAttention(SelfAttention):
         return super().__call__(request._replace(params=request.state, tokens=tokens))
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Params:
-        return moving_average(request.state, encoder_params(request.params), self.momentum)
+        return moving_average(request.state, encoder_params(request.params), self.momentum, request.accepted)
 
 
 def check_momentum(momentum: float) -> None:
@@ -173,6 +174,6 @@ def encoder_params(params: Params) -> Params:
     return {name: params[name] for name in ("inputs", "global_tokens", "global_pos_embed", "encoder") if name in params}
 
 
-def moving_average(average: Any, new: Any, momentum: float) -> Any:
-    """momentum * average + (1 - momentum) * new, leaf by leaf."""
-    return jax.tree.map(lambda old, x: momentum * old + (1 - momentum) * x, average, new)
+def moving_average(average: Any, new: Any, momentum: float, accepted: Bool[Array, ""] | bool = True) -> Any:
+    """momentum * average + (1 - momentum) * new, leaf by leaf, where a step is accepted; else the average as it was."""
+    return guarded(accepted, jax.tree.map(lambda old, x: momentum * old + (1 - momentum) * x, average, new), average)

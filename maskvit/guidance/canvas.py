@@ -111,9 +111,12 @@ def rows_of(maps: Maps, index: Int[Array, " b"]) -> Float[Array, "b m g g"]:
     return own.astype(jnp.float32)
 
 
-def store(maps: Maps, index: Int[Array, " b"], new: Float[Array, "b m g g"]) -> Maps:
-    """The maps with those of the samples' records replaced; of a record that is in the batch twice one is kept."""
-    return maps.at[jnp.where(index < 0, maps.shape[0], index)].set(new.astype(maps.dtype), mode="drop")
+def store(maps: Maps, index: Int[Array, " b"], new: Float[Array, "b m g g"], accepted: Bool[Array, ""] | bool = True) -> Maps:
+    """The maps with those of the samples' records replaced; of a record that is in the batch twice one is kept.
+
+    Nothing is written unless the step is `accepted`: a choice between the maps before and after would copy them all.
+    """
+    return maps.at[jnp.where(accepted & (index >= 0), index, maps.shape[0])].set(new.astype(maps.dtype), mode="drop")
 
 
 def check_grid(key: str, grid: int) -> None:
@@ -133,10 +136,19 @@ def stride(batch: int, every: int) -> int:
     return min(every, batch)
 
 
-def in_turn(learn: Callable[[], Any], request: Request, step: Int[Array, ""], every: int) -> Any:
-    """The memory that `learn` makes in the steps in which exact passes are due, else the one there is."""
+Rows = tuple[Int[Array, " b"], Float[Array, "b m g g"]]  # indices of records (-1: of none) and their new maps
+
+
+def in_turn(learn: Callable[[], Any], otherwise: Callable[[], Any], request: Request, step: Int[Array, ""], every: int) -> Any:
+    """What `learn` makes in the steps in which exact passes are due, else `otherwise`. Neither must hand on the maps of all records."""
     period = max(1, every // request.keys.shape[0])
-    return learn() if period == 1 else jax.lax.cond(step % period == 0, learn, lambda: request.state)
+    return learn() if period == 1 else jax.lax.cond(step % period == 0, learn, otherwise)
+
+
+def no_rows(request: Request, maps: Maps, every: int) -> Rows:
+    """As many rows as `thinned` has, of no record."""
+    count = request.keys[:: stride(request.keys.shape[0], every)].shape[0]
+    return jnp.full(count, -1, request.batch["index"].dtype), jnp.zeros((count, *maps.shape[1:]))
 
 
 def thinned(request: Request, every: int) -> Request:
@@ -149,11 +161,11 @@ def thinned(request: Request, every: int) -> Request:
     return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::step])
 
 
-def average_in(maps: Maps, request: Request, logs: Float[Array, "b n"], momentum: float) -> Maps:
-    """The maps after the samples' scores were written under their crops."""
+def averaged_rows(maps: Maps, request: Request, logs: Float[Array, "b n"], momentum: float) -> Rows:
+    """The maps of the samples' records after their scores were written under their crops."""
     batch = request.batch
     own = write(rows_of(maps, batch["index"]), logs, batch["box"], batch["flip"], request.tokens.layout, momentum)
-    return store(maps, batch["index"], own)
+    return batch["index"], own
 
 
 CHUNK = 64  # samples whose attention is held at once
@@ -255,22 +267,23 @@ class ReusedAttention(SelfAttention):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
         exact = SelfAttention(self.query, self.block, self.heads, self.renormalise)
 
-        def learn() -> Maps:
+        def learn() -> Rows:
             if self.view == "crop":
                 part = thinned(request, self.every)
-                return self.learn(part, standard_logs(exact, part))
+                return averaged_rows(request.state, part, standard_logs(exact, part), self.momentum)
             step = stride(request.keys.shape[0], self.every)
             rows = request.batch["index"][::step]
             everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
             seen = dict(index=rows, box=everything, flip=jnp.zeros(rows.shape, bool))
             part = request._replace(tokens=request.whole_tokens(), keys=request.keys[::step], batch=seen)
-            return average_in(request.state, part, standard_logs(exact, part), 0.0)
+            return averaged_rows(request.state, part, standard_logs(exact, part), 0.0)
 
-        return in_turn(learn, request, step, self.every)
+        index, rows = in_turn(learn, lambda: no_rows(request, request.state, self.every), request, step, self.every)
+        return store(request.state, index, rows, request.accepted)
 
     def learn(self, request: Request, targets: Float[Array, "b n"]) -> Maps:
         """The memory after the exact scores of these crops (`standard_logs`) were seen."""
-        return average_in(request.state, request, targets, self.momentum)
+        return store(request.state, *averaged_rows(request.state, request, targets, self.momentum))
 
     def flops(self, model: Network, batch: int = 1) -> float:
         return (embed_flops(model) + super().flops(model)) / self.every
@@ -310,4 +323,5 @@ class AverageError(Source):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
         if errors is None:
             raise ValueError("average_error needs the errors of the step")
-        return average_in(request.state, request, standardise(errors, request.tokens.layout), self.momentum)
+        index, rows = averaged_rows(request.state, request, standardise(errors, request.tokens.layout), self.momentum)
+        return store(request.state, index, rows, request.accepted)

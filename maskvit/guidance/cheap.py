@@ -21,18 +21,22 @@ from maskvit.guidance.attention import SelfAttention, check_momentum, moving_ave
 from maskvit.guidance.canvas import (
     AverageError,
     ReusedAttention,
-    average_in,
+    Rows,
+    averaged_rows,
     blank,
     check_grid,
     in_turn,
+    no_rows,
     read,
     rows_of,
     standard_logs,
+    store,
     thinned,
 )
 from maskvit.guidance.source import Request
 from maskvit.heads.network import Network
 from maskvit.masking.plan import gather_tokens
+from maskvit.optim.transforms import guarded
 
 __all__ = [
     "AverageError",
@@ -369,22 +373,42 @@ class PredictedAttention(SelfAttention):
         return per_modality_sum_one(scores, layout, request.tokens.present) if self.renormalise else scores
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> dict[str, Array]:
-        def learn() -> dict[str, Array]:
-            part = thinned(request, self.every)
-            return self.learn(part, standard_logs(SelfAttention(self.query, self.block, self.heads), part))
+        old = {key: request.state[key] for key in ("gram", "moment")}
 
-        state = in_turn(learn, request, step, self.every)
+        def learn() -> tuple[dict[str, Array], Rows | None]:
+            part = thinned(request, self.every)
+            targets = standard_logs(SelfAttention(self.query, self.block, self.heads), part)
+            return self._equations(part, targets), self._rows(part, targets)
+
+        def otherwise() -> tuple[dict[str, Array], Rows | None]:
+            return old, no_rows(request, request.state["maps"], self.every) if self.grid else None
+
+        new, rows = in_turn(learn, otherwise, request, step, self.every)
         # The first solution comes with the first update: until then scores are random.
-        return jax.lax.cond(step % self.solve_every == 0, self.solved, lambda same: same, state)
+        solution = request.state["solution"]
+        new["solution"] = jax.lax.cond(step % self.solve_every == 0, self._solution, lambda _: solution, new)
+        state = guarded(request.accepted, new, {**old, "solution": solution})
+        return state if rows is None else state | {"maps": store(request.state["maps"], rows[0], rows[1], request.accepted)}
+
+    def _solution(self, equations: dict[str, Array]) -> Float[Array, "m e"]:
+        one_modality = lambda pair: ridge_solution(pair[0], pair[1], self.ridge)  # noqa: E731
+        return jax.lax.map(one_modality, (equations["gram"], equations["moment"]))
 
     def solved(self, state: dict[str, Array]) -> dict[str, Array]:
         """The memory with the solution of its normal equations."""
-        one_modality = lambda pair: ridge_solution(pair[0], pair[1], self.ridge)  # noqa: E731
-        return state | {"solution": jax.lax.map(one_modality, (state["gram"], state["moment"]))}
+        return state | {"solution": self._solution(state)}
 
     def learn(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:
         """The memory after the exact scores of these samples (`standard_logs`) were seen, but for the solution."""
-        state, layout = dict(request.state), request.tokens.layout
+        state, rows = dict(request.state) | self._equations(request, targets), self._rows(request, targets)
+        return state if rows is None else state | {"maps": store(state["maps"], *rows)}
+
+    def _rows(self, request: Request, targets: Float[Array, "b n"]) -> Rows | None:
+        return averaged_rows(request.state["maps"], request, targets, self.map_momentum) if self.grid else None
+
+    def _equations(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:
+        """The normal equations after these targets."""
+        state, layout = request.state, request.tokens.layout
         grams, moments = [], []
         for own, span in zip(self._read(request), layout.spans(), strict=True):
             target, counted = targets[:, span], ~jnp.isnan(targets[:, span])
@@ -393,10 +417,7 @@ class PredictedAttention(SelfAttention):
             grams.append(jnp.einsum("bkf,bkg->fg", features, features) / total)
             moments.append(jnp.einsum("bkf,bk->f", features, jnp.where(counted, target, 0.0)) / total)
         new = {"gram": jnp.stack(grams), "moment": jnp.stack(moments)}
-        state |= moving_average({key: state[key] for key in new}, new, self.momentum)
-        if self.grid:
-            state["maps"] = average_in(state["maps"], request, targets, self.map_momentum)
-        return state
+        return moving_average({key: state[key] for key in new}, new, self.momentum)
 
     def flops(self, model: Network, batch: int = 1) -> float:
         sizes, size, tokens = dict(model.encoder), self._num_features(model), model.layout.num_tokens

@@ -95,7 +95,7 @@ class PredictedError(Source):
         return predict_errors(request.model, teacher, memory, plan, tokens.layout, masks_keys)
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Params:
-        return moving_average(request.state, _predicting(request.model, request.params), self.momentum)
+        return moving_average(request.state, _predicting(request.model, request.params), self.momentum, request.accepted)
 
     def flops(self, model: Network, batch: int = 1) -> float:
         tokens = model.layout.num_tokens

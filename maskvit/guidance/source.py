@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from maskvit.core.types import Batch, Guidance, Params, TokenBatch
 from maskvit.heads.network import Network
@@ -17,7 +17,8 @@ class Request(NamedTuple):
     `state`: the source's own memory, () where it keeps none; `tokens`: the embedded tokens of all inputs; `values`: the
     model values they were made from, by input; `batch`: what the loader delivered; `keys`: one per sample;
     `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random mask, NaN where not hidden;
-    `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`).
+    `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`);
+    `accepted`: whether the step counts: where it is False `update` must leave the memory as it is, bit for bit.
     """
 
     model: Network
@@ -29,6 +30,7 @@ class Request(NamedTuple):
     keys: Key[Array, " b"]
     random_errors: Callable[[Key[Array, " b"]], Float[Array, "b n"]]
     whole_tokens: Callable[[], TokenBatch]
+    accepted: Bool[Array, ""] | bool = True
 
 
 class Source:

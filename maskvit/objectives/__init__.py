@@ -21,8 +21,8 @@ class Objective(Protocol):
     `plan(params, batch, keys, state, step) -> (plan, counts)`: what to hide, and how many samples each loss is a mean over;
     `loss(params, state, batch, keys, step, plan=None, counts=None, shared_key=None) -> (scalar, (observed, metrics))`:
     `keys` are the samples', `shared_key` the step's; `observed` has one row per sample, or is None;
-    `after_update(state, params, batch, keys, step, observed, metrics) -> state`: what follows the optimiser, on the whole
-    batch (a teacher's average, what is learnt of the samples);
+    `after_update(state, params, batch, keys, step, observed, metrics, accepted) -> state`: what follows the optimiser, on the whole
+    batch (a teacher's average, what is learnt of the samples); where `accepted` is False the state stays bit for bit;
     `predict(params, state, batch) -> {feature: "b d"}`; `visualize(params, state, batch, keys) -> pictures' arrays`.
     """
 
@@ -36,7 +36,9 @@ class Objective(Protocol):
     def loss(
         self, params: Any, state: Any, batch: Any, keys: Any, step: Any, plan: Any = None, counts: Any = None, shared_key: Any = None
     ) -> Any: ...
-    def after_update(self, state: Any, params: Any, batch: Any, keys: Any, step: Any, observed: Any, metrics: Any) -> Any: ...
+    def after_update(
+        self, state: Any, params: Any, batch: Any, keys: Any, step: Any, observed: Any, metrics: Any, accepted: Any = True
+    ) -> Any: ...
     def predict(self, params: Any, state: Any, batch: Any) -> Any: ...
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 

@@ -33,6 +33,7 @@ from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import Duration, ToSteps, check_inputs, resolved
 from maskvit.objectives.values import Prepared, pooled_features, prepare
+from maskvit.optim.transforms import guarded
 
 GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
@@ -235,15 +236,16 @@ class Distillation:
         return total, (observed, metrics | self.watch(targets, teacher.encoded[:, n], jnp.asarray(step)))
 
     def after_update(
-        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics
-    ) -> Any:
-        """The teacher moves towards the updated student, the centres towards the whole batch's mean logits."""
+        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics,
+        accepted: Bool[Array, ""] | bool = True,
+    ) -> Any:  # fmt: skip
+        """The teacher moves towards the updated student, the centres towards the whole batch's mean logits, in an accepted step."""
         # What is left to 1 and not the momentum itself, which float32 rounds to 1 long before the end.
         moves = cosine_between(1 - self.teacher_momentum, 0.0, step / resolved(self.momentum_over))
         new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))
         for name, rows in observed.items():
             new[name] = self.center_momentum * state[name] + (1 - self.center_momentum) * rows.mean(axis=0)
-        return new
+        return guarded(accepted, new, state)
 
     def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
         """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present.

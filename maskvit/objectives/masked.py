@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
@@ -31,6 +31,7 @@ from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted
 from maskvit.masking.scores import random_scores
 from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, ToSteps
 from maskvit.objectives.values import Prepared, check_targets, pooled_features, prepare
+from maskvit.optim.transforms import guarded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,17 @@ class MaskedAutoencoder:
         return dict(arguments).get("momentum", 0.99) if function is BUDGETS["adaptive_dirichlet"] else None
 
     def after_update(
-        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], errors: Any, metrics: Metrics
-    ) -> Any:
-        """What follows the optimiser: the source's memory and the averages of the losses.
+        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], errors: Any, metrics: Metrics,
+        accepted: Bool[Array, ""] | bool = True,
+    ) -> Any:  # fmt: skip
+        """What follows the optimiser: the source's memory and the averages of the losses; nothing changes unless `accepted`.
 
         `params`: the updated ones; `errors` per token "b n" where the source observes them; `metrics`: those of this step.
         """
         state = dict(state)
         if self.guidance is not None and "guidance" in state:
-            state["guidance"] = self.guidance.update(self._request(params, state, batch, keys), step, errors)
+            request = self._request(params, state, batch, keys)._replace(accepted=accepted)
+            state["guidance"] = self.guidance.update(request, step, errors)
         momentum = self._budget_momentum
         if momentum is not None and "averages" in state:
             pairs = [metrics[f"loss/{self._own_output(name)}"] for name in self.model.inputs]
@@ -100,7 +103,7 @@ class MaskedAutoencoder:
             seen = jnp.stack([count > 0 for _, count in pairs])
             old = state["averages"]
             loss = jnp.where(seen, momentum * old["loss"] + (1 - momentum) * losses, old["loss"])
-            state["averages"] = {"loss": loss, "weight": momentum * old["weight"] + (1 - momentum)}
+            state["averages"] = guarded(accepted, {"loss": loss, "weight": momentum * old["weight"] + (1 - momentum)}, old)
         return state
 
     def _own_output(self, name: str) -> str:

@@ -21,6 +21,15 @@ class Optimizer(NamedTuple):
     schedule: Any
 
 
+def guarded(accepted: Any, new: Any, old: Any) -> Any:
+    """`new` where a step is accepted, else `old` bit for bit, leaf by leaf.
+
+    For leaves that are computed anew as a whole: the compiler makes the choice part of that arithmetic. A table of which a step
+    writes some rows would be read and written as a whole: it must guard its rows.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
+
+
 def decay_mask(params: Params, frozen: Any, no_decay: Sequence[str] = ()) -> Any:
     """Which parameters decay: all trainable ones but those whose path ("norm/scale") matches one of the regular expressions."""
 
@@ -56,8 +65,7 @@ def from_step(first: int, inner: optax.GradientTransformation) -> optax.Gradient
     def update(updates: Any, state: Any, params: Any = None, *, step: Any, **extra: Any) -> Any:
         new_updates, new_state = inner.update(updates, state, params, step=step, **extra)
         on = jnp.asarray(step) >= first
-        updates = jax.tree.map(lambda u: jnp.where(on, u, jnp.zeros_like(u)), new_updates)
-        return updates, jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, state)
+        return guarded(on, new_updates, jax.tree.map(jnp.zeros_like, new_updates)), guarded(on, new_state, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from maskvit.core.keys import sample_keys, step_key
 from maskvit.core.types import Batch, Metrics, TrainState
 from maskvit.objectives import Objective
-from maskvit.optim.transforms import Optimizer
+from maskvit.optim.transforms import Optimizer, guarded
 
 
 def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_records: int = 1) -> TrainState:
@@ -93,11 +93,9 @@ def train_step(
 
     learning_rate = optimizer.schedule(state.step)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, step=state.step)
-    params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-    objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics)
-    new = (params, opt_state, objective_state)
-    old = (state.params, state.opt_state, state.objective_state)
-    params, opt_state, objective_state = jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
+    moved = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+    params, opt_state = guarded(accepted, (moved, opt_state), (state.params, state.opt_state))
+    objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics, accepted)
 
     one = jnp.ones(())
     metrics = dict(metrics, loss=(loss, one), learning_rate=(learning_rate, one), grad_norm=(grad_norm, one))
