@@ -92,7 +92,7 @@ def test_batches_that_do_not_divide_are_errors():
 
 
 def test_placing_a_batch_spreads_samples_and_drops_what_stays_on_the_host():
-    host = dict(tiny_batch(8), id=["a"] * 8, index=np.arange(8), _shape=(1, 2))
+    host = dict(tiny_batch(8), id=["a"] * 8, index=np.arange(8))
     placed = place_batch(host, make_mesh())
     assert set(placed) == {"rgb", "depth", "semseg", "index"}
     for name, value in placed.items():
