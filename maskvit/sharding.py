@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from maskvit.core.types import Batch, path_name, tree_paths
+from maskvit.core.types import Batch, batch_of, path_name, tree_paths
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -66,10 +66,10 @@ def check_batch(global_batch: int, mesh: Mesh, micro_batches: int = 1) -> None:
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """Host arrays of this process's samples to global arrays, sharded by sample. The only host-to-device hop."""
+    """The loader's arrays of this process's samples to a batch of global arrays, sharded by sample. The only host-to-device hop."""
     sharding = batch_sharding(mesh)
     arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_ONLY}
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in arrays.items()}
+    return batch_of({key: jax.make_array_from_process_local_data(sharding, value) for key, value in arrays.items()})
 
 
 class ReplicaError(RuntimeError):

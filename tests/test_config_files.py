@@ -12,7 +12,7 @@ from configs import common
 from maskvit.core.config_files import apply_overrides, load_config, parse_value, split_overrides
 from maskvit.core.configuration import check_arguments
 from maskvit.objectives import build_objective
-from maskvit.training import setup
+from maskvit.training import config as config_of_run
 
 
 def overridden(config: ConfigDict, *words: str) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def test_no_value_of_a_config_ends_in_anything_but_a_value_error(path, monkeypat
     """Whatever stands in whatever place."""
     config = load_config(f"configs/{path}.py").to_dict()
     failed = broken(config, build_objective, lambda block: block in MODEL)
-    monkeypatch.setattr(setup, "build_objective", lambda config: None)
-    failed += broken(config, setup.check_config, lambda block: block not in MODEL)
+    monkeypatch.setattr(config_of_run, "build_objective", lambda config: None)
+    failed += broken(config, config_of_run.check_config, lambda block: block not in MODEL)
     assert not failed, "\n".join(failed)
 
 
@@ -213,7 +213,7 @@ def test_no_value_of_a_config_ends_in_anything_but_a_value_error(path, monkeypat
 )
 def test_numbers_out_of_range_are_named(words, message):
     with pytest.raises(ValueError, match=message):
-        setup.check_config(overridden(common.scenes(), f"--config.{words}"))
+        config_of_run.check_config(overridden(common.scenes(), f"--config.{words}"))
 
 
 def load_copy(tree: Any) -> Any:

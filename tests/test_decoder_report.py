@@ -12,6 +12,7 @@ from maskvit.checkpoints import save_imported
 from maskvit.commands.report import decoder
 from maskvit.commands.report.__main__ import main
 from maskvit.core.modalities import RGB
+from maskvit.core.types import Batch
 from maskvit.data import scenes
 from maskvit.objectives import build_objective
 
@@ -62,7 +63,7 @@ def test_the_last_stage_is_the_prediction():
     block = dict(name="crossmae", encoder=dict(width=32, depth=2, heads=2), decoder=dict(width=16, depth=2, heads=2))
     objective = build_objective(dict(image_size=32, modalities=dict(rgb=dict(RGB, patch=8)), objective=block))
     params, _ = jax.jit(objective.init)(jax.random.key(0))
-    batch = {"rgb": jnp.asarray(scenes.render(5, 0, (32, 32))["rgb"][None])}
+    batch = Batch({"rgb": jnp.asarray(scenes.render(5, 0, (32, 32))["rgb"][None])})
 
     def run(params):
         tokens = objective.model.embed(params, objective.prepare(batch).values)

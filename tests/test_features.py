@@ -14,6 +14,7 @@ import maskvit
 from maskvit import convert
 from maskvit.checkpoints import CheckpointError, load_epochs_done, load_params, load_teacher, save_imported
 from maskvit.core.modalities import DEPTH, RGB
+from maskvit.core.types import Batch
 from maskvit.features import extract, find_pictures, main
 from maskvit.objectives import build_objective
 
@@ -195,7 +196,7 @@ def test_a_folder_becomes_ids_and_features(checkpoint, folder, tmp_path, capsys,
     # Against the objective itself, on a picture that needs no resize.
     loaded = maskvit.load(checkpoint)
     whole = [Image.open(folder / "deeper" / "c.webp").convert("RGB")]
-    expected = loaded.objective.predict(loaded.params, (), {"rgb": jnp.stack([np.asarray(image) for image in whole])})[feature]
+    expected = loaded.objective.predict(loaded.params, (), Batch({"rgb": jnp.stack([np.asarray(image) for image in whole])}))[feature]
     [(_, _, uncropped)] = extract(loaded, [folder / "deeper" / "c.webp"], crop=1.0)
     np.testing.assert_allclose(uncropped[feature], expected, rtol=1e-5, atol=1e-5)
 

@@ -97,9 +97,10 @@ def cell_batch(objective: Any, seed: int, present: bool) -> Batch:
     batch["box"] = np.tile(np.array([[0.1, 0.2, 0.7, 0.6]], np.float32), (BATCH, 1))
     batch["flip"] = rng.random(BATCH) < 0.5
     batch["guidance"] = rng.random((BATCH, 1, 4, 4)).astype(np.float32)
-    source = objective.guidance
-    whole = source.whole_every if source else 0
-    wanted = {*names, *(spec.name for spec in objective.model.modalities), "present", *(source.batch_keys if source else ())}
+    needs = objective.needs
+    whole = needs.whole_every
+    wanted = {*names, *(spec.name for spec in objective.model.modalities), "present", *needs.record}
+    wanted |= {"guidance"} if needs.maps or needs.blocks else set()
     kept = {name: value for name, value in batch.items() if name in wanted}
     if whole:
         kept |= {f"whole/{name}": tiny_batch(BATCH // whole, seed + 100)[name] for name in names}

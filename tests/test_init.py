@@ -23,7 +23,8 @@ from maskvit.core.config_files import apply_overrides, load_config, split_overri
 from maskvit.data.builders.__main__ import main as build
 from maskvit.objectives import build_objective
 from maskvit.training import setup
-from maskvit.training.setup import check_config
+from maskvit.training.config import check_config
+from maskvit.training.start import start_params
 from tests.runs import ROOT, make_scenes
 
 SMALL = (
@@ -86,7 +87,7 @@ def test_from_a_folder_to_two_steps_of_training(folder, here, capsys):
     assert plain["objective"]["inputs"] == ("rgb", "depth", "semseg") and plain["objective"]["name"] == "multimae"
     assert plain["evaluators"]["knn"]["test"]["split"] == "val"
     apply_overrides(config, split_overrides(SMALL)[1])
-    state = setup.run("run", **config.to_dict())
+    state = setup.train("run", **config.to_dict())
     assert int(state.step) == 2 and int(state.skipped) == 0
 
     # What is packed can be looked at too, and gives the same declarations.
@@ -228,7 +229,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     config = load_config("garden.py").to_dict()
     assert config["modalities"]["rgb"]["patch"] == 8 and config["objective"]["encoder"]["width"] == 128
     assert config["init_from"]["drop"] == () and all("semseg" in pattern for pattern in config["init_from"]["fresh"])
-    params, _ = setup.start_params(build_objective(config), 0, config["init_from"])
+    params, _ = start_params(build_objective(config), 0, config["init_from"])
     stored, _ = load_params(here / "imported")
     name = "block_00"
     np.testing.assert_array_equal(params["encoder"][name]["attn"]["qkv"]["kernel"], stored["encoder"][name]["attn"]["qkv"]["kernel"])
@@ -238,7 +239,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     assert main(["init", "photos", "--checkpoint", "imported"]) == 0
     config = load_config("photos.py").to_dict()
     assert config["objective"]["inputs"] == ("rgb",) and config["init_from"]["drop"]
-    setup.start_params(build_objective(config), 0, config["init_from"])
+    start_params(build_objective(config), 0, config["init_from"])
     assert "a tenth of that from a checkpoint" in capsys.readouterr().out
 
 
@@ -266,4 +267,4 @@ def test_pictures_of_a_public_data_set(here, capsys):
     config = load_config("flowers.py").to_dict()
     assert config["data"]["train"]["features"] == {"rgb": "image"} and config["evaluators"]["knn"]["test"]["split"] == "test"
     apply_overrides(changed := load_config("flowers.py"), split_overrides(SMALL)[1])
-    assert int(setup.run("run", **changed.to_dict()).step) == 2
+    assert int(setup.train("run", **changed.to_dict()).step) == 2

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODALITIES, tiny_batch, tiny_config, tiny_objective
+from tiny import MODALITIES, on_device, tiny_batch, tiny_config, tiny_objective
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG
 from maskvit.core.patches import sincos_position_table
@@ -198,7 +198,7 @@ def test_absent_tokens_are_never_attended_to():
 def embedded(objective, batch):
     """(params, tokens) of a fresh model on a host batch."""
     params = jax.jit(lambda k: objective.init(k)[0])(jax.random.key(0))
-    values = jax.jit(lambda b: objective.prepare(b).values_of(objective.model.inputs))(jax.tree.map(jnp.asarray, batch))
+    values = jax.jit(lambda b: objective.prepare(b).values_of(objective.model.inputs))(on_device(batch))
     tokens = jax.jit(lambda p, v: objective.model.embed(p, v).tokens)(params, values)
     return params, TokenBatch(tokens, objective.model.layout_of(values))
 

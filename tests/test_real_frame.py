@@ -30,7 +30,7 @@ def run_on_real_frame(directory: pathlib.Path, steps: int) -> tuple[float, list[
     config.optimizer.base_lr = 1e-3 * 256 / 12
     config.schedule = dict(total_epochs=float(steps), start_epochs=0.0, warmup_epochs=2.0, min_lr=0.0)
     config.picture_every = f"{steps} steps"
-    setup.run(str(directory / "run"), **config.to_dict())
+    setup.train(str(directory / "run"), **config.to_dict())
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     return missing, [row for row in rows if "loss" in row]
 

@@ -14,7 +14,7 @@ from maskvit.checkpoints import save_imported
 from maskvit.commands.report import attention, compare, guidance, rows, strategies
 from maskvit.commands.report.__main__ import main
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG
-from maskvit.core.types import TokenLayout
+from maskvit.core.types import Batch, TokenLayout
 from maskvit.data import scenes
 from maskvit.data.sources import ListSource
 from maskvit.features import load
@@ -125,7 +125,7 @@ def test_outliers_and_their_attention():
 
 def test_last_block_input_is_one_block_short(checkpoint):
     loaded = load(checkpoint)
-    batch = {"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)}
+    batch = Batch({"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)})
     prepared = loaded.objective.prepare(batch)
     tokens = loaded.model.embed(loaded.params, prepared.values)
     before = rows.last_block_input(loaded.model, loaded.params, tokens)
@@ -156,7 +156,7 @@ def test_attention_page(checkpoint, tmp_path, capsys):
 
 def test_attention_maps_follow_the_guidance(checkpoint):
     loaded = load(checkpoint)
-    batch = {"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)}
+    batch = Batch({"rgb": jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)})
     maps = jax.device_get(attention.attention_maps(loaded.objective, loaded.params, batch, 3))
     assert maps.attentions.shape == (2, 2, 2, 17, 17)
     np.testing.assert_allclose(maps.attentions[:, -1, :, -1, :16].mean(1), maps.rows["global"], rtol=1e-5)

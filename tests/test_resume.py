@@ -32,7 +32,7 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
     workdir, config, expected = old_run
     assert verify(find_checkpoint(workdir)) == []
     with caplog.at_level("INFO"):
-        state = setup.run(str(workdir), **config)
+        state = setup.train(str(workdir), **config)
     assert int(state.step) == 3 and any("not compared" in record.message for record in caplog.records)
     found = jax.tree.map(np.asarray, tree_paths(state.params))
     assert found.keys() == expected.keys()
@@ -44,10 +44,10 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
     moved = workdir.parent / "moved"
     shutil.move(config["data"]["train"]["data_dir"], moved)
     config["data"]["train"]["data_dir"] = str(moved)
-    assert int(setup.run(str(workdir), **config).step) == 3
+    assert int(setup.train(str(workdir), **config).step) == 3
     with pytest.raises(ValueError, match="objective.guided_share.ramp is 5 steps; it was 3"):
-        setup.run(str(workdir), **{**config, "total": "5 steps"})
+        setup.train(str(workdir), **{**config, "total": "5 steps"})
     shutil.rmtree(moved)
     config["data"]["train"]["data_dir"] = make_scenes(moved, seed=1)
     with pytest.raises(ValueError, match="config.data.train.data_dir names other data"):
-        setup.run(str(workdir), **config)
+        setup.train(str(workdir), **config)

@@ -16,7 +16,7 @@ from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys, step_key, stream_keys
 from maskvit.core.modalities import RGB, parse_modalities
-from maskvit.core.types import TokenLayout
+from maskvit.core.types import Record, TokenLayout
 from maskvit.data import scenes
 from maskvit.data.batches import train_batches
 from maskvit.data.builders.folder import Folder
@@ -84,10 +84,8 @@ def masked(**objective: Any) -> Callable[[int], Any]:
     @functools.cache
     def compiled():
         params = jax.jit(lambda key: chosen.init(key)[0])(jax.random.key(0))
-        batch = on_device(tiny_batch(8)) | {
-            "index": jnp.arange(8), "box": jnp.tile(jnp.array([0.0, 0, 1, 1]), (8, 1)), "flip": jnp.zeros(8, bool),
-            "guidance": jnp.ones((8, 1, 4, 4)),
-        }  # fmt: skip
+        record = Record(jnp.arange(8), jnp.tile(jnp.array([0.0, 0, 1, 1]), (8, 1)), jnp.zeros(8, bool))
+        batch = on_device(tiny_batch(8))._replace(record=record, maps=jnp.ones((8, 1, 4, 4)))
         state = chosen.init_state(params, 8)
         return jax.jit(lambda keys: chosen.plan(params, batch, keys, state, jnp.int32(STEP))[0])
 

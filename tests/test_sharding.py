@@ -46,7 +46,7 @@ def run(objective: MaskedAutoencoder, devices: int) -> tuple[list[float], np.nda
     plan = jax.jit(lambda params, batch, keys: objective.plan(params, batch, keys)[0].masked)
     masked, losses = np.asarray(plan(state.params, batches[0], sample_keys(0, 0, 8))), []
     for batch in batches:
-        assert len(batch["rgb"].sharding.device_set) == devices
+        assert len(batch.values["rgb"].sharding.device_set) == devices
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"][0]))
     assert int(state.step) == STEPS and int(state.skipped) == 0
@@ -94,8 +94,8 @@ def test_batches_that_do_not_divide_are_errors():
 def test_placing_a_batch_spreads_samples_and_drops_what_stays_on_the_host():
     host = dict(tiny_batch(8), id=["a"] * 8, index=np.arange(8))
     placed = place_batch(host, make_mesh())
-    assert set(placed) == {"rgb", "depth", "semseg", "index"}
-    for name, value in placed.items():
+    assert set(placed.values) == {"rgb", "depth", "semseg"} and placed.record.index is not None
+    for name, value in {**placed.values, "index": placed.record.index}.items():
         np.testing.assert_array_equal(value, host[name])
         assert {shard.data.shape[0] for shard in value.addressable_shards} == {2}
 

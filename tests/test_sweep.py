@@ -193,7 +193,7 @@ def quick(monkeypatch):
     """`train.run` that only notes what it was asked for; it stops, or loses its loss, where the test says so."""
     asked, faults = [], {}
 
-    @functools.wraps(setup.run)
+    @functools.wraps(setup.train)
     def run(workdir, **settings):
         asked.append((pathlib.Path(workdir).parent.name, settings["seed"], settings["objective"]["num_visible"]))
         if len(asked) in faults:

@@ -23,7 +23,9 @@ from maskvit.data.workers import LoaderError
 from maskvit.evaluators import EVALUATORS
 from maskvit.objectives import build_objective
 from maskvit.training import setup
-from maskvit.training.loop import Loop
+from maskvit.training.config import make_schedule
+from maskvit.training.loop import Loop, Stopped
+from maskvit.training.start import warn_of_low_rate
 from tests.runs import (
     child,
     distinct_smoke_forms,
@@ -49,7 +51,7 @@ def test_shipped_config_has_its_full_size(path):
     config = get_config(path).to_dict()
     global_batch, steps_per_epoch = config["global_batch"], 1_281_167 // config["global_batch"]
     base_lr = config["optimizer"]["base_lr"]
-    schedule = setup.make_schedule(base_lr, global_batch, steps_per_epoch, imported_epochs=1600.0, **config["schedule"])
+    schedule = make_schedule(base_lr, global_batch, steps_per_epoch, imported_epochs=1600.0, **config["schedule"])
     steps = to_steps(config["total"], steps_per_epoch=steps_per_epoch, global_batch=global_batch)
     assert 0 < steps <= schedule.total - schedule.start
     objective = build_objective(config)
@@ -65,9 +67,9 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
     watched = path == "configs/demo.py"  # pictures and evaluation are the same code for all
     evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8)) if watched else {}
     settings |= dict(evaluators=evaluators, picture_every="2 steps" if watched else 0, checkpoint=dict(every="1 steps", keep=2))
-    setup.run(str(tmp_path), **settings)
+    setup.train(str(tmp_path), **settings)
     shutil.rmtree(tmp_path / "checkpoints" / "2")  # not a smaller `total`, which is another run where a schedule is as long as the run
-    state = setup.run(str(tmp_path), **settings)
+    state = setup.train(str(tmp_path), **settings)
     assert int(state.step) == 2 and int(state.skipped) == 0
     assert "| encoder/block_00/attn/qkv/kernel " in (tmp_path / "parameters.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -80,11 +82,11 @@ def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
 
 def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
     config = small_run(data_dir, guided=True, total="6 steps", log_every=4, checkpoint=dict(every="6 steps", keep=2))
-    setup.run(str(tmp_path / "whole"), **config)
+    setup.train(str(tmp_path / "whole"), **config)
     for stop in (1, 5):  # 5 steps are an epoch
         workdir = tmp_path / f"stopped_{stop}"
         stop_at(stop, str(workdir), config)
-        setup.run(str(workdir), **config)
+        setup.train(str(workdir), **config)
         assert same_params(workdir, tmp_path / "whole")
         assert measured(workdir) == measured(tmp_path / "whole")
 
@@ -111,11 +113,11 @@ def stop_at(step: int, workdir: str, config: dict) -> None:
             while not loop._signals.asked:
                 time.sleep(0.001)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(setup.Stopped) as stopped:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
         patch.setattr(Loop, "_take_step", then_stop)
         patch.setattr(Loop, "_fetch", then_fetch)
         patch.setattr(CheckpointStore, "save", then_save)
-        setup.run(workdir, **config)
+        setup.train(workdir, **config)
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
@@ -139,13 +141,13 @@ def skip_steps(monkeypatch, first: int, end: int) -> None:
 def test_skips_in_a_row_go_back_to_a_healthy_checkpoint_that_nothing_replaced(data_dir, tmp_path, monkeypatch, capsys):
     config = small_run(data_dir, total="16 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
     skip_steps(monkeypatch, 8, 11)
-    whole = setup.run(str(tmp_path / "whole"), **config)
+    whole = setup.train(str(tmp_path / "whole"), **config)
     # Known at step 12, two steps later: back to step 8, of whose successors (10) none was healthy.
     assert "step 12: 3 updates in a row were skipped. Back to the parameters of step 8" in capsys.readouterr().err
     assert int(whole.step) == 16 and int(whole.skipped) == 4
     stop_at(11, str(tmp_path / "stopped"), config)
     assert {p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir() if p.name.isdigit()} == {"8", "11"}
-    resumed = setup.run(str(tmp_path / "stopped"), **config)
+    resumed = setup.train(str(tmp_path / "stopped"), **config)
     for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -154,10 +156,10 @@ def test_skips_that_never_end_stop_the_run_with_what_is_true(data_dir, tmp_path,
     config = small_run(data_dir, total="40 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
     skip_steps(monkeypatch, 2, 1000)
     with pytest.raises(FloatingPointError, match="step 10: 3 updates in a row were skipped, and it was so again after returning to step 2"):
-        setup.run(str(tmp_path), **config)
+        setup.train(str(tmp_path), **config)
     skip_steps(monkeypatch, 0, 1000)
     with pytest.raises(FloatingPointError, match="there is no checkpoint from before to return to"):
-        setup.run(str(tmp_path / "from_the_start"), **config)
+        setup.train(str(tmp_path / "from_the_start"), **config)
 
 
 class Faulty:
@@ -183,17 +185,24 @@ def test_an_evaluation_that_fails_or_is_stopped_loses_nothing_and_is_made_up_for
     evaluators = dict(faulty=dict(type="faulty", every="2 steps"))
     config = small_run(data_dir, total="3 steps", checkpoint=dict(every="100 steps", keep=2), evaluators=evaluators)
     with pytest.raises(RuntimeError, match="no figures today"):
-        setup.run(str(tmp_path), **config)
+        setup.train(str(tmp_path), **config)
     assert find_checkpoint(tmp_path).name == "2"
     start = time.monotonic()
-    with pytest.raises(setup.Stopped) as stopped:
-        setup.run(str(tmp_path), **config)
+    with pytest.raises(Stopped) as stopped:
+        setup.train(str(tmp_path), **config)
     assert stopped.value.code == 130 and time.monotonic() - start < 50
-    setup.run(str(tmp_path), **config)
+    setup.train(str(tmp_path), **config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["faulty/figure"]) for row in rows if "faulty/figure" in row] == [(2, 3.0), (3, 4.0)]
-    setup.run(str(tmp_path), **config)  # nothing is left to do
+    setup.train(str(tmp_path), **config)  # nothing is left to do
     assert Faulty.calls == 4
+    # Killed between the save of the last step and its evaluation: the evaluation alone is left.
+    metrics = tmp_path / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines(keepends=True) if '"faulty/figure": 4' not in line]
+    metrics.write_text("".join(kept))
+    setup.train(str(tmp_path), **config)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(row["step"], row["faulty/figure"]) for row in rows if "faulty/figure" in row] == [(2, 3.0), (3, 5.0)]
 
 
 def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
@@ -205,9 +214,9 @@ def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
         guided_share=dict(share=(0.0, 1.0), start="1 steps", ramp="2 steps"),
         loss_weight=dict(tau=(0.8, 0.7), over="4 steps"),
     )
-    whole = setup.run(str(tmp_path / "whole"), **config)
-    setup.run(str(tmp_path / "stopped"), **{**config, "total": "2 steps"})
-    resumed = setup.run(str(tmp_path / "stopped"), **config)
+    whole = setup.train(str(tmp_path / "whole"), **config)
+    setup.train(str(tmp_path / "stopped"), **{**config, "total": "2 steps"})
+    resumed = setup.train(str(tmp_path / "stopped"), **config)
     for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert set(whole.objective_state) == {"guidance", "averages"}
@@ -253,13 +262,13 @@ def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(dat
         threading.Event().wait(60)
 
     from_batch(0, hang)
-    with pytest.raises(setup.Stopped) as stopped:
-        setup.run(str(tmp_path / "at_once"), **config)
+    with pytest.raises(Stopped) as stopped:
+        setup.train(str(tmp_path / "at_once"), **config)
     assert stopped.value.code == 143
 
     from_batch(2, hang)
-    with pytest.raises(setup.Stopped) as stopped:
-        setup.run(str(tmp_path), **config)
+    with pytest.raises(Stopped) as stopped:
+        setup.train(str(tmp_path), **config)
     assert stopped.value.code == 143 and find_checkpoint(tmp_path).name == "2"
 
     def fail():
@@ -267,7 +276,7 @@ def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(dat
 
     from_batch(2, fail)
     with pytest.raises(LoaderError, match="600 s"):
-        setup.run(str(tmp_path), **config)
+        setup.train(str(tmp_path), **config)
     assert find_checkpoint(tmp_path).name == "4"
     metadata = json.loads((find_checkpoint(tmp_path) / "metadata" / "metadata").read_text())
     assert metadata["micro_batches"] == 1 and metadata["healthy"] is True and metadata["due"] == []
@@ -275,7 +284,7 @@ def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(dat
 
 def test_evaluation_alone(data_dir, tmp_path):
     evaluators = dict(knn=dict(type="knn", ks=(3,), batch_size=8))
-    setup.run(str(tmp_path), **small_run(data_dir, total=0, evaluators=evaluators))
+    setup.train(str(tmp_path), **small_run(data_dir, total=0, evaluators=evaluators))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["step"] == 0 and "knn/global/top1_k3" in row
 
@@ -287,7 +296,7 @@ def test_an_error_at_the_start_leaves_nothing_open(data_dir, tmp_path, monkeypat
     monkeypatch.setattr(setup, "compile_step", fail)
     for _ in range(2):  # the second start finds no lock of the first
         with pytest.raises(RuntimeError, match="the compiler gave up"):
-            setup.run(str(tmp_path), **small_run(data_dir))
+            setup.train(str(tmp_path), **small_run(data_dir))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("maskvit")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -338,16 +347,16 @@ def test_bad_config_is_refused_before_the_first_step(path, value, message, data_
     config = small_run(data_dir)
     change(config, path, value)
     with pytest.raises((ValueError, CheckpointError, FileNotFoundError), match=message):
-        setup.run(str(tmp_path), **config)
+        setup.train(str(tmp_path), **config)
     metrics = tmp_path / "metrics.jsonl"
     assert not metrics.exists() or not metrics.read_text()
 
 
 def test_a_low_learning_rate_is_told_with_its_numbers(caplog):
     with caplog.at_level("WARNING"):
-        setup.warn_of_low_rate(setup.make_schedule(1e-4, 2048, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 2048)
+        warn_of_low_rate(make_schedule(1e-4, 2048, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 2048)
         assert not caplog.text
-        setup.warn_of_low_rate(setup.make_schedule(1e-4, 8, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 8)
+        warn_of_low_rate(make_schedule(1e-4, 8, 100, total_epochs=1600.0, start_epochs=1500.0), 0, 10_000, 1e-4, 8)
     assert "config.optimizer.base_lr 0.0001 x config.global_batch 8 / 256 = 3.1e-06 at its peak" in caplog.text
 
 
@@ -363,23 +372,23 @@ def test_modality_without_data(data_dir, tmp_path):
     config["objective"]["inputs"] = ("rgb", "thermal")
     config["objective"]["outputs"] = ("rgb", "thermal")
     with pytest.raises(ValueError, match="thermal"):
-        setup.run(str(tmp_path), **config)
+        setup.train(str(tmp_path), **config)
 
 
 def test_checkpoint_of_another_size_needs_a_named_remedy(data_dir, tmp_path):
-    setup.run(str(tmp_path / "first"), **small_run(data_dir, total="1 steps"))
+    setup.train(str(tmp_path / "first"), **small_run(data_dir, total="1 steps"))
     config = small_run(data_dir, init_from=dict(path=str(tmp_path / "first")))
     config["objective"]["decoder"] = dict(width=32, depth=1, heads=2)
     with pytest.raises(CheckpointError, match="outputs/"):
-        setup.run(str(tmp_path / "second"), **config)
+        setup.train(str(tmp_path / "second"), **config)
     config["init_from"]["fresh"] = ("outputs/.*",)
-    assert int(setup.run(str(tmp_path / "third"), **{**config, "total": "1 steps"}).step) == 1
+    assert int(setup.train(str(tmp_path / "third"), **{**config, "total": "1 steps"}).step) == 1
 
 
 def test_workdir_of_another_run_and_unwritable_workdir(data_dir, tmp_path):
-    setup.run(str(tmp_path / "run"), **small_run(data_dir, total="1 steps"))
+    setup.train(str(tmp_path / "run"), **small_run(data_dir, total="1 steps"))
     with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 in this config"):
-        setup.run(str(tmp_path / "run"), **small_run(data_dir, seed=1))
+        setup.train(str(tmp_path / "run"), **small_run(data_dir, seed=1))
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(CheckpointError, match="file"):
-        setup.run(str(tmp_path / "file"), **small_run(data_dir))
+        setup.train(str(tmp_path / "file"), **small_run(data_dir))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskvit.core.types import Batch
+from maskvit.core.types import Batch, batch_of
 from maskvit.objectives import build_objective
 from maskvit.objectives.masked import MaskedAutoencoder
 
@@ -59,8 +59,8 @@ def tiny_batch(size: int = 8, seed: int = 0, image: tuple[int, int] = (32, 32), 
 
 
 def on_device(batch: dict[str, np.ndarray]) -> Batch:
-    """The same batch as device arrays."""
-    return jax.tree.map(jnp.asarray, batch)
+    """What a loader delivers as a batch of device arrays."""
+    return batch_of(jax.tree.map(jnp.asarray, batch))
 
 
 def counting(function: Any) -> tuple[Any, list[int]]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from maskvit.core.arguments import make_folder
 from maskvit.core.errors import add_debug, log_lines, run_command
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import Batch, MaskPlan, Params
+from maskvit.core.types import Batch, MaskPlan, Params, batch_of
 from maskvit.plots import curves, page, panels
 from maskvit.training import setup
 
@@ -95,8 +95,8 @@ def batches_of(config: Mapping[str, Any], objective: Any, split: str, limit: int
     stream = eval_batches(
         open_source(source.pop("source"), specs, **source), specs, objective.model.image_size, batch_size=100, limit=limit, crop=1.0
     )
-    wanted = {*specs, "present"}
-    return [{key: jnp.asarray(value) for key, value in batch.items() if key in wanted} for batch in stream]
+    arrays = ({key: jnp.asarray(value) for key, value in batch.items() if isinstance(value, np.ndarray)} for batch in stream)
+    return [batch_of(one).only(tuple(specs)) for one in arrays]
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -150,12 +150,12 @@ def demo(workdir: Path) -> int:
     imported = jax.device_put(load_params(workdir / "imported")[0])
     # Fixed guided masks: those that the *imported* model's attention asks for, the same for both models.
     plan = jax.jit(lambda p, batch, keys: objective.plan(p, batch, keys)[0])
-    size = held_out[0]["rgb"].shape[0]
+    size = held_out[0].size
     plans = [plan(imported, batch, sample_keys(HELD_OUT_SEED, i, size)) for i, batch in enumerate(held_out)]
 
     before_config = {**config, "total": 0}
-    timed("k-NN of the imported checkpoint", setup.run, str(workdir / "before"), **before_config)
-    state = timed("continuing with attention-guided masking", setup.run, str(workdir / "run"), **config)
+    timed("k-NN of the imported checkpoint", setup.train, str(workdir / "before"), **before_config)
+    state = timed("continuing with attention-guided masking", setup.train, str(workdir / "run"), **config)
     params = jax.device_put(jax.device_get(state.params))
 
     losses = {

@@ -74,7 +74,7 @@ def tokencut(network: Any, params: Params, batch: Batch, **cutting: Any) -> Floa
 def gradcam(network: Any, params: Params, batch: Batch, **place: Any) -> Float[Array, "b 1 gh gw"]:
     """Where a classifier finds the class that it predicts (`maskvit.guidance.gradcam`): a ResNet, with its `stage`, or a ViT."""
     if isinstance(network, ResNet):
-        return resnet_gradcam(network, params, network.prepare(batch[network.modality.name]), **place)[:, None]
+        return resnet_gradcam(network, params, network.prepare(batch.values[network.modality.name]), **place)[:, None]
     return vit_gradcam(network.model, params, embedded(network, params, batch))[:, None]
 
 

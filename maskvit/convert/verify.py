@@ -20,6 +20,7 @@ from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed
 from maskvit.convert.rules import to_ours
 from maskvit.core.patches import unpatchify
+from maskvit.core.types import Batch
 
 TOLERANCE = 1e-3  # of float32 outputs up to about 10; layout mistakes are of the order of the outputs themselves
 SAMPLES = 2
@@ -183,7 +184,7 @@ def _compare(
 
     model = objective.model
     with jax.default_matmul_precision("highest"):
-        prepared = objective.prepare({name: jnp.asarray(value) for name, value in batch.items()})
+        prepared = objective.prepare(Batch({name: jnp.asarray(value) for name, value in batch.items()}))
         tokens = model.embed(params, prepared.values_of(inputs))
         layout = tokens.layout
         num_visible = max(len(inputs), round(objective.num_visible * layout.num_tokens / model.layout.num_tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,20 +73,3 @@ def projection_flops(model: Any, tokens: int) -> float:
     sizes = dict(model.projection)
     hidden, bottleneck = sizes["hidden"], sizes["bottleneck"]
     return 2 * tokens * (model.width * hidden + hidden**2 + hidden * bottleneck + bottleneck * sizes["num_prototypes"])
-
-
-def distillation_flops(objective: Any, global_views: int, local_crops: int, local_size: tuple[int, int]) -> float:
-    """One image through one step of self-distillation: the student three times (it has a backward pass), the teacher once."""
-    model, tokens = objective.model, objective.model.layout.num_tokens
-    small = sum(math.prod(model.modality(name).grid(local_size)) for name in model.inputs)
-    large = embed_flops(model) + encoder_flops(model, tokens) + projection_flops(model, 1 + tokens * objective.masks)
-    cropped = embed_flops(model) * small / tokens + encoder_flops(model, small) + projection_flops(model, 1)
-    return global_views * 4 * large + local_crops * 3 * cropped
-
-
-def step_flops(objective: Any) -> float:
-    """One image through one training step of masked modelling: forward, backward at twice the forward, and what guides."""
-    model = objective.model
-    queries = {output: objective.num_queries(output, model.layout) for output in model.outputs}
-    flops = 3 * forward_flops(model, objective.num_visible, queries)
-    return flops + (objective.guidance.flops(objective.model) if objective.guidance is not None else 0.0)

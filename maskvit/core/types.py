@@ -10,16 +10,11 @@ One polarity: `masked` is True where a token is hidden; an attention `mask` is T
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
-
-# Modalities by name (continuous: uint8 or float32 "b h w c" in stored units, NaN where missing; categorical: int32
-# "b h w", -1 where missing), and optionally `label` Int "b", `present` Bool "b m" (which modalities a sample has: the
-# objective's inputs in their order, then what is an output alone, as in the model's `modalities`), `valid` Bool "b"
-# (False for the padding of the last evaluation batch).
-Batch = dict[str, Array]
+from jaxtyping import Array, Bool, Float, Int, Num
 
 # A plain nested dict of arrays with the package's own stable names ("encoder/block_00/attn/qkv/kernel").
 Params = dict[str, Any]
@@ -60,6 +55,82 @@ class TokenLayout(NamedTuple):
     def spans(self) -> tuple[slice, ...]:
         """The slice of every modality, in token order."""
         return tuple(self.span(name) for name in self.names)
+
+
+class Record(NamedTuple):
+    """Which record a sample shows and how, for what is kept per record; each is None where nobody asked for it.
+
+    `index`: its number, negative for padding; `box`: the part of the whole picture that is seen (top, left, height, width as
+    shares of it); `flip`: whether it is mirrored after that.
+    """
+
+    index: Any = None  # Int "b"
+    box: Any = None  # Float "b 4"
+    flip: Any = None  # Bool "b"
+
+
+class Batch(NamedTuple):
+    """Samples on their way through a step.
+
+    `values`: by modality, stored units (continuous: uint8 or float32 "b h w c", NaN where missing; categorical: int32 "b h w", -1
+    where missing); `present`: which modalities a sample has, the objective's inputs in their order, then what is an output alone,
+    as in the model's `modalities`; `label`; `valid`: False for the padding of the last evaluation batch; `maps`: stored guidance in
+    0 ... 1, of one map for all inputs or one each, or block masks; `record`; `views`: "global" and "local" views by modality,
+    "b v h w c"; `whole`: whole pictures by input, of every k-th sample. What a batch does not hold is None or empty.
+    """
+
+    values: dict[str, Num[Array, "b h w *c"]]
+    present: Any = None  # Bool "b m"
+    label: Any = None  # Int "b"
+    valid: Any = None  # Bool "b"
+    maps: Any = None  # Float "b m gh gw"
+    record: Record = Record()
+    views: dict[str, dict[str, Num[Array, "b v h w *c"]]] = {}
+    whole: dict[str, Num[Array, "k h w *c"]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many samples."""
+        return jax.tree.leaves((self.values, self.views))[0].shape[0]
+
+    def only(self, names: Sequence[str]) -> Batch:
+        """The batch with the values of these modalities alone, and which samples have them."""
+        return Batch({name: value for name, value in self.values.items() if name in names}, self.present)
+
+
+def batch_of(arrays: Mapping[str, Any]) -> Batch:
+    """A batch out of the loader's arrays by name (`maskvit.data.batches`): where their names end, and fields begin."""
+    fields: dict[str, Any] = {"present": None, "label": None, "valid": None, "guidance": None, "index": None, "box": None, "flip": None}
+    fields |= {name: arrays[name] for name in fields if name in arrays}
+    values: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {"global": {}, "local": {}, "whole": {}}
+    for name, array in arrays.items():
+        kind, _, modality = name.partition("/")
+        if modality:
+            parts[kind][modality] = array
+        elif name not in fields:
+            values[name] = array
+    record = Record(fields["index"], fields["box"], fields["flip"])
+    views = {kind: parts[kind] for kind in ("global", "local") if parts[kind]}
+    return Batch(values, fields["present"], fields["label"], fields["valid"], fields["guidance"], record, views, parts["whole"])
+
+
+class DataNeeds(NamedTuple):
+    """What an objective wants of the loader beside the modalities.
+
+    `views`: several views of a record in place of one crop; `record`: fields of `Record`; `whole_every`: k > 0 for the whole pictures
+    of every k-th sample; `maps`: a stored map set; `blocks`: (ratio, ratio_var) of block masks.
+    """
+
+    views: bool = False
+    record: tuple[str, ...] = ()
+    whole_every: int = 0
+    maps: str | None = None
+    blocks: tuple[Any, Any] | None = None
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `maskvit.data.batches.train_batches`."""
+        return dict(extras=self.record, whole_every=self.whole_every, maps=self.maps, blocks=self.blocks)
 
 
 class TokenBatch(NamedTuple):

@@ -220,9 +220,9 @@ class Knn:
 
     def _features(self, params: Any, state: Any, batch: Any, pixels: bool) -> tuple[dict[str, Array], Array, Array]:
         """(features by name, labels, valid) of a global batch, whole on every device."""
-        features = self._objective.predict(params, state, {k: v for k, v in batch.items() if k in (self._input, "present")})
-        features |= pixel_features(batch[self._input]) if pixels else {}
-        return features, batch["label"], batch["valid"]
+        features = self._objective.predict(params, state, batch.only((self._input,)))
+        features |= pixel_features(batch.values[self._input]) if pixels else {}
+        return features, batch.label, batch.valid
 
     def examples(self, split: str, params: Any, objective_state: Any, pixels: bool, between: Callable[[], None] = _nothing) -> Examples:
         """All usable examples of "train" or "test", each once, the same on every process."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from maskvit.core.flops import embed_flops
 from maskvit.core.keys import stream_keys
-from maskvit.core.types import Guidance, TokenBatch, TokenLayout
+from maskvit.core.types import Batch, DataNeeds, Guidance, Record, TokenBatch, TokenLayout
 from maskvit.guidance.attention import SelfAttention, check_momentum
 from maskvit.guidance.errors import check_rebuilds_inputs
 from maskvit.guidance.source import Request, Source
@@ -148,7 +148,7 @@ def in_turn(learn: Callable[[], Any], otherwise: Callable[[], Any], request: Req
 def no_rows(request: Request, maps: Maps, every: int) -> Rows:
     """As many rows as `thinned` has, of no record."""
     count = request.keys[:: stride(request.keys.shape[0], every)].shape[0]
-    return jnp.full(count, -1, request.batch["index"].dtype), jnp.zeros((count, *maps.shape[1:]))
+    return jnp.full(count, -1, request.batch.record.index.dtype), jnp.zeros((count, *maps.shape[1:]))
 
 
 def thinned(request: Request, every: int) -> Request:
@@ -157,15 +157,14 @@ def thinned(request: Request, every: int) -> Request:
     part = lambda tree: jax.tree.map(lambda x: x[::step], tree)  # noqa: E731
     values, present = part(dict(request.values)), part(request.tokens.present)
     tokens = request.model.embed(request.params, values, present)
-    batch = {key: value[::step] for key, value in request.batch.items() if not key.startswith("whole/")}
+    batch = part(request.batch._replace(whole={}))
     return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::step])
 
 
 def averaged_rows(maps: Maps, request: Request, logs: Float[Array, "b n"], momentum: float) -> Rows:
     """The maps of the samples' records after their scores were written under their crops."""
-    batch = request.batch
-    own = write(rows_of(maps, batch["index"]), logs, batch["box"], batch["flip"], request.tokens.layout, momentum)
-    return batch["index"], own
+    index, box, flip = request.batch.record
+    return index, write(rows_of(maps, index), logs, box, flip, request.tokens.layout, momentum)
 
 
 CHUNK = 64  # samples whose attention is held at once
@@ -241,11 +240,10 @@ class ReusedAttention(SelfAttention):
     view: str = "crop"
     momentum: float = 0.8
     grid: int = 32
-    batch_keys = ("index", "box", "flip")
 
     @property
-    def whole_every(self) -> int:
-        return self.every if self.view == "whole" else 0
+    def needs(self) -> DataNeeds:
+        return DataNeeds(record=Record._fields, whole_every=self.every if self.view == "whole" else 0)
 
     def check(self, model: Network) -> None:
         super().check(model)
@@ -260,8 +258,8 @@ class ReusedAttention(SelfAttention):
         return blank(num_records, model.layout, self.grid)
 
     def __call__(self, request: Request) -> Guidance:
-        batch, layout = request.batch, request.tokens.layout
-        own = read(rows_of(request.state, batch["index"]), batch["box"], batch["flip"], layout)
+        record, layout = request.batch.record, request.tokens.layout
+        own = read(rows_of(request.state, record.index), record.box, record.flip, layout)
         return jnp.exp(fill_unknown(own, layout, request.keys))
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
@@ -272,9 +270,9 @@ class ReusedAttention(SelfAttention):
                 part = thinned(request, self.every)
                 return averaged_rows(request.state, part, standard_logs(exact, part), self.momentum)
             step = stride(request.keys.shape[0], self.every)
-            rows = request.batch["index"][::step]
+            rows = request.batch.record.index[::step]
             everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
-            seen = dict(index=rows, box=everything, flip=jnp.zeros(rows.shape, bool))
+            seen = Batch({}, record=Record(rows, everything, jnp.zeros(rows.shape, bool)))
             part = request._replace(tokens=request.whole_tokens(), keys=request.keys[::step], batch=seen)
             return averaged_rows(request.state, part, standard_logs(exact, part), 0.0)
 
@@ -304,8 +302,11 @@ class AverageError(Source):
 
     momentum: float = 0.9
     grid: int = 16
-    batch_keys = ("index", "box", "flip")
     observes = True
+
+    @property
+    def needs(self) -> DataNeeds:
+        return DataNeeds(record=Record._fields)
 
     def check(self, model: Network) -> None:
         check_rebuilds_inputs(model, "average_error")
@@ -316,8 +317,8 @@ class AverageError(Source):
         return blank(num_records, model.layout, self.grid)
 
     def __call__(self, request: Request) -> Guidance:
-        batch, layout = request.batch, request.tokens.layout
-        own = read(rows_of(request.state, batch["index"]), batch["box"], batch["flip"], layout)
+        record, layout = request.batch.record, request.tokens.layout
+        own = read(rows_of(request.state, record.index), record.box, record.flip, layout)
         return fill_unknown(own, layout, request.keys)
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:

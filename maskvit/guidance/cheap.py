@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from maskvit.core.flops import attention_flops, block_flops, embed_flops
 from maskvit.core.keys import stream_keys
-from maskvit.core.types import Guidance, Params, TokenBatch, TokenLayout
+from maskvit.core.types import DataNeeds, Guidance, Params, Record, TokenBatch, TokenLayout
 from maskvit.guidance.attention import SelfAttention, check_momentum, moving_average, per_modality_sum_one, read_attention
 from maskvit.guidance.canvas import (
     AverageError,
@@ -312,8 +312,8 @@ class PredictedAttention(SelfAttention):
     map_momentum: float = 0.8
 
     @property
-    def batch_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("index", "box", "flip") if self.grid else ()
+    def needs(self) -> DataNeeds:
+        return DataNeeds(record=Record._fields if self.grid else ())
 
     def check(self, model: Network) -> None:
         super().check(model)
@@ -352,8 +352,8 @@ class PredictedAttention(SelfAttention):
         there = jnp.ones(tokens.shape[:2], bool) if present is None else present
         known = None
         if self.grid:
-            batch = request.batch
-            known = read(rows_of(request.state["maps"], batch["index"]), batch["box"], batch["flip"], layout)
+            record = request.batch.record
+            known = read(rows_of(request.state["maps"], record.index), record.box, record.flip, layout)
         found = []
         for span, grid in zip(layout.spans(), layout.grids, strict=True):
             own = jnp.where(there[:, span, None], x[:, span], 0.0)

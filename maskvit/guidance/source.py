@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from maskvit.core.types import Batch, Guidance, Params, TokenBatch
+from maskvit.core.types import Batch, DataNeeds, Guidance, Params, TokenBatch
 from maskvit.heads.network import Network
 
 
@@ -37,29 +37,17 @@ class Source:
     """Base of all sources: a frozen dataclass whose fields are the keys of `config.objective.guidance`.
 
     Attributes:
-      batch_keys: what the batch must hold beside the modalities: "index", "box", "flip", "guidance".
       observes: whether `update` needs the step's own errors per token.
       predicts_errors: whether the model must learn to predict its errors (`Network.error_outputs`).
-      whole_every: every how many samples the batch must hold the whole picture beside the crop; 0: never.
     """
 
-    batch_keys: tuple[str, ...] = ()
     observes: bool = False
     predicts_errors: bool = False
 
     @property
-    def whole_every(self) -> int:
-        return 0
-
-    @property
-    def maps(self) -> str | None:
-        """The stored map set that the loader must deliver, if any."""
-        return None
-
-    @property
-    def blocks(self) -> tuple[Any, Any] | None:
-        """(ratio, ratio_var) of the block masks that the loader must deliver, if any."""
-        return None
+    def needs(self) -> DataNeeds:
+        """What the batch must hold beside the modalities."""
+        return DataNeeds()
 
     def check(self, model: Network) -> None:
         """Raise ValueError where the model cannot give what this source reads."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from maskvit.core.keys import stream_keys
-from maskvit.core.types import Guidance, Params, TokenLayout
+from maskvit.core.types import DataNeeds, Guidance, Params, TokenLayout
 from maskvit.guidance.source import Request, Source
 from maskvit.heads.network import Network
 
@@ -35,18 +35,17 @@ class Stored(Source):
     """
 
     path: str = ""
-    batch_keys = ("guidance",)
 
     @property
-    def maps(self) -> str | None:
-        return self.path
+    def needs(self) -> DataNeeds:
+        return DataNeeds(maps=self.path)
 
     def check(self, model: Network) -> None:
         if not self.path:
             raise ValueError("config.objective.guidance.path is empty: give the folder of stored maps (python -m maskvit maps)")
 
     def __call__(self, request: Request) -> Guidance:
-        return maps_to_tokens(request.batch["guidance"], request.tokens.layout)
+        return maps_to_tokens(request.batch.maps, request.tokens.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +59,10 @@ class BlockMask(Source):
 
     ratio: float | tuple[float, ...] = 0.3
     ratio_var: float | tuple[float, ...] = 0.2
-    batch_keys = ("guidance",)
 
     @property
-    def blocks(self) -> tuple[Any, Any] | None:
-        return self.ratio, self.ratio_var
+    def needs(self) -> DataNeeds:
+        return DataNeeds(blocks=(self.ratio, self.ratio_var))
 
     def check(self, model: Network) -> None:
         for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
@@ -72,7 +70,7 @@ class BlockMask(Source):
                 raise ValueError(f"config.objective.guidance.ratio is {self.ratio}; it must lie in 0 ... 1")
 
     def __call__(self, request: Request) -> Guidance:
-        blocks = maps_to_tokens(request.batch["guidance"], request.tokens.layout)
+        blocks = maps_to_tokens(request.batch.maps, request.tokens.layout)
         noise = jax.vmap(lambda key: jax.random.uniform(key, blocks.shape[1:]))(stream_keys(request.keys, "block mask"))
         return (blocks > 0.5) + noise
 
@@ -92,8 +90,8 @@ class RandomMap(Source):
     # What the shuffled source needs, this one needs.
 
     @property
-    def batch_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.of.batch_keys if self.of else ()
+    def needs(self) -> DataNeeds:
+        return self.of.needs if self.of else DataNeeds()
 
     @property
     def observes(self) -> bool:  # type: ignore[override]
@@ -102,18 +100,6 @@ class RandomMap(Source):
     @property
     def predicts_errors(self) -> bool:  # type: ignore[override]
         return bool(self.of and self.of.predicts_errors)
-
-    @property
-    def whole_every(self) -> int:
-        return self.of.whole_every if self.of else 0
-
-    @property
-    def maps(self) -> str | None:
-        return self.of.maps if self.of else None
-
-    @property
-    def blocks(self) -> tuple[Any, Any] | None:
-        return self.of.blocks if self.of else None
 
     def check(self, model: Network) -> None:
         if self.of:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from maskvit.core.configuration import check_arguments, hashable, look_up
 from maskvit.core.modalities import parse_modalities
+from maskvit.core.types import DataNeeds
 from maskvit.objectives.distillation import dino, ibot
 from maskvit.objectives.methods import crossmae, mae, multimae
 
@@ -16,6 +17,8 @@ from maskvit.objectives.methods import crossmae, mae, multimae
 class Objective(Protocol):
     """What the train step, the evaluators and the pictures know of a method.
 
+    `needs`: what the loader must deliver; `check()` raises where there is nothing to train for; `flops(views)`: arithmetic of a step
+    per image, `views` as the loader cuts them (None for one crop);
     `init(key, num_records) -> (params, state)`, `init_state(params, num_records) -> state` for given parameters;
     `resolve(to_steps) -> objective`: durations of its schedules turned to steps;
     `plan(params, batch, keys, state, step) -> (plan, counts)`: what to hide, and how many samples each loss is a mean over;
@@ -28,7 +31,12 @@ class Objective(Protocol):
 
     model: Any
     guidance: Any
+    num_visible: int
 
+    @property
+    def needs(self) -> DataNeeds: ...
+    def check(self) -> None: ...
+    def flops(self, views: Any = None) -> float: ...
     def init(self, key: Any, num_records: int = 1) -> tuple[Any, Any]: ...
     def init_state(self, params: Any, num_records: int = 1) -> Any: ...
     def resolve(self, to_steps: Any) -> Any: ...

@@ -4,13 +4,14 @@ Sources: Caron et al., "Emerging Properties in Self-Supervised Vision Transforme
 Pre-Training with Online Tokenizer", 2022; Kakogeorgiou et al., "What to Hide from Your Students: Attention-Guided Masked Image
 Modeling" (AttMask), 2022.
 
-A batch holds two large views "global/<modality>" (b, 2, H, W, c) and, where the loader cuts them, small ones "local/<modality>"
-(b, l, h, w, c). Views of one sample lie side by side, so that a device keeps its own samples' views together.
+A batch holds two global views (b, 2, H, W, c) and, where the loader cuts them, local ones (b, l, h, w, c). Views of one sample lie side
+by side, so that a device keeps its own samples' views together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from maskvit.core.configuration import check_arguments, hashable, named_function
+from maskvit.core.flops import embed_flops, encoder_flops, projection_flops
 from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
-from maskvit.core.types import Batch, Guidance, Metrics, Params, TokenLayout
+from maskvit.core.types import Batch, DataNeeds, Guidance, Metrics, Params, TokenLayout
 from maskvit.guidance import build_source
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
 from maskvit.heads.network import Network
@@ -148,6 +150,24 @@ class Distillation:
         """Whether the student's views are masked and their hidden patches predicted."""
         return self.masking is not None or self.guidance is not None
 
+    # What training asks
+
+    @property
+    def needs(self) -> DataNeeds:
+        """Several views of a record, and the loader's block masks where those take the place of masking."""
+        return DataNeeds(views=True, blocks=None if self.guidance is None else self.guidance.needs.blocks)
+
+    def check(self) -> None:
+        """There is always something to train for."""
+
+    def flops(self, views: Any) -> float:
+        """The arithmetic of one step per image: the student three times (it has a backward pass), the teacher once; `views` as loaded."""
+        model, tokens, local = self.model, self.model.layout.num_tokens, views.local_image_size
+        small = sum(math.prod(model.modality(name).grid(local)) for name in model.inputs)
+        large = embed_flops(model) + encoder_flops(model, tokens) + projection_flops(model, 1 + tokens * self.masks)
+        cropped = embed_flops(model) * small / tokens + encoder_flops(model, small) + projection_flops(model, 1)
+        return GLOBAL_VIEWS * 4 * large + views.local_crops * 3 * cropped
+
     # The protocol
 
     def init(self, key: Key[Array, ""], num_records: int = 1) -> tuple[Params, Any]:
@@ -198,7 +218,7 @@ class Distillation:
         """
         model, b = self.model, keys.shape[0]
         counts = self.plan(params, batch, keys)[1] if counts is None else counts
-        large = prepare(model, views_of(batch, "global/"))
+        large = prepare(model, views_of(batch, "global"))
         n = model.layout.num_tokens
         view_keys = split_views(keys, "global views", GLOBAL_VIEWS)
 
@@ -209,8 +229,8 @@ class Distillation:
 
         encoded = self._student(params, large, view_keys, masked)
         said = [self.by_image(model.project(params, encoded[:, n]), b)]
-        if any(name.startswith("local/") for name in batch):
-            small = prepare(model, views_of(batch, "local/"))
+        if "local" in batch.views:
+            small = prepare(model, views_of(batch, "local"))
             rows = next(iter(small.values.values())).shape[0]
             crops = self._student(params, small, split_views(keys, "local views", rows // b))
             said.append(self.by_image(model.project(params, crops[:, -model.num_global_tokens]), b))
@@ -267,7 +287,7 @@ class Distillation:
             name: flat[:, layout.span(name)].reshape(-1, *grid) for name, grid in zip(layout.names, layout.grids, strict=True)
         }
         return {
-            "inputs": {spec.name: batch[spec.name] for spec in self.model.modalities},
+            "inputs": {spec.name: batch.values[spec.name] for spec in self.model.modalities},
             "masked": on_grid(masked),
             "guidance": on_grid(attention),
             "reconstructions": {},
@@ -294,7 +314,7 @@ class Distillation:
         """What the student does not see of each view: True = hidden; None where nothing is ever hidden."""
         layout = self.model.layout
         if self.guidance is not None:
-            blocks = batch["guidance"]
+            blocks = batch.maps
             masked = maps_to_tokens(blocks.reshape(-1, 1, *blocks.shape[2:]), layout) > 0.5
             return masked if present is None else masked & present
         if self.masking is None:
@@ -349,16 +369,14 @@ def teacher_params(params: Params) -> Params:
     return {**params, "inputs": inputs}
 
 
-def views_of(batch: Batch, prefix: str) -> Batch:
-    """The views of one kind as samples of their own, those of an image side by side."""
-    views: Batch = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
-    if not views:
-        raise ValueError(f"the batch holds no views {prefix}<modality>: set config.data.augment.views")
+def views_of(batch: Batch, kind: str) -> Batch:
+    """The views of one kind ("global", "local") as samples of their own, those of an image side by side."""
+    if kind not in batch.views:
+        raise ValueError(f"the batch holds no {kind} views: set config.data.augment.views")
+    views = batch.views[kind]
     count = next(iter(views.values())).shape[1]
-    views = {name: value.reshape(-1, *value.shape[2:]) for name, value in views.items()}
-    if "present" in batch:
-        views["present"] = jnp.repeat(batch["present"], count, axis=0)
-    return views
+    present = None if batch.present is None else jnp.repeat(batch.present, count, axis=0)
+    return Batch({name: value.reshape(-1, *value.shape[2:]) for name, value in views.items()}, present)
 
 
 def split_views(keys: Key[Array, " b"], name: str, views: int) -> Key[Array, " r"]:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
+from maskvit.core.flops import forward_flops
 from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify, unpatchify
-from maskvit.core.types import Batch, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
+from maskvit.core.types import Batch, DataNeeds, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
 from maskvit.guidance import Request, Source
 from maskvit.guidance.errors import predict_errors
 from maskvit.heads.network import Network
@@ -110,6 +111,24 @@ class MaskedAutoencoder:
         """The output that stands for an input modality: its own, else its normalised form."""
         return name if name in self.model.outputs else f"norm_{name}"
 
+    # What training asks
+
+    @property
+    def needs(self) -> DataNeeds:
+        """What the loader must deliver beside the modalities."""
+        return DataNeeds() if self.guidance is None else self.guidance.needs
+
+    def check(self) -> None:
+        """Raise ValueError where there is nothing to train for."""
+        if not self.model.outputs:
+            raise ValueError("config.objective.outputs is empty: there is nothing to train for")
+
+    def flops(self, views: Any = None) -> float:
+        """The arithmetic of one training step per image: forward, backward at twice the forward, and what guides."""
+        queries = {output: self.num_queries(output, self.model.layout) for output in self.model.outputs}
+        flops = 3 * forward_flops(self.model, self.num_visible, queries)
+        return flops + (self.guidance.flops(self.model) if self.guidance is not None else 0.0)
+
     # From stored values to model values
 
     def prepare(self, batch: Batch) -> Prepared:
@@ -132,9 +151,9 @@ class MaskedAutoencoder:
             return self.token_errors(self.reconstruct(params, tokens, plan), prepared, plan, tokens.layout)
 
         def whole_tokens() -> TokenBatch:
-            whole: Batch = {name.removeprefix("whole/"): value for name, value in batch.items() if name.startswith("whole/")}
-            if "present" in batch:  # the pictures are those of every k-th sample
-                whole["present"] = batch["present"][:: keys.shape[0] // next(iter(whole.values())).shape[0]]
+            whole = Batch(batch.whole)
+            if batch.present is not None:  # the pictures are those of every k-th sample
+                whole = whole._replace(present=batch.present[:: keys.shape[0] // whole.size])
             pictures = self.prepare(whole)
             return self.model.embed(params, pictures.values_of(self.model.inputs), pictures.present)
 
@@ -401,7 +420,7 @@ class MaskedAutoencoder:
         on_grid = lambda flat: {n: flat[:, tokens.layout.span(n)].reshape(-1, *grids[n]) for n in grids}  # noqa: E731
         predictions = self.reconstruct(params, tokens, plan)
         return {
-            "inputs": {spec.name: batch[spec.name] for spec in self.model.modalities},
+            "inputs": {spec.name: batch.values[spec.name] for spec in self.model.modalities},
             "masked": on_grid(plan.masked),
             "guidance": {} if guidance is None else on_grid(guidance),
             "reconstructions": {name: self.to_stored(name, prediction, prepared) for name, prediction in predictions.items()},

@@ -38,16 +38,19 @@ def prepare(model: Network, batch: Batch) -> Prepared:
 
     Raises ValueError for arrays of another form than the modality's, and for a batch that has none of the model's modalities.
     """
-    if not any(spec.name in batch for spec in model.modalities):
-        raise ValueError(f"the batch has none of the modalities {', '.join(s.name for s in model.modalities)}; it has {_names(batch)}")
+    if not isinstance(batch, Batch):
+        raise TypeError(f"a batch is a maskvit.core.types.Batch, as batch_of(arrays by name) makes it, not a {type(batch).__name__}")
+    if not any(spec.name in batch.values for spec in model.modalities):
+        names = ", ".join(spec.name for spec in model.modalities)
+        raise ValueError(f"the batch has none of the modalities {names}; it has {_names(batch.values)}")
     values: dict[str, Any] = {}
     valid: dict[str, Any] = {}
     restore: dict[str, Any] = {}
     for spec in model.modalities:
-        if spec.name not in batch:
+        if spec.name not in batch.values:
             continue
-        check_values(spec, batch[spec.name])
-        stored, has = batch[spec.name], _samples_with(model, batch, spec.name)
+        stored, has = batch.values[spec.name], _samples_with(model, batch, spec.name)
+        check_values(spec, stored)
         if has is not None:
             # Whatever stands in for an absent modality (NaN) must not reach a product, not even one with weight 0.
             has = has[:, None, None, None]
@@ -79,7 +82,7 @@ def pooled_features(model: Network, params: Params, batch: Batch, inputs: tuple[
     "mean": mean of the patch tokens present of those modalities; "global": the (first) global token, where there is one.
     """
     names = inputs or model.inputs[:1]
-    prepared = prepare(model, {key: value for key, value in batch.items() if key in names or key == "present"})
+    prepared = prepare(model, batch.only(names))
     tokens = model.embed(params, prepared.values_of(names), prepared.present)
     encoded = model.encode(params, tokens.tokens, tokens.present).astype(jnp.float32)
     n = tokens.layout.num_tokens
@@ -112,17 +115,17 @@ def check_targets(model: Network, prepared: Prepared) -> None:
             )
 
 
-def _names(batch: Mapping[str, Any]) -> str:
-    return ", ".join(batch) or "nothing"
+def _names(values: Mapping[str, Any]) -> str:
+    return ", ".join(values) or "nothing"
 
 
 def _samples_with(model: Network, batch: Batch, name: str) -> Bool[Array, " b"] | None:
     """Which samples have a modality; None where all do."""
-    if "present" not in batch:
+    if batch.present is None:
         return None
     columns = (*model.inputs, *(spec.name for spec in model.modalities if spec.name not in model.inputs))
     column = columns.index(name)
-    return batch["present"][:, column] if column < batch["present"].shape[1] else None
+    return batch.present[:, column] if column < batch.present.shape[1] else None
 
 
 def _present_tokens(model: Network, values: Mapping[str, Any], valid: Mapping[str, Any]) -> Bool[Array, "b n"] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from maskvit.data.workers import LoaderError
 from maskvit.evaluators import Evaluator
 from maskvit.metrics.accumulate import Accumulator
 from maskvit.metrics.progress import Progress
-from maskvit.metrics.throughput import Throughput
 from maskvit.metrics.writers import Writers
 from maskvit.sharding import ReplicaError, check_replicas
 from maskvit.training.disk import DiskFull, require_space
-from maskvit.training.flight import Flight, Telling
+from maskvit.training.flight import Flight
 from maskvit.training.profiling import Profiler
 from maskvit.training.signals import StopAsked, StopSignals, name
 from maskvit.training.spikes import Guard
@@ -53,11 +52,12 @@ class Stopped(SystemExit):
 
 @dataclass
 class Run:
-    """All that `Loop` needs, made by `train.run`.
+    """All that `loop` needs, made by `maskvit.training.setup.setup`.
 
     `periods`: steps from one "checkpoint", "picture" or comparison of "replicas" to the next. `evaluations`: the same of every one
-    of `evaluators`. `metadata` goes with every checkpoint. `compiled` is called as (state, batch, seed, largest loss, word of
-    the processes) and returns (state, `Results`). `saved` is the metadata of the checkpoint that the run resumes from.
+    of `evaluators`. `metadata` goes with every checkpoint. `saved` is the metadata of the checkpoint that the run resumes from.
+    Where nothing is left to train the rest is None: `compiled` is called as (state, batch, seed, largest loss, word of the processes)
+    and returns (state, `Results`); `batch` is the first one, fetched already. `closing` ends what the run has opened.
     """
 
     workdir: Path
@@ -68,20 +68,52 @@ class Run:
     periods: Mapping[str, int]
     evaluations: Mapping[str, int]
     evaluators: Mapping[str, Evaluator]
-    painter: Callable[[TrainState], Mapping[str, Any]] | None
     draws: bool
     store: CheckpointStore
     log: Writers
-    batches: Any
-    place: Callable[[Mapping[str, Any]], Batch]
-    compiled: Any
-    telling: Telling
-    guard: Guard
-    throughput: Throughput
     profile: tuple[int, int] | None
     timeout: float
-    metadata: Mapping[str, Any]
     saved: Mapping[str, Any]
+    metadata: dict[str, Any]
+    state: Any
+    guard: Guard
+    painter: Callable[[TrainState], Mapping[str, Any]] | None = None
+    signals: Any = None
+    batches: Any = None
+    place: Any = None
+    batch: Any = None
+    telling: Any = None
+    compiled: Any = None
+    throughput: Any = None
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+def loop(run: Run) -> TrainState:
+    """Train to the end and close the run; returns the last state.
+
+    Where nothing is left to train, what the last stop left over is made up for; `total = 0` evaluates once.
+    """
+    with run.closing:
+        if run.compiled is not None:
+            return Loop(run).run()
+        step = int(run.state.step)
+        for name in run.evaluators if run.total_steps == 0 else left_over(run, step):
+            if name != PICTURES:
+                write_figures(run.log, step, evaluate(run.evaluators, name, run.state, lambda: None))
+            elif run.painter is not None:
+                run.log.write_images(step, run.painter(run.state))
+        LOG.info("nothing to train: step %d of %d", step, run.total_steps)
+        return run.state
+
+
+def left_over(run: Run, step: int) -> list[str]:
+    """What was due when the checkpoint of `step` was saved, and was not done before the stop."""
+    known = [name for name in run.saved.get("due", ()) if name in run.evaluators or (name == PICTURES and run.draws)]
+    written = run.log.written(step)
+    done = np.array([any(name == there or there.startswith(f"{name}/") for there in written) for name in known], bool)
+    if known and jax.process_count() > 1:
+        done = multihost_utils.broadcast_one_to_all(done)  # process 0 alone writes
+    return [name for name, is_done in zip(known, done, strict=True) if not is_done]
 
 
 def first_batch(batches: Any, signals: StopSignals) -> dict[str, Any]:
@@ -95,14 +127,15 @@ def first_batch(batches: Any, signals: StopSignals) -> dict[str, Any]:
 
 
 class Loop:
-    """Trains from `state` on, whose first batch was fetched already. `run()` returns the last state."""
+    """Trains from the run's state on. `run()` returns the last state."""
 
-    def __init__(self, run: Run, state: TrainState, first_batch: Batch, signals: StopSignals, closing: contextlib.ExitStack) -> None:
-        self._run, self._signals = run, signals
-        self.state, self.step = state, int(state.step)
-        self._abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-        self._batch: Batch = first_batch
+    def __init__(self, run: Run) -> None:
+        self._run, self._signals = run, run.signals
+        self.state, self.step = run.state, int(run.state.step)
+        self._batch: Batch = run.batch
+        run.state = run.batch = None  # the first step gives them away, and nobody else may hold a copy
+        self._abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        self._bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
         self._fetched = True
         self._seed = np.int32(run.seed)  # an argument, not a constant: runs that differ in their seed alone share a compilation
         self._accumulated = Accumulator(run.saved.get("metrics"))
@@ -114,14 +147,13 @@ class Loop:
         self._told = 0  # number of a signal, told along with the steps settled
         self._failure: BaseException | None = None  # why this process has no batch
         self._due: list[str] = []
-        closing.callback(self._watchdog.close)
-        closing.callback(self._progress.close)
-        closing.callback(self._profiler.close)
+        for part in (self._watchdog, self._progress, self._profiler):
+            run.closing.callback(part.close)
 
     def run(self) -> TrainState:
         """Train to the end, or to what ends the run before it."""
         try:
-            self._due = self._left_over() if self._run.saved else self._due_now()
+            self._due = left_over(self._run, self.step) if self._run.saved else self._due_now()
             self._evaluate()
             while self.step < self._run.total_steps:
                 self._settle(1)
@@ -305,15 +337,6 @@ class Loop:
         run, step = self._run, self.step
         due = [name for name, period in run.evaluations.items() if is_time(step, period, run.total_steps)]
         return due + [PICTURES] * (run.draws and is_time(step, run.periods["picture"], run.total_steps, first=True))
-
-    def _left_over(self) -> list[str]:
-        """What was due when the checkpoint was saved, and was not done before the stop."""
-        known = [name for name in self._run.saved.get("due", ()) if name in self._run.evaluators or (name == PICTURES and self._run.draws)]
-        written = self._run.log.written(self.step)
-        done = np.array([any(name == there or there.startswith(f"{name}/") for there in written) for name in known], bool)
-        if known and jax.process_count() > 1:
-            done = multihost_utils.broadcast_one_to_all(done)  # process 0 alone writes
-        return [name for name, is_done in zip(known, done, strict=True) if not is_done]
 
     def _evaluate(self) -> None:
         """Do what is due. All processes evaluate together, and notice together where one is asked to stop."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import TrainState
+from maskvit.core.types import DataNeeds, TrainState, batch_of
 from maskvit.data.batches import eval_batches
 
 PICTURE_SAMPLES = 4
@@ -19,17 +19,17 @@ PICTURE_SAMPLES = 4
 class Painter:
     """Draws the same few unaugmented samples every time, on process 0."""
 
-    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, loading: Mapping[str, Any]):
+    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, needs: DataNeeds):
         self._objective, self._seed = objective, seed
         self._modalities = modalities
         size = objective.model.image_size
-        loading = {key: value for key, value in loading.items() if key != "whole_every"}
+        loading = needs._replace(whole_every=0).loading()
         batches = eval_batches(
             source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES, inputs=objective.model.inputs, **loading
         )
         with batches:
             first = next(batches)
-        self._batch = {k: v for k, v in first.items() if isinstance(v, np.ndarray) and k not in ("valid", "label")}
+        self._batch = batch_of({name: array for name, array in first.items() if isinstance(array, np.ndarray)})
         self._visualize = jax.jit(objective.visualize)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:

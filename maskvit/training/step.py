@@ -37,7 +37,7 @@ def gradients(
     """
     value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     # Whole pictures come with some samples only; they serve `after_update`.
-    batch = {name: value for name, value in batch.items() if not name.startswith("whole/")}
+    batch = batch._replace(whole={})
     if micro_batches == 1:
         result = value_and_grad(state.params, state.objective_state, batch, keys, state.step, shared_key=shared_key)
         (loss, (observed, metrics)), grads = result
@@ -81,8 +81,7 @@ def train_step(
     `batch`: a global batch. Step, data position and schedule advance on skipped steps too. `loss_limit`: a loss above it is
     skipped like one that is not finite. `void`: where it is True the state comes back unchanged, its step and count included.
     """
-    batch_size = next(value.shape[0] for name, value in batch.items() if not name.startswith("whole/"))
-    keys = sample_keys(seed, state.step, batch_size)
+    keys = sample_keys(seed, state.step, batch.size)
     loss, grads, observed, metrics = gradients(state, batch, keys, step_key(seed, state.step), objective, micro_batches)
     grad_norm = optax.tree.norm(grads)
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -14,7 +14,7 @@ import maskvit
 from maskvit import convert, features
 from maskvit.checkpoints import load_objective_state, load_params, save_imported
 from maskvit.convert.reader import ConversionError, read_checkpoint
-from maskvit.core.types import tree_paths
+from maskvit.core.types import Batch, tree_paths
 from maskvit.objectives import build_objective
 
 
@@ -216,7 +216,7 @@ def test_without_class_token(tmp_path, capsys):
     assert back.keys() == state.keys() and all(np.array_equal(back[key], state[key]) for key in back)
     loaded = maskvit.load(tmp_path / "ours")
     encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, {"rgb": jnp.ones((1, 8, 8, 3))}).tokens)
-    assert loaded.objective.predict(loaded.params, (), {"rgb": jnp.ones((1, 8, 8, 3))}).keys() == {"mean"}
+    assert loaded.objective.predict(loaded.params, (), Batch({"rgb": jnp.ones((1, 8, 8, 3))})).keys() == {"mean"}
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     command = ["--checkpoint", str(tmp_path / "ours"), "--images", str(tmp_path), "--out", str(tmp_path / "x.npz"), "--feature", "global"]
     assert features.main(command) == 2 and "has no global token: give --feature mean" in capsys.readouterr().err

@@ -40,10 +40,10 @@ def test_forty_classes(data_dir, imported, tmp_path):
     config = matching(data_dir, imported)
     config["modalities"]["semseg"]["num_classes"] = 14  # the file's model knows 7
     with pytest.raises(CheckpointError, match="inputs/semseg/class_embed"):
-        setup.run(str(tmp_path / "a"), **config)
+        setup.train(str(tmp_path / "a"), **config)
     config["init_from"]["fresh"] = ("inputs/semseg/class_embed", "outputs/semseg/head/.*")
     config["schedule"] = dict(total_epochs=100.0, warmup_epochs=1.0)  # first step at lr 0: parameters stay as loaded
-    setup.run(str(tmp_path / "b"), **config)
+    setup.train(str(tmp_path / "b"), **config)
     loaded, source = tree_paths(load_params(tmp_path / "b")[0]), tree_paths(load_params(imported)[0])
     assert loaded["inputs/semseg/class_embed"].shape == (14, 8)
     same = [k for k in loaded if k in source and loaded[k].shape == source[k].shape and np.array_equal(loaded[k], source[k])]
@@ -55,9 +55,9 @@ def test_rgb_and_depth_only(data_dir, imported, tmp_path):
     del config["modalities"]["semseg"]
     config["objective"] |= dict(inputs=("rgb", "depth"), outputs=("rgb", "depth", "norm_rgb"))
     with pytest.raises(CheckpointError, match="semseg"):
-        setup.run(str(tmp_path / "a"), **config)
+        setup.train(str(tmp_path / "a"), **config)
     config["init_from"]["drop"] = ("inputs/semseg/.*", "outputs/semseg/.*", "outputs/.*/modality_embed/semseg")
-    assert int(setup.run(str(tmp_path / "b"), **config).step) == 1
+    assert int(setup.train(str(tmp_path / "b"), **config).step) == 1
 
 
 def test_moments_and_epoch_come_along(data_dir, imported, tmp_path):
@@ -67,7 +67,7 @@ def test_moments_and_epoch_come_along(data_dir, imported, tmp_path):
     config["modalities"]["semseg"]["num_classes"] = 14
     config["schedule"] = dict(total_epochs=1700.0, start_epochs=None, warmup_epochs=40.0)
     config["init_from"]["fresh"] = ("inputs/semseg/class_embed", "outputs/semseg/head/.*")
-    setup.run(str(tmp_path / "a"), **config)
+    setup.train(str(tmp_path / "a"), **config)
     row = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
     peak, place = 3.2e-3 * 8 / 256, (1600 - 40) / (1700 - 40)
     assert row["learning_rate"] == pytest.approx(0.5 * peak * (1 + np.cos(np.pi * place)), rel=1e-4)

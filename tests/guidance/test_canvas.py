@@ -142,7 +142,7 @@ def test_reused_attention_remembers_the_exact_scores_of_a_part(objective, reques
     before = np.asarray(source(request))
     assert np.isfinite(before).all() and abs(np.corrcoef(before[0], before[1])[0, 1]) < 0.5
     maps = source.update(request, jnp.zeros((), jnp.int32), None)
-    visited = np.sort(np.asarray(batch["index"])[::2])
+    visited = np.sort(np.asarray(batch.record.index)[::2])
     assert (np.flatnonzero(~np.isnan(np.asarray(maps)).all(axis=(1, 2, 3))) == visited).all()
     # Read under the same crop they are the exact scores, but for the way through the map's cells.
     exact = np.asarray(objective.guidance(request))
@@ -154,15 +154,15 @@ def test_reused_attention_remembers_the_exact_scores_of_a_part(objective, reques
 
 def test_whole_pictures_replace_the_map(objective, request_of):
     source = ReusedAttention(every=4, view="whole", grid=4)
-    assert source.whole_every == 4 and ReusedAttention().whole_every == 0
+    assert source.needs.whole_every == 4 and ReusedAttention().needs.whole_every == 0
     batch = visit()
-    whole = {f"whole/{name}": batch[name][::4] for name in objective.model.inputs}
-    request = request_of({**batch, **whole}, jnp.zeros((16, 3, 4, 4), jnp.float16))
+    whole = {name: batch.values[name][::4] for name in objective.model.inputs}
+    request = request_of(batch._replace(whole=whole), jnp.zeros((16, 3, 4, 4), jnp.float16))
     maps = np.asarray(source.update(request, jnp.zeros((), jnp.int32), None))
     exact = standardise(jnp.log(objective.guidance(request)), objective.model.layout)
     for row in (0, 4):
-        np.testing.assert_allclose(maps[int(batch["index"][row])].reshape(-1), exact[row], atol=2e-3, rtol=2e-3)
-    others = sorted(set(range(16)) - set(np.asarray(batch["index"])[::4].tolist()))
+        np.testing.assert_allclose(maps[int(batch.record.index[row])].reshape(-1), exact[row], atol=2e-3, rtol=2e-3)
+    others = sorted(set(range(16)) - set(np.asarray(batch.record.index)[::4].tolist()))
     assert (maps[others] == 0).all()
 
 

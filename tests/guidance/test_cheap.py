@@ -52,8 +52,8 @@ def request_of(objective, params):
     """A request with a given batch and memory."""
 
     def make(batch, state=(), seed: int = 0):
-        keys = sample_keys(seed, 0, batch["rgb"].shape[0])
-        return objective._request(params, {"guidance": state}, on_device(batch), keys)
+        batch = on_device(batch) if isinstance(batch, dict) else batch
+        return objective._request(params, {"guidance": state}, batch, sample_keys(seed, 0, batch.size))
 
     return make
 
@@ -210,7 +210,7 @@ def test_the_predictor_learns_the_exact_scores(grid, request_of, objective):
     model = objective.model
     source.check(model)
     state = source.init(model, {}, 64)
-    assert ("maps" in state) == bool(grid) and source.batch_keys == (("index", "box", "flip") if grid else ())
+    assert ("maps" in state) == bool(grid) and source.needs.record == (("index", "box", "flip") if grid else ())
     rng = np.random.default_rng(0)
 
     def batch_of(i):

@@ -22,6 +22,7 @@ from maskvit.convert import resnet
 from maskvit.convert.rules import key_shapes, to_ours
 from maskvit.core.errors import run_command
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modalities
+from maskvit.core.types import Batch
 from maskvit.data import codec
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.builders import prepare
@@ -106,7 +107,7 @@ def test_maps_are_the_attention_on_whole_pictures(checkpoint, data_dir, tmp_path
     loaded = load(checkpoint)
     with eval_batches(source, specs, (32, 32), batch_size=RECORDS, crop=None) as batches:
         batch = next(batches)
-    prepared = loaded.objective.prepare({name: jnp.asarray(batch[name]) for name in ("rgb", "depth")})
+    prepared = loaded.objective.prepare(Batch({name: jnp.asarray(batch[name]) for name in ("rgb", "depth")}))
     tokens = loaded.model.embed(loaded.params, prepared.values_of(("rgb", "depth")), prepared.present)
     scores = np.asarray(self_attention(loaded.model, loaded.params, tokens, query="mean")).reshape(RECORDS, 2, 4, 4)
     for index in range(RECORDS):
@@ -301,7 +302,7 @@ def test_object_discovery_with_a_plain_vit(vit, data_dir, tmp_path, source):
     settings = config(vit, data_dir, tmp_path, modalities=dict(rgb={}), image_size=64, source=source)
     maps = stored(command.make_maps(**settings))
     loaded = load(vit)
-    prepared = loaded.objective.prepare({"rgb": jnp.asarray(pictures(data_dir, 64))})
+    prepared = loaded.objective.prepare(Batch({"rgb": jnp.asarray(pictures(data_dir, 64))}))
     tokens = loaded.model.embed(loaded.params, prepared.values_of(("rgb",)))
     arguments = {key: value for key, value in source.items() if key != "name"}
     function = {"dino_attention": attention_map, "tokencut": tokencut_map}[source["name"]]

@@ -9,7 +9,7 @@ import pytest
 
 from maskvit.guidance.discovery import attention_map, heaviest
 from maskvit.guidance.tokencut import Cut, as_guidance, bounding_box, cut, exact_cut, patch_features, second_eigenvector, tokencut_map
-from tests.tiny import tiny_batch, tiny_objective
+from tests.tiny import on_device, tiny_batch, tiny_objective
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_arguments_out_of_range(arguments, message):
 def tiny():
     objective = tiny_objective()
     params, _ = objective.init(jax.random.key(0))
-    prepared = objective.prepare({k: jnp.asarray(v) for k, v in tiny_batch(4).items()})
+    prepared = objective.prepare(on_device(tiny_batch(4)))
     return objective.model, params, objective.model.embed(params, prepared.values)
 
 

@@ -14,7 +14,7 @@ import pytest
 from configs import common
 from maskvit import features
 from maskvit.core.keys import sample_keys, step_key
-from maskvit.core.types import TokenLayout, tree_paths
+from maskvit.core.types import Batch, TokenLayout, tree_paths
 from maskvit.heads.network import Network
 from maskvit.masking.scores import SCORES
 from maskvit.nn.backbone import count_parameters, frozen_mask
@@ -26,6 +26,7 @@ from maskvit.optim.transforms import adamw
 from maskvit.training import setup
 from maskvit.training.step import init_state, train_step
 from tests.runs import get_config, make_scenes, on_scenes
+from tests.tiny import on_device
 
 RGB = dict(channels=3, patch=8, scale=1 / 255, mean=(0.5,), std=(0.25,))
 SIZES = dict(encoder=dict(width=32, depth=2, heads=2), projection=dict(hidden=32, bottleneck=16, num_prototypes=24))
@@ -39,11 +40,11 @@ def tiny(name: str = "ibot", **settings):
     return objective.resolve(lambda duration: 10)
 
 
-def views(size: int = 4, seed: int = 0) -> dict:
+def views(size: int = 4, seed: int = 0) -> Batch:
     """Two large and two small views of each of `size` samples."""
     rng = np.random.default_rng(seed)
     make = lambda side: rng.integers(0, 256, (size, 2, side, side, 3), dtype=np.uint8)  # noqa: E731
-    return jax.tree.map(jnp.asarray, {"global/rgb": make(32), "local/rgb": make(16), "label": np.zeros(size, np.int32)})
+    return on_device({"global/rgb": make(32), "local/rgb": make(16), "label": np.zeros(size, np.int32)})
 
 
 def keys_of(size: int):
@@ -247,7 +248,7 @@ def test_teacher_momentum_rises_to_one():
     params, state = jax.jit(objective.init)(jax.random.key(0))
     state["teacher"] = jax.tree.map(jnp.zeros_like, state["teacher"])
     for step, expected in ((0, 0.9), (50, 0.95), (100, 1.0)):
-        new = objective.after_update(state, params, {}, keys_of(1), jnp.int32(step), {}, {})
+        new = objective.after_update(state, params, Batch({}), keys_of(1), jnp.int32(step), {}, {})
         moved = np.asarray(new["teacher"]["global_tokens"] / params["global_tokens"])
         np.testing.assert_allclose(moved, 1 - expected, rtol=1e-5, atol=1e-7)
 
@@ -258,7 +259,7 @@ def test_centers_follow_the_batch(momentum):
     params, state = jax.jit(objective.init)(jax.random.key(0))
     told = {name: jax.random.normal(jax.random.key(1), (3, *state[name].shape)) for name in ("center", "patch_center")}
     state |= {name: jnp.ones_like(state[name]) for name in told}
-    new = objective.after_update(state, params, {}, keys_of(3), jnp.int32(0), told, {})
+    new = objective.after_update(state, params, Batch({}), keys_of(3), jnp.int32(0), told, {})
     for name, rows in told.items():
         np.testing.assert_allclose(new[name], momentum + (1 - momentum) * rows.mean(axis=0), rtol=1e-6, atol=1e-6)
 
@@ -364,16 +365,16 @@ def test_a_run_resumes_bit_for_bit(method, data_dir, tmp_path):
     settings = on_scenes(common.smoke(config), data_dir).to_dict()
     settings |= dict(micro_batch=8, picture_every=0, evaluators={}, checkpoint=dict(every="7 steps", keep=1), total="7 steps")
     settings["schedule"] = dict(total_epochs=100.0, warmup_epochs=1.0)
-    whole = setup.run(str(tmp_path / "whole"), **settings)
-    setup.run(str(tmp_path / "stopped"), **{**settings, "total": "3 steps"})
-    resumed = setup.run(str(tmp_path / "stopped"), **settings)
+    whole = setup.train(str(tmp_path / "whole"), **settings)
+    setup.train(str(tmp_path / "stopped"), **{**settings, "total": "3 steps"})
+    resumed = setup.train(str(tmp_path / "stopped"), **settings)
     for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # The teacher stands for the run: it is what a checkpoint is opened for.
     loaded = features.load(tmp_path / "whole")
     shown = jnp.zeros((1, 32, 32, 3), jnp.uint8)
-    for name, value in loaded.objective.predict(loaded.params, (), {"rgb": shown}).items():
-        theirs = loaded.objective.predict(whole.params, whole.objective_state, {"rgb": shown})[name]
+    for name, value in loaded.objective.predict(loaded.params, (), Batch({"rgb": shown})).items():
+        theirs = loaded.objective.predict(whole.params, whole.objective_state, Batch({"rgb": shown}))[name]
         np.testing.assert_allclose(value, theirs, rtol=1e-5, atol=1e-5)
     assert set(whole.objective_state) == {"teacher", "center"} | ({"patch_center"} if method == "attmask" else set())
 
@@ -382,8 +383,8 @@ def test_views_are_wanted_or_refused(data_dir, tmp_path):
     settings = on_scenes(common.smoke(common.attmask_s()), data_dir).to_dict()
     settings["data"]["augment"]["views"] = {}
     with pytest.raises(ValueError, match="'ibot' learns from several views of a record: set config.data.augment.views"):
-        setup.run(str(tmp_path), **settings)
+        setup.train(str(tmp_path), **settings)
     settings = on_scenes(common.smoke(common.scenes()), data_dir).to_dict()
     settings["data"]["augment"]["views"] = dict(local_crops=2)
     with pytest.raises(ValueError, match="'multimae' takes one view of a record: remove config.data.augment.views"):
-        setup.run(str(tmp_path), **settings)
+        setup.train(str(tmp_path), **settings)

@@ -69,7 +69,7 @@ def test_a_batch_of_mixed_presence_is_its_samples_run_alone(params, masking):
             np.testing.assert_allclose(predictions[name][i], prediction[0], rtol=1e-5, atol=1e-5)
             totals[name][0] += float(one_sums[name][0])
             totals[name][1] += float(one_sums[name][1])
-            has_it = bool(batch["present"][i, objective.model.inputs.index(name.removeprefix("norm_"))])
+            has_it = bool(batch.present[i, objective.model.inputs.index(name.removeprefix("norm_"))])
             assert (one_sums[name][1] == 1) == has_it
     for name, (loss_sum, count) in sums.items():
         np.testing.assert_allclose([loss_sum, count], totals[name], rtol=1e-5)
@@ -236,7 +236,7 @@ def test_features_are_means_over_the_tokens_a_sample_has(params):
     batch = on_device(tiny_batch(4))
     features = jax.jit(lambda p, b: objective.predict(p, (), b))(params, batch)
     assert {name: value.shape for name, value in features.items()} == {"mean": (4, 48), "global": (4, 48)}
-    tokens = objective.model.embed(params, objective.prepare({"rgb": batch["rgb"]}).values_of(("rgb",)))
+    tokens = objective.model.embed(params, objective.prepare(batch.only(("rgb",))).values_of(("rgb",)))
     encoded = np.asarray(objective.model.encode(params, tokens.tokens))
     np.testing.assert_allclose(features["mean"], encoded[:, :16].mean(axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features["global"], encoded[:, 16], rtol=1e-4, atol=1e-5)
@@ -252,12 +252,12 @@ def test_pictures_are_in_stored_units(params):
     np.testing.assert_array_equal(sum(np.asarray(~value).sum(axis=(1, 2)) for value in seen["masked"].values()), [12, 12])
     assert all(value.shape == (2, 4, 4) and (np.asarray(value) >= 0).all() for value in seen["guidance"].values())
     for name, value in seen["inputs"].items():
-        np.testing.assert_array_equal(value, batch[name])
+        np.testing.assert_array_equal(value, batch.values[name])
     shapes = {name: value.shape for name, value in seen["reconstructions"].items()}
     assert shapes == {"rgb": (2, 32, 32, 3), "norm_rgb": (2, 32, 32, 3), "depth": (2, 32, 32, 1), "semseg": (2, 8, 8)}
     # Normalised outputs borrow mean and deviation of their target: even an untrained one is in its range.
     for name in ("norm_rgb", "depth"):
-        stored = np.asarray(batch[name.removeprefix("norm_")], float)
+        stored = np.asarray(batch.values[name.removeprefix("norm_")], float)
         assert abs(np.asarray(seen["reconstructions"][name]).mean() - stored.mean()) < 2 * stored.std(), name
     assert np.asarray(seen["reconstructions"]["semseg"]).max() < 7
 
@@ -316,12 +316,12 @@ def test_objectives_are_hashable_and_equal_by_value():
         (lambda b: {**b, "semseg": b["semseg"][:, :7]}, r"\['semseg'\] is 7 x 8 pixels, which do not divide into tokens of 2 x 2"),
         (lambda b: {**b, "semseg": b["semseg"].astype(np.float32)}, r"\['semseg'\] is float32 of shape .*; class ids are integers"),
         (lambda b: {**b, "semseg": b["semseg"][..., None]}, r"\['semseg'\] is int32 of shape \(2, 8, 8, 1\); class ids are integers"),
-        (lambda b: {"label": b["rgb"][:, 0, 0, 0]}, "the batch has none of the modalities rgb, depth, semseg; it has label"),
+        (lambda b: {"normals": b["rgb"]}, "the batch has none of the modalities rgb, depth, semseg; it has normals"),
     ],
 )  # fmt: skip
 def test_batches_of_another_form_are_named(params, change, message):
     objective, keys = tiny_objective(), sample_keys(0, 0, 2)
-    batch = {key: jnp.asarray(value) for key, value in change(tiny_batch(2)).items()}
+    batch = on_device(change(tiny_batch(2)))
     for function in (
         lambda: objective.loss(params, (), batch, keys, jnp.int32(0)),
         lambda: objective.plan(params, batch, keys),

@@ -10,7 +10,7 @@ from published_names import to_tree
 
 from maskvit.convert import open_checkpoint
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import MaskPlan, tree_paths
+from maskvit.core.types import Batch, MaskPlan, tree_paths
 from maskvit.objectives import build_objective
 
 FORWARD = dict(rtol=1e-4, atol=1e-5)
@@ -41,7 +41,7 @@ def params(fixtures):
 
 @pytest.fixture(scope="module")
 def batch(golden):
-    return {"rgb": jnp.asarray(golden["image"].transpose(0, 2, 3, 1))}
+    return Batch({"rgb": jnp.asarray(golden["image"].transpose(0, 2, 3, 1))})
 
 
 @pytest.fixture(scope="module")

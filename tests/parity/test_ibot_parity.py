@@ -9,7 +9,7 @@ import pytest
 
 from maskvit.convert.reader import read_checkpoint
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import tree_paths
+from maskvit.core.types import batch_of, tree_paths
 from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.distillation import teacher_params, views_of
@@ -104,7 +104,7 @@ def teacher(checkpoint):
 def batch(golden):
     stacked = lambda name: np.stack([golden[f"{name}_0"], golden[f"{name}_1"]], axis=1)  # noqa: E731
     images = {f"{kind}/rgb": stacked(kind).transpose(0, 1, 3, 4, 2) for kind in ("global", "local")}
-    return jax.tree.map(jnp.asarray, images | {"guidance": stacked("masked").astype(np.float32)})
+    return batch_of(jax.tree.map(jnp.asarray, images | {"guidance": stacked("masked").astype(np.float32)}))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_the_model_has_the_files_parameters(params, teacher):
 
 
 def test_teacher_outputs_and_attention_come_from_one_pass(teacher, batch, golden):
-    prepared = prepare(MODEL, views_of(batch, "global/"))
+    prepared = prepare(MODEL, views_of(batch, "global"))
     tokens = MODEL.embed(teacher, prepared.values_of(("rgb",)))
     encoded, weights = jax.jit(lambda p, t: MODEL.encode_with_attention(p, t, slice(None)))(teacher, tokens.tokens)
     np.testing.assert_allclose(encoded, MODEL.encode(teacher, tokens.tokens), rtol=1e-5, atol=1e-6)
@@ -143,12 +143,12 @@ def test_teacher_outputs_and_attention_come_from_one_pass(teacher, batch, golden
 
 
 def test_student_outputs(params, batch, golden):
-    large = prepare(MODEL, views_of(batch, "global/"))
-    masked = batch["guidance"].reshape(6, 16) > 0.5
+    large = prepare(MODEL, views_of(batch, "global"))
+    masked = batch.maps.reshape(6, 16) > 0.5
     encoded = MODEL.encode(params, MODEL.embed(params, large.values, masked=masked).tokens)
     np.testing.assert_allclose(MODEL.project(params, encoded[:, 16]), recorded(golden, "student_cls"), **FORWARD)
     np.testing.assert_allclose(MODEL.project(params, encoded[:, :16], patches=True), recorded(golden, "student_patch"), **FORWARD)
-    small = prepare(MODEL, views_of(batch, "local/"))
+    small = prepare(MODEL, views_of(batch, "local"))
     crops = MODEL.encode(params, MODEL.embed(params, small.values).tokens)
     assert crops.shape[1] == 5
     np.testing.assert_allclose(MODEL.project(params, crops[:, -1]), recorded(golden, "student_local_cls"), **FORWARD)

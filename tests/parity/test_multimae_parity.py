@@ -12,7 +12,7 @@ from maskvit.convert import open_checkpoint, understand
 from maskvit.convert.rules import key_shapes, to_ours
 from maskvit.core.keys import sample_keys
 from maskvit.core.patches import sincos_position_table
-from maskvit.core.types import MaskPlan, TokenBatch, tree_paths
+from maskvit.core.types import Batch, MaskPlan, TokenBatch, tree_paths
 from maskvit.guidance.attention import self_attention
 from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
@@ -70,7 +70,7 @@ def params(checkpoint, rules):
 @pytest.fixture(scope="module")
 def batch(golden):
     images = {"rgb": golden["rgb"].transpose(0, 2, 3, 1), "depth": golden["depth_raw"].transpose(0, 2, 3, 1)}
-    return jax.tree.map(jnp.asarray, dict(images, semseg=golden["semseg"].astype(np.int32)))
+    return Batch(jax.tree.map(jnp.asarray, dict(images, semseg=golden["semseg"].astype(np.int32))))
 
 
 @pytest.fixture(scope="module")

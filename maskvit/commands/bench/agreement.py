@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import Batch, TokenLayout
+from maskvit.core.types import Batch, TokenLayout, batch_of
 from maskvit.guidance.agreement import agreement, mean_over_modalities
 from maskvit.guidance.attention import SelfAttention
 from maskvit.guidance.canvas import ReusedAttention, standard_logs
@@ -55,16 +55,16 @@ def crops(source: Any, objective: Any, passes: int, seed: int, first_index: int 
     )  # fmt: skip
     try:
         for step in range(passes * count // batch):
-            arrays = {key: value for key, value in next(stream).items() if isinstance(value, np.ndarray) and key != "label"}
-            arrays["index"] = arrays["index"] + np.int32(first_index)
-            yield jax.tree.map(jnp.asarray, arrays), sample_keys(seed, step, batch)
+            arrays = {key: jnp.asarray(value) for key, value in next(stream).items() if isinstance(value, np.ndarray)}
+            arrays["index"] += first_index
+            yield batch_of(arrays), sample_keys(seed, step, batch)
     finally:
         stream.close()
 
 
 def mirrored(batch: Batch) -> Batch:
     """The same samples, mirrored."""
-    return {key: value[:, :, ::-1] if value.ndim > 2 and not key.startswith("whole/") else value for key, value in batch.items()}
+    return batch._replace(values={name: value[:, :, ::-1] for name, value in batch.values.items()})
 
 
 def mirror_scores(scores: Float[np.ndarray, "b n"], layout: TokenLayout) -> Float[np.ndarray, "b n"]:
@@ -82,14 +82,14 @@ class Learner:
     def __init__(self, source: Source, objective: Any, params: Any, num_records: int):
         self.source, self._fits = source, isinstance(source, PredictedAttention)
         self.state = source.init(objective.model, params, num_records)
-        self.maps = source.batch_keys != ()
+        self.maps = source.needs.record != ()
         every_crop: Any = dataclasses.replace(cast(Any, source), every=1)
 
         def learn(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], targets: Float[Array, "b n"]) -> Any:
             request = objective._request(params, {"guidance": state}, batch, keys)
             return (
                 every_crop.update(request, jnp.int32(0), None)
-                if source.whole_every
+                if source.needs.whole_every
                 else cast(PredictedAttention, source).learn(request, targets)
             )
 
@@ -117,7 +117,7 @@ def agreements(
     """
     layout, model, exact = objective.model.layout, objective.model, SelfAttention()
     visits = max(option.visits for option in options.values())
-    records, whole = len(learn) + len(measured), any(option.source and option.source.whole_every for option in options.values())
+    records, whole = len(learn) + len(measured), any(option.source and option.source.needs.whole_every for option in options.values())
 
     def request_of(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"]) -> Any:
         return objective._request(params, {"guidance": state}, batch, keys)
@@ -165,6 +165,6 @@ def agreements(
         for batch, keys in crops(measured, objective, 1, seed + 2 + visit, len(learn), whole and visit == 0) if visit < visits else ():
             targets = targets_of(params, batch, keys)
             for learner in learners.values():
-                if visit == 0 or not learner.source.whole_every:
+                if visit == 0 or not learner.source.needs.whole_every:
                     learner.see(params, batch, keys, targets, fit=False)
     return [{key: None if isinstance(v, float) and math.isnan(v) else v for key, v in made[option].items()} for option in options]

@@ -58,7 +58,7 @@ def bench_distillation(
     """
     import jax
 
-    from maskvit.core.flops import distillation_flops
+    from maskvit.data.views import MultiCrop
     from maskvit.nn.backbone import frozen_mask
     from maskvit.objectives import build_objective
     from maskvit.optim.schedules import Cosine
@@ -95,7 +95,7 @@ def bench_distillation(
         raise FloatingPointError("the benchmark's loss is not finite: its timings would not be those of a real step")
     device = jax.devices()[0]
     common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
-    flops = distillation_flops(objective, GLOBAL_VIEWS, local_crops, (local_size, local_size))
+    flops = objective.flops(MultiCrop(local_crops=local_crops, local_size=(local_size, local_size)))
     return [
         {
             **common,

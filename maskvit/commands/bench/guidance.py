@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from maskvit.commands.bench.agreement import agreements, pictures, scenes
 from maskvit.commands.bench.step import step_config, synthetic_batch
 from maskvit.commands.bench.timing import in_turns, summary
+from maskvit.core.types import DataNeeds, batch_of
 from maskvit.guidance.attention import SelfAttention
 from maskvit.guidance.canvas import stride
 from maskvit.guidance.cheap import CoarseAttention, MergedAttention, PredictedAttention, ReusedAttention, SampledAttention
@@ -73,7 +74,6 @@ def bench_cost(
     """
     import jax
 
-    from maskvit.core.flops import step_flops
     from maskvit.nn.backbone import frozen_mask
     from maskvit.objectives import build_objective
     from maskvit.optim.schedules import Cosine
@@ -96,7 +96,8 @@ def bench_cost(
     calls: dict[Source | None, Any] = {}
     datas: dict[Source | None, Any] = {}
     for source, objective in objectives.items():
-        data = jax.tree.map(jax.numpy.asarray, _with_places(synthetic_batch(random.model, batch), source, random.model.inputs))
+        host = _with_places(synthetic_batch(random.model, batch), source, random.model.inputs)
+        data = jax.tree.map(jax.numpy.asarray, batch_of(host))
         memory = objective.init_state(shared["state"].params, batch)
         own[source] = shared["state"]._replace(objective_state=memory)
         start = own[source]
@@ -116,7 +117,7 @@ def bench_cost(
     seconds = in_turns(calls, steps, warmup)
     if not jax.numpy.isfinite(shared["loss"]):
         raise FloatingPointError("the benchmark's loss is not finite: its timings would not be those of a real step")
-    base = step_flops(random)
+    base = random.flops()
     records = []
     for name, option in rows.items():
         extra = option.source.flops(random.model, batch) if option.source else 0.0
@@ -140,9 +141,10 @@ def _with_places(batch: dict[str, Any], source: Source | None, inputs: Sequence[
         box=np.concatenate([rng.uniform(0, 1 - length), length], axis=1).astype(np.float32),
         flip=rng.random(size) < 0.5,
     )
-    extra = {key: places[key] for key in (source.batch_keys if source else ())}
-    if source is not None and source.whole_every:
-        extra |= {f"whole/{name}": batch[name][:: stride(size, source.whole_every)] for name in inputs}
+    needs = source.needs if source else DataNeeds()
+    extra = {key: places[key] for key in needs.record}
+    if needs.whole_every:
+        extra |= {f"whole/{name}": batch[name][:: stride(size, needs.whole_every)] for name in inputs}
     return batch | extra
 
 
@@ -237,11 +239,10 @@ def plot(records: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from maskvit.core.flops import step_flops
     from maskvit.objectives import build_objective
 
     published = build_objective(step_config("B", 224, "float32", True))
-    goal = 0.25 * (step_flops(published) / published.guidance.flops(published.model) - 1)
+    goal = 0.25 * (published.flops() / published.guidance.flops(published.model) - 1)
     found = [r for r in records if r["measurement"] == "guidance_agreement" and r["option"] != "exact"]  # it agrees with itself
     models = list(dict.fromkeys(record["model"] for record in found))
     names = list(dict.fromkeys(record["option"] for record in found))

@@ -75,7 +75,6 @@ def bench_step(
     """
     import jax
 
-    from maskvit.core.flops import step_flops
     from maskvit.objectives import build_objective
     from maskvit.sharding import check_batch, make_mesh, place_batch
 
@@ -113,12 +112,12 @@ def bench_step(
     common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
     records = []
     for name in STEPS:
-        flops = step_flops(objectives[name])
+        flops = objectives[name].flops()
         record = step_record(name, seconds, batch, flops, device, jax.device_count())
         record |= dict(compile_s=compile_s[name], planned_gb=compiled_gb(compiled[name]), resident_peak_gb=memory)
         records.append({**common, **record, "device_peak_gb": device_peak_gb(device)})
     if with_torch:
-        flops = step_flops(objective)
+        flops = objective.flops()
         records.append({**common, **step_record("torch", seconds, batch, flops, device, 1)})
     return records
 
@@ -168,7 +167,7 @@ def bench_objectives(
     """
     import jax
 
-    from maskvit.core.flops import decoder_flops, step_flops
+    from maskvit.core.flops import decoder_flops
     from maskvit.core.modalities import RGB
     from maskvit.objectives import build_objective
     from maskvit.sharding import check_batch, make_mesh, place_batch
@@ -188,7 +187,7 @@ def bench_objectives(
         compiled, compile_s = compile_step(objective, optimizer, shardings, states[name], data)
         queries = objective.num_queries("norm_rgb", objective.model.layout)
         flops = decoder_flops(objective.model, "norm_rgb", objective.num_visible, queries)
-        records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=step_flops(objective), decoder_flops=flops)
+        records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=objective.flops(), decoder_flops=flops)
 
         def run(name: str = name, compiled: Any = compiled, data: Any = data) -> None:
             states[name], metrics = compiled(states[name], data)

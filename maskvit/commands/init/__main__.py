@@ -18,7 +18,7 @@ from maskvit.core.arguments import check_output, whole
 from maskvit.core.config_files import get_value, load_config
 from maskvit.core.errors import add_debug, run_command
 from maskvit.data.builders.__main__ import parse_fields
-from maskvit.training.setup import check_config
+from maskvit.training.config import check_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

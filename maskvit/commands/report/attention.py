@@ -100,7 +100,8 @@ def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, 
             if not batch["valid"][0]:
                 left_out[path] = batch["reason"][0]
                 continue
-            maps = jax.device_get(attention_maps(loaded.objective, loaded.params, {spec.name: jnp.asarray(batch[spec.name])}, visible))
+            values = Batch({spec.name: jnp.asarray(batch[spec.name])})
+            maps = jax.device_get(attention_maps(loaded.objective, loaded.params, values, visible))
             rollout = pictures.attention_rollout(maps.attentions[0])[-1, :tokens]
             heads = maps.attentions[0, -1, :, -1, :tokens]
             picture = pictures.to_picture(spec, batch[spec.name][0])

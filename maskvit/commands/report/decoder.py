@@ -104,7 +104,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
                 if not batch["valid"][0]:
                     left_out[path] = batch["reason"][0]
                     continue
-                values, keys = {spec.name: jnp.asarray(batch[spec.name])}, sample_keys(0, number, 1)
+                values, keys = Batch({spec.name: jnp.asarray(batch[spec.name])}), sample_keys(0, number, 1)
                 found = jax.device_get(decode(loaded.objective, loaded.params, values, keys, output, visible))
                 attentions += [] if found.attention is None else [found.attention]
                 stored, masked = np.asarray(batch[spec.name][0]), found.masked[0].reshape(grid)

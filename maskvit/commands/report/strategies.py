@@ -19,7 +19,7 @@ from maskvit.core.arguments import number, whole
 from maskvit.core.durations import to_steps
 from maskvit.core.keys import sample_keys
 from maskvit.core.modalities import Modality
-from maskvit.core.types import Batch, Params, TokenLayout, path_name, tree_paths
+from maskvit.core.types import Batch, Params, TokenLayout, batch_of, path_name, tree_paths
 from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
 from maskvit.guidance.attention import SelfAttention
@@ -123,18 +123,15 @@ def _show(
     end = to_steps(config["total"], **durations)
     objective = objective.resolve(functools.partial(to_steps, total_steps=end, **durations))
 
-    loading: dict[str, Any] = {}
-    if objective.guidance is not None:
-        extras = tuple(key for key in objective.guidance.batch_keys if key != "guidance")
-        loading = dict(extras=extras, maps=objective.guidance.maps)
+    needs = objective.needs._replace(whole_every=0, blocks=None)
     with eval_batches(
-        source, specs, model.image_size, batch_size=images, limit=images, crop=crop, inputs=model.inputs, **loading
+        source, specs, model.image_size, batch_size=images, limit=images, crop=crop, inputs=model.inputs, **needs.loading()
     ) as batches:
         host = next(batches)
     if not host["valid"].all():
         raise ValueError(f"only {host['valid'].sum()} of {images} images could be read from {source.describe()}")
     ids = host["id"]
-    batch = {key: jnp.asarray(value) for key, value in host.items() if isinstance(value, np.ndarray) and key not in ("valid", "label")}
+    batch = batch_of({key: jnp.asarray(value) for key, value in host.items() if isinstance(value, np.ndarray)})
 
     params, remark = _fitting(objective, given, config.get("seed", 0))
     state = objective.init_state(params, len(source))

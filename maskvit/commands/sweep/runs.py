@@ -16,6 +16,7 @@ from maskvit.checkpoints import check_same_config
 from maskvit.commands.sweep.cells import overrides
 from maskvit.core.errors import Mistakes, all_mistakes
 from maskvit.training import setup
+from maskvit.training.config import check_config
 
 RESULT = "result.json"  # in a finished run's folder: its config, seconds and final figures
 MAY_DIFFER = ("data.workers", "data.prefetch", "data.train.data_dir", "log_every", "picture_every", "checkpoint")
@@ -61,7 +62,7 @@ def make_runs(config: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]],
             with checks.check():
                 changed = overrides(config, changes, f"cell {name!r}")
                 try:
-                    setup.check_config(changed)
+                    check_config(changed)
                 except Mistakes as error:
                     raise Mistakes([f"cell {name!r}: {mistake}" for mistake in error.mistakes]) from error
                 runs += [(seed, Run(name, changed.get("seed", 0) + seed, Path(), changed)) for seed in range(seeds)]
@@ -81,7 +82,7 @@ def carry_out(run: Run) -> dict[str, Any]:
     start, failed = time.perf_counter(), ""
     with _log_to(run.folder / "log.txt"):
         try:
-            setup.run(str(run.folder), **run.config)
+            setup.train(str(run.folder), **run.config)
         except FloatingPointError as error:
             failed = str(error)
     result = {

@@ -1,0 +1,105 @@
+"""The start of a run: its first state, and what is told and written before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskvit import checkpoints
+from maskvit.core.types import TrainState
+from maskvit.metrics.throughput import peak_flops
+from maskvit.nn.backbone import count_parameters
+from maskvit.optim.schedules import Cosine
+from maskvit.optim.transforms import with_adam_moments
+from maskvit.training.loop import Run
+from maskvit.training.microbatches import memory_limit
+from maskvit.training.parts import Parts
+from maskvit.training.step import state_from_params
+
+LOG = logging.getLogger("maskvit")
+LOW_RATE = 1e-6  # a learning rate that stays below teaches a model nothing in the time people wait
+
+
+def first_state(parts: Parts, optim: Any, shardings: Any, seed: int) -> TrainState:
+    """The state of step 0: fresh, or from a checkpoint's parameters, moments and teacher."""
+    init_from = parts.init_from
+    params, moments = start_params(parts.objective, seed, init_from)
+    objective_state = jax.jit(lambda p: parts.objective.init_state(p, len(parts.source)))(params)
+    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
+        objective_state = checkpoints.with_stored_teacher(objective_state, init_from["path"])
+    state = state_from_params(params, objective_state, optim)
+    if moments is not None:
+        state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
+    # Through host memory: every process holds the same values, and places its own part of them.
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
+
+
+def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, moments).
+
+    Imported optimiser moments come along only where every trained tensor was loaded as it is.
+    """
+    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(seed))
+    if not init_from["path"]:
+        return params, None
+    params, rows = checkpoints.init_from(params, **init_from)
+    LOG.info("%s", checkpoints.format_report(rows))
+    changed = [row for row in rows if row.action in ("fresh", "dropped")]
+    moments = checkpoints.load_adam(init_from["path"])
+    if moments is not None and changed:
+        LOG.info("the checkpoint's optimiser moments are not used: its parameters do not map one to one to this model's")
+        moments = None
+    if moments is not None:
+        LOG.info("optimiser moments imported, at update %d", int(moments["count"]))
+    return params, moments
+
+
+def write_parameter_table(workdir: str, shapes: Any) -> None:
+    """Every parameter's name, shape and size as WORKDIR/parameters.txt."""
+    from clu import parameter_overview
+
+    table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
+    (Path(workdir) / "parameters.txt").write_text(table + "\n")
+
+
+def start_report(parts: Parts, run: Run, shapes: Any, schedule: Cosine, step: int, global_batch: int, memory: float) -> str:
+    """What is about to run, in a few lines."""
+    objective, mesh, total_steps = parts.objective, parts.mesh, run.total_steps
+    model, device, micro_batches = objective.model, mesh.devices.flat[0], run.metadata["micro_batches"]
+    flops = parts.objective.flops(parts.views) * global_batch
+    total, trainable = count_parameters(shapes, model)
+    tokens = ", ".join(f"{name} {size}" for name, size in zip(model.layout.names, model.layout.sizes, strict=True))
+    rates = [float(schedule(s)) for s in (step, (step + total_steps) // 2, total_steps)]
+    work = flops * (total_steps - step)
+    peak = peak_flops(device.device_kind)
+    hours = f"; {work / (0.3 * peak * mesh.size) / 3600:.1f} h at 30 % of the devices' peak" if peak else ""
+    limit = memory_limit()
+    return "\n".join(
+        [
+            f"devices     {mesh.size} x {device.device_kind} in {jax.process_count()} process(es)",
+            f"data        {parts.source.describe()}",
+            f"parameters  {total:,} of which {trainable:,} trained; parameters.txt lists them",
+            f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
+            f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
+            f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ""),
+            f"schedule    steps {step} to {total_steps} ({run.steps_per_epoch} per epoch), lr " + " -> ".join(f"{r:.3g}" for r in rates),
+            f"arithmetic  {flops / 1e12:.3g} TFLOP per step, {work:.3g} FLOP to go{hours}",
+        ]
+    )
+
+
+def warn_of_low_rate(cosine: Cosine, first: int, last: int, base_lr: float, global_batch: int) -> None:
+    """Say so where the learning rate of steps `first` ... `last` - 1 stays so low that next to nothing will be learned."""
+    highest = max(float(cosine(round(step))) for step in np.linspace(first, max(first, last - 1), 20))
+    if highest < LOW_RATE:
+        LOG.warning(
+            "the learning rate stays below %.1e: config.optimizer.base_lr %g x config.global_batch %d / 256 = %.1e at its peak, and this "
+            "run is at steps %d to %d of a schedule of %d. Hardly anything will be learned: raise config.optimizer.base_lr or "
+            "config.global_batch, or start earlier in the schedule (config.schedule.start_epochs)",
+            highest * 1.01, base_lr, global_batch, base_lr * global_batch / 256, cosine.start + first, cosine.start + last, cosine.total,
+        )  # fmt: skip
