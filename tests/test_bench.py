@@ -15,6 +15,7 @@ from tiny import MODALITIES, tiny_objective
 from maskvit.commands.bench import distillation, guidance, step, timing
 from maskvit.commands.bench.__main__ import main
 from maskvit.core import flops
+from maskvit.data.views import MultiCrop
 from maskvit.objectives import build_objective
 
 TINY = dict(width=16, depth=1, heads=2)
@@ -39,7 +40,7 @@ def test_flops_of_multimae_b(base):
     assert flops.encoder_flops(model, 98) == encoder
     assert flops.forward_flops(model, 98) == embed + encoder + 4 * (shared + blocks) + heads
     assert flops.forward_flops(model, 98) / 1e9 == pytest.approx(22.34, abs=0.01)
-    assert flops.step_flops(random) / 1e9 == pytest.approx(67.01, abs=0.01)
+    assert random.flops() / 1e9 == pytest.approx(67.01, abs=0.01)
 
 
 def test_flops_of_the_guidance_pass(base):
@@ -47,7 +48,7 @@ def test_flops_of_the_guidance_pass(base):
     random, guided = base
     assert flops.encoder_flops(random.model, 588) / 1e9 == pytest.approx(112.84, abs=0.01)
     assert guided.guidance.flops(guided.model) / 1e9 == pytest.approx(104.14, abs=0.01)
-    assert flops.step_flops(guided) - flops.step_flops(random) == guided.guidance.flops(guided.model)
+    assert guided.flops() - random.flops() == guided.guidance.flops(guided.model)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,6 @@ def test_flops_of_ibot_at_vit_s():
     large = 2 * 196 * 768 * 384 + 12 * (2 * 197 * 12 * 384**2 + 4 * 197**2 * 384)
     small = 2 * 36 * 768 * 384 + 12 * (2 * 37 * 12 * 384**2 + 4 * 37**2 * 384)
     head = 2 * (384 * 2048 + 2048**2 + 2048 * 256 + 256 * 8192)
-    counted = flops.distillation_flops(objective, 2, 10, (96, 96))
+    counted = objective.flops(MultiCrop(local_crops=10, local_size=(96, 96)))
     assert counted == 8 * (large + 197 * head) + 30 * (small + head)
     assert counted / 1e9 == pytest.approx(146.53, abs=0.01)

@@ -168,7 +168,8 @@ def test_whole_pictures_replace_the_map(objective, request_of):
 
 def test_average_error_remembers_what_was_hard(objective, request_of):
     source = AverageError(momentum=0.5, grid=4)
-    batch = visit() | dict(box=jnp.tile(WHOLE, (8, 1)), flip=jnp.zeros(8, bool))
+    batch = visit()
+    batch = batch._replace(record=batch.record._replace(box=jnp.tile(WHOLE, (8, 1)), flip=jnp.zeros(8, bool)))
     errors = np.random.default_rng(1).random((8, 48)).astype(np.float32)
     errors[:, ::5] = np.nan
     maps = source.init(objective.model, {}, 16)
