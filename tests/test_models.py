@@ -158,6 +158,20 @@ def test_attention_of_a_block_is_that_of_the_whole_pass(block):
     np.testing.assert_allclose(np.asarray(maps[block]).sum(axis=-1), 1, rtol=1e-5)
 
 
+def test_features_are_what_leaves_each_block_and_branches_are_honored_in_all():
+    encoder, params, tokens = encoder_and_params()
+    run = jax.jit(lambda p, x, b: encoder.apply(p, x, (0, 1, 3), None, b, method=Encoder.features))
+    branches = jnp.ones((3, 2, 2)).at[0, :, 0].set(0.0).at[2].set(0.0)  # of sample 0 block 1 alone has branches, of sample 1 blocks 0 and 1
+    first, second, last = run(params, tokens, branches)
+    np.testing.assert_array_equal(first, tokens)
+    np.testing.assert_array_equal(second[0], tokens[0])
+    whole = jax.jit(lambda p, x, b: encoder.apply(p, x, None, b))(params, tokens, branches)
+    np.testing.assert_allclose(last, whole, rtol=1e-6, atol=1e-6)
+    plain = jax.jit(lambda p, x: encoder.apply(p, x, (1, 2), method=Encoder.features))(params, tokens)
+    np.testing.assert_allclose(second[1], plain[0][1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(last[1], plain[1][1], rtol=1e-5, atol=1e-6)
+
+
 def matrix_products(function, *arguments) -> int:
     """Matrix products in a function's trace, those inside nested calls included."""
 

@@ -39,6 +39,7 @@ from maskvit.guidance.attention import SelfAttention, self_attention
 from maskvit.guidance.discovery import attention_map
 from maskvit.guidance.gradcam import resnet_gradcam, vit_gradcam
 from maskvit.guidance.tokencut import tokencut_map
+from maskvit.losses.weights import normalize_guidance
 from maskvit.nn.resnet import ResNet, resnet_of
 
 PART_RECORDS = 512  # maps, about, that are written at once and that a stopped run may lose
@@ -58,7 +59,7 @@ def attention_of_model(
     scores = self_attention(network.model, params, tokens, query, block, heads)
     if tokens.present is not None:
         scores = jnp.where(tokens.present, scores, jnp.nan)
-    return on_first_grid(unit_range(scores, tokens.layout), tokens.layout)
+    return on_first_grid(normalize_guidance(scores, tokens.layout, ~jnp.isnan(scores)), tokens.layout)
 
 
 def dino_attention(network: Any, params: Params, batch: Batch, **reading: Any) -> Float[Array, "b 1 gh gw"]:
@@ -82,16 +83,6 @@ def embedded(objective: Any, params: Params, batch: Batch) -> TokenBatch:
     """Stored values to the tokens of the model's inputs."""
     prepared = objective.prepare(batch)
     return objective.model.embed(params, prepared.values_of(objective.model.inputs), prepared.present)
-
-
-def unit_range(scores: Float[Array, "b n"], layout: TokenLayout) -> Float[Array, "b n"]:
-    """Scores to 0 ... 1 per image and modality; 0 where they are NaN, or all the same."""
-    parts = []
-    for span in layout.spans():
-        here = scores[:, span]
-        low, high = jnp.nanmin(here, axis=1, keepdims=True), jnp.nanmax(here, axis=1, keepdims=True)
-        parts.append(jnp.where(jnp.isnan(here) | (high <= low), 0.0, (here - low) / jnp.where(high > low, high - low, 1.0)))
-    return jnp.concatenate(parts, axis=1)
 
 
 def on_first_grid(scores: Float[Array, "b n"], layout: TokenLayout) -> Float[Array, "b m gh gw"]:

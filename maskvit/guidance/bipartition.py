@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +11,8 @@ from jaxtyping import Array, Bool, Float
 from maskvit.core.flops import block_flops
 from maskvit.core.types import Guidance
 from maskvit.guidance.source import Request, Source
+from maskvit.guidance.tokencut import SQUARINGS, second_eigenvector
 from maskvit.heads.network import Network
-
-ITERATIONS = 60  # of the power method; the second eigenvector only has to tell two groups apart
-
-
-def normalised_cut(affinity: Float[Array, "n n"], there: Bool[Array, " n"]) -> Float[Array, " n"]:
-    """The second smallest eigenvector x of (D - W) x = lambda D x for a symmetric affinity >= 0, over the nodes `there`; 0 elsewhere.
-
-    By the power method on the lazy random walk's symmetric form, the known first eigenvector taken out; sign is arbitrary.
-    """
-    w = jnp.where(there[:, None] & there[None, :], affinity, 0.0)
-    root = jnp.sqrt(jnp.maximum(w.sum(axis=1), 1e-12))
-    walk = w / (root[:, None] * root[None, :])
-    first = jnp.where(there, root, 0.0)
-    first = first / jnp.maximum(jnp.linalg.norm(first), 1e-12)
-
-    def iterate(_: Any, y: Float[Array, " n"]) -> Float[Array, " n"]:
-        y = 0.5 * (y + walk @ y)  # eigenvalues in [0, 1]: the largest but one is what converges
-        y = y - first * (first @ y)
-        return y / jnp.maximum(jnp.linalg.norm(y), 1e-12)
-
-    # A fixed start with a part in every direction; the same sample gives the same split.
-    start = jnp.where(there, jnp.sin(jnp.arange(1.0, w.shape[0] + 1) * 12.9898), 0.0)
-    return jnp.where(there, jax.lax.fori_loop(0, ITERATIONS, iterate, start) / root, 0.0)
 
 
 def relevance(tokens: Float[Array, "n d"], there: Bool[Array, " n"]) -> Float[Array, " n"]:
@@ -46,7 +23,7 @@ def relevance(tokens: Float[Array, "n d"], there: Bool[Array, " n"]) -> Float[Ar
     weight = there.astype(jnp.float32)[:, None]
     centred = (tokens - (tokens * weight).sum(axis=0) / jnp.maximum(weight.sum(), 1.0)) * weight
     unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    x = normalised_cut(jnp.maximum(unit @ unit.T, 0.0), there)
+    x = second_eigenvector(jnp.maximum(unit @ unit.T, 0.0)[None], there[None])[0]
     above = x > (x * weight[:, 0]).sum() / jnp.maximum(weight.sum(), 1.0)
     strongest = jnp.argmax(jnp.abs(x))
     same_half = (above == above[strongest]) & there
@@ -82,5 +59,5 @@ class Bipartition(Source):
         sizes = dict(model.encoder)
         tokens = model.layout.num_tokens + model.num_global_tokens
         blocks = (self.block % sizes["depth"] + 1) * block_flops(tokens, sizes["width"], sizes.get("mlp_ratio", 4.0))
-        cuts = sum(2 * size**2 * (sizes["width"] + ITERATIONS) for size in model.layout.sizes)
+        cuts = sum(2 * size**2 * (sizes["width"] + SQUARINGS * size) for size in model.layout.sizes)
         return blocks + cuts

@@ -88,11 +88,11 @@ class PredictedError(Source):
         teacher = jax.lax.stop_gradient(request.state)
         tokens = request.model.embed(teacher, request.values, request.tokens.present)
         plan = show_all(tokens.layout, tokens.tokens.shape[0], tokens.present)
-        masks_keys = tokens.present is not None
+        has_padding = tokens.present is not None
         # `show_all` puts the present tokens first; that order is the encoder's and the decoder's.
         visible = jnp.take_along_axis(tokens.tokens, plan.visible_ids[:, :, None], axis=1)
-        memory = request.model.memory(teacher, visible, plan.visible_valid if masks_keys else None)
-        return predict_errors(request.model, teacher, memory, plan, tokens.layout, masks_keys)
+        memory = request.model.memory(teacher, visible, plan.visible_valid if has_padding else None)
+        return predict_errors(request.model, teacher, memory, plan, tokens.layout, has_padding)
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Params:
         return moving_average(request.state, _predicting(request.model, request.params), self.momentum, request.accepted)
@@ -105,10 +105,10 @@ class PredictedError(Source):
 
 
 def predict_errors(
-    model: Network, params: Params, memory: tuple[Float[Array, "b e d"], ...], plan: Any, layout: TokenLayout, masks_keys: bool
+    model: Network, params: Params, memory: tuple[Float[Array, "b e d"], ...], plan: Any, layout: TokenLayout, has_padding: bool
 ) -> Float[Array, "b n"]:
     """How hard the model expects each token of the layout to be; only the order inside a modality means something."""
-    parts = [model.decode(params, f"error_{name}", memory, plan, layout, masks_keys)[..., 0] for name in layout.names]
+    parts = [model.decode(params, f"error_{name}", memory, plan, layout, has_padding)[..., 0] for name in layout.names]
     return jnp.concatenate(parts, axis=1)
 
 

@@ -66,7 +66,7 @@ def vit_gradcam(model: Network, params: Params, batch: TokenBatch, classes: Int[
 
     def logits(patches: Float[Array, "b gh gw d"]) -> Float[Array, "b k"]:
         h = jnp.concatenate([patches.reshape(patches.shape[0], n, -1), normed[:, n:]], axis=1)
-        encoded = apply(block, last, tokens, h, mask, method=Block.behind_norm)
+        encoded = apply(block, last, tokens, h, mask, method=Block.after_norm)
         return model.logits(params, model.normed(params, encoded))
 
     return class_activation(normed[:, :n].reshape(normed.shape[0], *grid, -1), logits, classes)

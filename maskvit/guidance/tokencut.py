@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from maskvit.core.types import Params, TokenBatch
 from maskvit.heads.network import Network
+from maskvit.losses.weights import unit_range
 
 FEATURES = ("keys", "keys_without_bias", "tokens")
 GRAPHS = ("binary", "cosine")
@@ -93,25 +94,32 @@ def cut(features: Float[Array, "b n d"], grid: tuple[int, int], tau: float = 0.2
     return Cut(mask, x.reshape(part.shape))
 
 
-def second_eigenvector(w: Float[Array, "b n n"]) -> Float[Array, "b n"]:
-    """The second smallest eigenvector x of (D - W) x = lambda D x, x^T D x = 1, for symmetric graphs W; its sign is arbitrary.
+def second_eigenvector(w: Float[Array, "b n n"], there: Bool[Array, "b n"] | None = None) -> Float[Array, "b n"]:
+    """The second smallest eigenvector x of (D - W) x = lambda D x, x^T D x = 1, for symmetric graphs W >= 0; its sign is arbitrary.
+
+    `there`: the nodes that exist, by default all; 0 at the others.
 
     By squaring the lazy random walk's matrix, the known first eigenvector taken out, until only the next one is left: `SQUARINGS`
     products of n x n matrices stand for 2 ** SQUARINGS steps of the power method. `jnp.linalg.eigh` takes longer on accelerators,
     and on a CPU that plays several devices its LAPACK may wait for itself for ever.
     """
-    root = jnp.sqrt(w.sum(axis=2))
-    known = root / jnp.linalg.norm(root, axis=1, keepdims=True)
-    walk = 0.5 * (jnp.eye(w.shape[1]) + w / (root[:, :, None] * root[:, None, :])) - known[:, :, None] * known[:, None, :]
+    there = jnp.ones(w.shape[:2], bool) if there is None else there
+    w = jnp.where(there[:, :, None] & there[:, None, :], w, 0.0)
+    degree = w.sum(axis=2)
+    root = jnp.sqrt(jnp.where(degree > 0, degree, 1.0))
+    known = jnp.where(there, root, 0.0)
+    known = known / jnp.maximum(jnp.linalg.norm(known, axis=1, keepdims=True), 1e-30)
+    lazy = jnp.eye(w.shape[1]) * there[:, :, None] + w / (root[:, :, None] * root[:, None, :])
+    walk = 0.5 * lazy - known[:, :, None] * known[:, None, :]
 
     def square(_: Any, matrix: Float[Array, "b n n"]) -> Float[Array, "b n n"]:
         product = jnp.einsum("bij,bjk->bik", matrix, matrix, precision="highest")
-        return product / jnp.linalg.norm(product, axis=(1, 2), keepdims=True)
+        return product / jnp.maximum(jnp.linalg.norm(product, axis=(1, 2), keepdims=True), 1e-30)
 
     projector = jax.lax.fori_loop(0, SQUARINGS, square, walk)
     largest = jnp.argmax(jnp.diagonal(projector, axis1=1, axis2=2), axis=1)
     y = jnp.take_along_axis(projector, largest[:, None, None], axis=1)[:, 0]
-    return y / jnp.linalg.norm(y, axis=1, keepdims=True) / root
+    return y / jnp.maximum(jnp.linalg.norm(y, axis=1, keepdims=True), 1e-30) / root
 
 
 def _with_neighbours(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh gw"], xp: Any) -> Any:
@@ -121,7 +129,7 @@ def _with_neighbours(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh
 
 
 def as_guidance(found: Cut, value: str = "eigenvector") -> Any:
-    """A cut as importance in 0 ... 1, 0 outside the object's mask; an array of the cut's own kind and shape.
+    """A cut as importance in 0 ... 1, 0 outside the object's mask; an array of the cut's own shape.
 
     `value`: "mask" is 1 inside; "eigenvector" the signed eigenvector, its range over the picture mapped to 0 ... 1. Which of the
     two "Attention-Guided Masked Autoencoders" (2024) stores is not published.
@@ -130,18 +138,8 @@ def as_guidance(found: Cut, value: str = "eigenvector") -> Any:
         raise ValueError(f"TokenCut's value is {value!r}; known: {', '.join(VALUES)}")
     if value == "mask":
         return found.mask * 1.0
-    x = found.eigenvector
-    low, high = (f(axis=(-2, -1), keepdims=True) for f in (x.min, x.max))
-    return found.mask * ((x - low) / (high - low + 1e-30))
-
-
-def bounding_box(mask: Bool[np.ndarray, "gh gw"], patch: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels around a mask of patches, right and bottom exclusive and inside (height, width)."""
-    rows, columns = np.nonzero(mask)
-    if not len(rows):
-        raise ValueError("an empty mask has no bounding box")
-    right, bottom = (int(columns.max()) + 1) * patch, (int(rows.max()) + 1) * patch
-    return int(columns.min()) * patch, int(rows.min()) * patch, min(right, image_size[1]), min(bottom, image_size[0])
+    x = jnp.asarray(found.eigenvector)
+    return found.mask * unit_range(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 def patch_features(

@@ -88,11 +88,11 @@ class CrossMaeDecoder(nn.Module):
         plan: MaskPlan,
         layout: TokenLayout,
         query_grid: tuple[int, int],
-        masks_keys: bool,
+        has_padding: bool,
         queries: Queries | None = None,
     ) -> Float[Array, "b q p"]:
         """Predict the tokens of the output's modality that `queries` asks for, by default all `query_grid` of them."""
-        return self.after_blocks(memory, plan, layout, query_grid, masks_keys, queries)[-1]
+        return self.after_blocks(memory, plan, layout, query_grid, has_padding, queries)[-1]
 
     def after_blocks(
         self,
@@ -100,7 +100,7 @@ class CrossMaeDecoder(nn.Module):
         plan: MaskPlan,
         layout: TokenLayout,
         query_grid: tuple[int, int],
-        masks_keys: bool,
+        has_padding: bool,
         queries: Queries | None = None,
     ) -> list[Float[Array, "b q p"]]:
         """What norm and head make of the queries after each block."""
@@ -109,7 +109,7 @@ class CrossMaeDecoder(nn.Module):
         place = places(self.table, embeds, (name,), (query_grid,))
         place = jnp.broadcast_to(place, (b, *place.shape)) if queries is None else place[queries.ids]
         x = (self.mask_token + place).astype(self.dtype)
-        mask = context_mask(plan, memory[0].shape[1], masks_keys)
+        mask = context_mask(plan, memory[0].shape[1], has_padding)
         query_mask = None if queries is None else queries.valid
 
         if self.weighted:

@@ -64,13 +64,13 @@ class MaeDecoder(nn.Module):
         return jnp.concatenate([*parts, projected[:, num_visible:]], axis=1), span
 
     def __call__(
-        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], masks_keys: bool
+        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], has_padding: bool
     ) -> Float[Array, "b n p"]:
         """Predict all `query_grid` tokens of the output's modality; tokens that do not exist are mask tokens here."""
-        return self.after_blocks(memory, plan, layout, query_grid, masks_keys)[-1]
+        return self.after_blocks(memory, plan, layout, query_grid, has_padding)[-1]
 
     def after_blocks(
-        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], masks_keys: bool
+        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], has_padding: bool
     ) -> list[Float[Array, "b n p"]]:
         """What norm and head make of the tokens after each block."""
         x, span = self.sequence(memory, plan, layout, query_grid)

@@ -129,7 +129,7 @@ class Network(Backbone):
         memory: Memory,
         plan: MaskPlan,
         layout: TokenLayout,
-        masks_keys: bool,
+        has_padding: bool,
         queries: Queries | None = None,
     ) -> Float[Array, "b q p"]:
         """Predict one output's patch vectors (row, column, channel or class), float32, for its whole grid.
@@ -138,13 +138,13 @@ class Network(Backbone):
         """
         asked = () if queries is None else (queries,)
         grid = self.output_grid(output, layout)
-        return apply(self._decoder(output), params["outputs"][output], memory, plan, layout, grid, masks_keys, *asked)
+        return apply(self._decoder(output), params["outputs"][output], memory, plan, layout, grid, has_padding, *asked)
 
     def decode_after_blocks(
-        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout, masks_keys: bool
+        self, params: Params, output: str, memory: Memory, plan: MaskPlan, layout: TokenLayout, has_padding: bool
     ) -> list[Float[Array, "b n p"]]:
         """What `decode` would give if a MAE or CrossMAE decoder ended after each of its blocks."""
-        arguments = memory, plan, layout, self.output_grid(output, layout), masks_keys
+        arguments = memory, plan, layout, self.output_grid(output, layout), has_padding
         return apply(self._decoder(output), params["outputs"][output], *arguments, method="after_blocks")
 
     def decoder_attentions(

@@ -34,8 +34,8 @@ def places(
     return jnp.concatenate(parts)
 
 
-def context_mask(plan: MaskPlan, num_context: int, masks_keys: bool) -> Bool[Array, "b e"] | None:
+def context_mask(plan: MaskPlan, num_context: int, has_padding: bool) -> Bool[Array, "b e"] | None:
     """True for the visible tokens that exist and the global tokens behind them; None where all do."""
-    if not masks_keys:
+    if not has_padding:
         return None
     return jnp.pad(plan.visible_valid, ((0, 0), (0, num_context - plan.visible_ids.shape[1])), constant_values=True)

@@ -37,7 +37,7 @@ class SpatialDecoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], masks_keys: bool
+        self, memory: Memory, plan: MaskPlan, layout: TokenLayout, query_grid: tuple[int, int], has_padding: bool
     ) -> Float[Array, "b n p"]:
         """Predict all `query_grid` tokens of the output's modality."""
         num_visible = plan.visible_ids.shape[1]
@@ -60,7 +60,7 @@ class SpatialDecoder(nn.Module):
         x = CrossAttention(self.width, self.heads, self.dtype, name="cross_attn")(
             layer_norm(self.dtype, "query_norm")(queries),
             layer_norm(self.dtype, "context_norm")(context),
-            context_mask(plan, context.shape[1], masks_keys),
+            context_mask(plan, context.shape[1], has_padding),
         )
         hidden = round(self.width * self.mlp_ratio)
         x = x + Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "out_norm")(x))

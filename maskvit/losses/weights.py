@@ -8,21 +8,23 @@ from jaxtyping import Array, Bool, Float
 from maskvit.core.types import TokenLayout
 
 
-def normalise_guidance(
+def unit_range(values: Float[Array, "*b n"], there: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b n"]:
+    """Values scaled to [0, 1] along the last axis; 0 where all are the same, and for those that are not `there`."""
+    there = jnp.ones(values.shape, bool) if there is None else there
+    low = jnp.where(there, values, jnp.inf).min(axis=-1, keepdims=True)
+    high = jnp.where(there, values, -jnp.inf).max(axis=-1, keepdims=True)
+    wide = high > low  # also False where nothing is there
+    return jnp.where(there & wide, (values - jnp.where(wide, low, 0.0)) / jnp.where(wide, high - low, 1.0), 0.0)
+
+
+def normalize_guidance(
     guidance: Float[Array, "b n"], layout: TokenLayout, present: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b n"]:
     """Guidance scaled to [0, 1] per image and modality: the least of the present tokens at 0, the most at 1.
 
     A modality whose guidance is constant is background everywhere (0), absent tokens too.
     """
-    parts = []
-    for span in layout.spans():
-        here = guidance[:, span]
-        there = jnp.ones(here.shape, bool) if present is None else present[:, span]
-        low = jnp.where(there, here, jnp.inf).min(axis=1, keepdims=True)
-        high = jnp.where(there, here, -jnp.inf).max(axis=1, keepdims=True)
-        wide = high > low  # also False where nothing is present
-        parts.append(jnp.where(there & wide, (here - jnp.where(wide, low, 0.0)) / jnp.where(wide, high - low, 1.0), 0.0))
+    parts = [unit_range(guidance[:, span], None if present is None else present[:, span]) for span in layout.spans()]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -38,7 +40,7 @@ def guidance_weights(
     The temperature stands inside the exponential. Source: AttG (Attention-Guided Masked Autoencoders, 2024), whose text gives
     gamma no value.
     """
-    return gamma * jnp.exp(normalise_guidance(guidance, layout, present) / tau)
+    return gamma * jnp.exp(normalize_guidance(guidance, layout, present) / tau)
 
 
 def cosine_between(start: float, end: float, progress: Float[Array, ""]) -> Float[Array, ""]:

@@ -61,9 +61,9 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "two b"] | None = None
     ) -> Float[Array, "b n d"]:
         """`branches`: what the attention and the MLP of each sample are multiplied with (`drop_path`)."""
-        return self.behind_norm(x, self.norm1(x), mask, branches)
+        return self.after_norm(x, self.norm1(x), mask, branches)
 
-    def behind_norm(
+    def after_norm(
         self,
         x: Float[Array, "b n d"],
         normed: Float[Array, "b n d"],

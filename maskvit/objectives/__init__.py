@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from maskvit.core.configuration import check_arguments, hashable, look_up
 from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import DataNeeds
-from maskvit.objectives.distillation import dino, ibot
+from maskvit.objectives.distillation_methods import dino, ibot
 from maskvit.objectives.methods import crossmae, mae, multimae
 
 

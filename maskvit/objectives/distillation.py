@@ -19,21 +19,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.core.configuration import check_arguments, hashable, named_function
 from maskvit.core.flops import embed_flops, encoder_flops, projection_flops
 from maskvit.core.keys import stream_keys
-from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, DataNeeds, Guidance, Metrics, Params, TokenLayout
-from maskvit.guidance import build_source
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
 from maskvit.heads.network import Network
 from maskvit.heads.prototypes import redraw
 from maskvit.losses.distillation import across_views, at_masked_tokens, distillation_targets
 from maskvit.losses.weights import cosine_between
 from maskvit.masking.scores import SCORES, hint_reveals
-from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
-from maskvit.objectives.options import Duration, ToSteps, check_inputs, resolved
+from maskvit.objectives.options import Duration, ToSteps, resolved
 from maskvit.objectives.values import Prepared, pooled_features, prepare
 from maskvit.optim.transforms import guarded
 
@@ -223,28 +219,30 @@ class Distillation:
         view_keys = split_views(keys, "global views", GLOBAL_VIEWS)
 
         # The teacher first: targets and masks come out of this one pass.
-        teacher = jax.lax.stop_gradient(self.look(state["teacher"], large))
-        told = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, n]))
-        masked = self.hide(teacher.attention, view_keys, keys[0] if shared_key is None else shared_key, batch, large.present)
+        teacher = jax.lax.stop_gradient(self.teacher_pass(state["teacher"], large))
+        teacher_logits = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, n]))
+        masked = self.choose_masked(teacher.attention, view_keys, keys[0] if shared_key is None else shared_key, batch, large.present)
 
         encoded = self._student(params, large, view_keys, masked)
-        said = [self.by_image(model.project(params, encoded[:, n]), b)]
+        student_logits = [self.by_image(model.project(params, encoded[:, n]), b)]
         if "local" in batch.views:
             small = prepare(model, views_of(batch, "local"))
             rows = next(iter(small.values.values())).shape[0]
             crops = self._student(params, small, split_views(keys, "local views", rows // b))
-            said.append(self.by_image(model.project(params, crops[:, -model.num_global_tokens]), b))
-        targets = distillation_targets(told, state["center"], self.temperature(self.teacher_temperature, step))
-        losses = {"global": across_views(self.by_image(targets, b), jnp.concatenate(said, axis=1), STUDENT_TEMPERATURE)}
-        observed = {"center": self.by_image(told, b).mean(axis=1)}
+            student_logits.append(self.by_image(model.project(params, crops[:, -model.num_global_tokens]), b))
+        targets = distillation_targets(teacher_logits, state["center"], self.temperature(self.teacher_temperature, step))
+        losses = {"global": across_views(self.by_image(targets, b), jnp.concatenate(student_logits, axis=1), STUDENT_TEMPERATURE)}
+        observed = {"center": self.by_image(teacher_logits, b).mean(axis=1)}
 
         if masked is not None:
-            patches_told = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, :n], patches=True))
-            patches_said = model.project(params, encoded[:, :n], patches=True)
-            patch_targets = distillation_targets(patches_told, state["patch_center"], self.temperature(self.patch_temperature, step))
-            per_view = at_masked_tokens(patch_targets, patches_said, masked, STUDENT_TEMPERATURE)
+            teacher_patch_logits = jax.lax.stop_gradient(model.project(state["teacher"], teacher.encoded[:, :n], patches=True))
+            student_patch_logits = model.project(params, encoded[:, :n], patches=True)
+            patch_targets = distillation_targets(
+                teacher_patch_logits, state["patch_center"], self.temperature(self.patch_temperature, step)
+            )
+            per_view = at_masked_tokens(patch_targets, student_patch_logits, masked, STUDENT_TEMPERATURE)
             losses["patch"] = per_view.reshape(b, GLOBAL_VIEWS).mean(axis=1)
-            observed["patch_center"] = patches_told.mean(axis=1).reshape(b, GLOBAL_VIEWS, -1).mean(axis=1)
+            observed["patch_center"] = teacher_patch_logits.mean(axis=1).reshape(b, GLOBAL_VIEWS, -1).mean(axis=1)
 
         total = jnp.zeros(())
         metrics: Metrics = {}
@@ -253,7 +251,7 @@ class Distillation:
             metrics[f"loss/{name}"] = values.sum(), jnp.float32(b)
         if masked is not None:
             metrics["masked_share"] = masked.mean(axis=1, dtype=jnp.float32).sum(), jnp.float32(masked.shape[0])
-        return total, (observed, metrics | self.watch(targets, teacher.encoded[:, n], jnp.asarray(step)))
+        return total, (observed, metrics | self.collapse_metrics(targets, teacher.encoded[:, n], jnp.asarray(step)))
 
     def after_update(
         self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics,
@@ -279,8 +277,8 @@ class Distillation:
     ) -> dict[str, dict[str, Array]]:
         """For pictures: "inputs", the "guidance" (the teacher's attention) and what would be "masked"; nothing is rebuilt."""
         prepared = prepare(self.model, batch)
-        attention = self.look(state["teacher"], prepared).attention
-        masked = self.hide(attention, keys, keys[0], batch, prepared.present)
+        attention = self.teacher_pass(state["teacher"], prepared).attention
+        masked = self.choose_masked(attention, keys, keys[0], batch, prepared.present)
         masked = jnp.zeros(attention.shape, bool) if masked is None else masked
         layout = self.model.layout_of(prepared.values_of(self.model.inputs))
         on_grid = lambda flat: {  # noqa: E731
@@ -301,14 +299,14 @@ class Distillation:
         progress = jnp.minimum(jnp.asarray(step) // self.steps_per_epoch / (epochs - 1), 1.0) if epochs > 1 else jnp.ones(())
         return ends[0] + (ends[1] - ends[0]) * progress
 
-    def look(self, teacher: Params, prepared: Prepared) -> Views:
+    def teacher_pass(self, teacher: Params, prepared: Prepared) -> Views:
         """The teacher's pass over whole views."""
         tokens = self.model.embed(teacher, prepared.values_of(self.model.inputs), prepared.present)
         n = tokens.layout.num_tokens
         encoded, weights = self.model.encode_with_attention(teacher, tokens.tokens, slice(n, n + 1), tokens.present)
         return Views(encoded, weights.mean(axis=1)[:, 0, :n])
 
-    def hide(
+    def choose_masked(
         self, attention: Guidance, keys: Key[Array, " r"], shared_key: Key[Array, ""], batch: Batch, present: Bool[Array, "r n"] | None
     ) -> Bool[Array, "r n"] | None:
         """What the student does not see of each view: True = hidden; None where nothing is ever hidden."""
@@ -335,7 +333,7 @@ class Distillation:
         """Rows of views back to their images."""
         return rows.reshape(images, -1, rows.shape[-1])
 
-    def watch(self, targets: Float[Array, "r k"], features: Float[Array, "r d"], step: Int[Array, ""]) -> Metrics:
+    def collapse_metrics(self, targets: Float[Array, "r k"], features: Float[Array, "r d"], step: Int[Array, ""]) -> Metrics:
         """Signs of collapse and alarms: the targets' entropy, what they tell of the view, the spread of the teacher's features.
 
         `teacher_entropy` is the mean entropy of a view's targets; `teacher_information` is what the entropy of the views' mean target
@@ -415,151 +413,3 @@ def choose_hidden(
         masked &= ~hint_reveals(score_keys, layout, attention, present, amounts=masking.draw(keys, shared_key, "hint ratio"), **options)
     kept = jax.vmap(jax.random.uniform)(stream_keys(keys, "masked at all")) < masking.probability
     return masked & kept[:, None]
-
-
-# From config
-
-
-def dino(
-    modalities: Mapping[str, Modality],
-    image_size: tuple[int, int],
-    *,
-    inputs: tuple[str, ...] = ("rgb",),
-    encoder: str | Mapping[str, Any] = "S",
-    projection: Mapping[str, Any] | None = None,
-    teacher_momentum: float | int = 0.996,
-    momentum_over: Duration = "100 percent",
-    center_momentum: float | int = 0.9,
-    teacher_temperature: tuple[float, float] = (0.04, 0.04),
-    temperature_warmup: Duration = 0,
-    drop_path: float | int = 0.1,
-    compute_dtype: str = "float32",
-    remat: bool = False,
-) -> Distillation:
-    """Build the objective from `config.objective`. Every mistake is an error that names the key.
-
-    `projection`: hidden, bottleneck, num_prototypes, fixed_scale; by default 2048, 256, 65536, True. The loader must deliver views
-    (`config.data.augment.views`).
-    """
-    model = _model(modalities, image_size, inputs, encoder, {"fixed_scale": True, **(projection or {})}, compute_dtype, remat, False)
-    return _checked(
-        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, center_momentum=center_momentum,
-        teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path,
-    )  # fmt: skip
-
-
-def ibot(
-    modalities: Mapping[str, Modality],
-    image_size: tuple[int, int],
-    *,
-    inputs: tuple[str, ...] = ("rgb",),
-    encoder: str | Mapping[str, Any] = "S",
-    projection: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
-    masking: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, Any] | None = None,
-    teacher_momentum: float | int = 0.996,
-    momentum_over: Duration = "100 percent",
-    center_momentum: float | int = 0.9,
-    teacher_temperature: tuple[float, float] = (0.04, 0.07),
-    patch_temperature: tuple[float, float] = (0.04, 0.07),
-    temperature_warmup: Duration = "30 epochs",
-    drop_path: float | int = 0.1,
-    compute_dtype: str = "float32",
-    remat: bool = False,
-) -> Distillation:
-    """Build the objective from `config.objective`. Every mistake is an error that names the key.
-
-    `projection`: hidden, bottleneck, num_prototypes, num_patch_prototypes (0: shared), fixed_scale; by default 2048, 256, 8192, 0,
-    False. `scores`, `masking`: what is hidden and how much; AttMask is one of the attention scores. `guidance`
-    {"name": "block_mask", ratio, ratio_var} hides iBOT's exact blocks in their stead. The loader must deliver views
-    (`config.data.augment.views`).
-    """
-    sizes = {"num_prototypes": 8192, **(projection or {})}
-    model = _model(modalities, image_size, inputs, encoder, sizes, compute_dtype, remat, True)
-    chosen: dict[str, Any] = {}
-    if guidance:
-        if guidance.get("name") != "block_mask":
-            raise ValueError(
-                f"config.objective.guidance.name is {guidance.get('name')!r}; known: block_mask (the teacher's attention needs no guidance)"
-            )
-        for name, block in (("scores", scores), ("masking", masking)):
-            if block:
-                raise ValueError(f"config.objective.{name} is set, but guidance 'block_mask' makes whole masks: remove one of them")
-        source = build_source(guidance)
-        source.check(model)
-        chosen["guidance"] = source
-    else:
-        block = scores or {"name": "random"}
-        given: tuple[str, ...] = ("keys", "layout", "guidance", "present")
-        # The amount of hints is drawn as the amount of masking is.
-        given += ("ratio", "ratio_var") if block.get("name") == "attention_hint" else ()
-        chosen["scores"] = named_function("config.objective.scores", SCORES, block, given)
-        check_arguments("config.objective.masking", Masking, masking or {})
-        chosen["masking"] = Masking(**{key: hashable(value) for key, value in (masking or {}).items()})
-    objective = _checked(
-        model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, center_momentum=center_momentum,
-        teacher_temperature=teacher_temperature, patch_temperature=patch_temperature, temperature_warmup=temperature_warmup,
-        drop_path=drop_path, **chosen,
-    )  # fmt: skip
-    masking_of, scores_of = objective.masking, objective.scores
-    if masking_of is not None:
-        # Wrong numbers are found on shapes, before anything is computed.
-        keys, tokens = jax.random.split(jax.random.key(0), 1), model.layout.num_tokens
-        jax.eval_shape(lambda: choose_hidden(masking_of, scores_of, jnp.zeros((1, tokens)), keys, keys[0], model.layout))
-    return objective
-
-
-def _model(
-    modalities: Mapping[str, Modality],
-    image_size: tuple[int, int],
-    inputs: tuple[str, ...],
-    encoder: str | Mapping[str, Any],
-    projection: Mapping[str, Any],
-    compute_dtype: str,
-    remat: bool,
-    mask_embed: bool,
-) -> Network:
-    check_inputs(modalities, inputs)
-    sizes = encoder_sizes(encoder)
-    check_arguments("config.objective.projection", projection_sizes, projection)
-    head = projection_sizes(**projection)
-    model = Network(
-        modalities=tuple(modalities[name] for name in inputs),
-        inputs=tuple(inputs),
-        image_size=image_size,
-        encoder=tuple(sorted(sizes.items())),
-        compute_dtype=compute_dtype,
-        remat=remat,
-        final_norm=True,
-        positions="learned",
-        mask_embed=mask_embed,
-        heads=(("projection", tuple(sorted(head.items()))),),
-    )
-    for spec in model.modalities:
-        spec.size(model.image_size)
-    return model
-
-
-def projection_sizes(
-    *, hidden: int = 2048, bottleneck: int = 256, num_prototypes: int = 65536, num_patch_prototypes: int = 0, fixed_scale: bool = False
-) -> dict[str, Any]:
-    """`config.objective.projection`."""
-    sizes = dict(hidden=hidden, bottleneck=bottleneck, num_prototypes=num_prototypes, num_patch_prototypes=num_patch_prototypes)
-    for key, size in sizes.items():
-        least = 0 if key == "num_patch_prototypes" else 1
-        if not least <= size <= 2**24:
-            raise ValueError(f"config.objective.projection.{key} is {size}; it must be at least {least} and at most {2**24}")
-    return {**sizes, "fixed_scale": fixed_scale}
-
-
-def _checked(model: Network, **fields: Any) -> Distillation:
-    """The objective, or an error about a number that cannot be."""
-    for name, low, high in (("teacher_momentum", 0, 1), ("center_momentum", 0, 1), ("drop_path", 0, 1)):
-        if not low <= fields[name] < high:
-            raise ValueError(f"config.objective.{name} is {fields[name]}; it must be at least {low} and below {high}")
-    for name in ("teacher_temperature", "patch_temperature"):
-        ends = fields.get(name, (1.0, 1.0))
-        if not isinstance(ends, tuple) or len(ends) != 2 or min(ends) <= 0:
-            raise ValueError(f"config.objective.{name} is {ends}; give (first, last), both above 0")
-    return Distillation(model, **fields)

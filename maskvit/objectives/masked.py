@@ -277,10 +277,10 @@ class MaskedAutoencoder:
         queries: Mapping[str, Queries] | None = None,
     ) -> dict[str, Float[Array, "b q p c"]]:
         """Predict every output from the encoded visible tokens, as patches "b q p c" (classes: logits): all, or the queries."""
-        masks_keys, queries = tokens.present is not None, queries or {}
+        has_padding, queries = tokens.present is not None, queries or {}
         predictions = {}
         for name in self.model.outputs:
-            flat = self.model.decode(params, name, memory, plan, tokens.layout, masks_keys, queries.get(name))
+            flat = self.model.decode(params, name, memory, plan, tokens.layout, has_padding, queries.get(name))
             predictions[name] = _split_channels(flat, self.model.modality(name))
         return predictions
 

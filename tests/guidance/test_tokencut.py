@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from maskvit.guidance.discovery import attention_map, heaviest
-from maskvit.guidance.tokencut import Cut, as_guidance, bounding_box, cut, exact_cut, patch_features, second_eigenvector, tokencut_map
+from maskvit.guidance.tokencut import Cut, as_guidance, cut, exact_cut, patch_features, second_eigenvector, tokencut_map
 from tests.tiny import on_device, tiny_batch, tiny_objective
+
+
+def bounding_box(mask: np.ndarray, patch: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels around a mask of patches, right and bottom exclusive and inside (height, width)."""
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+        raise ValueError("an empty mask has no bounding box")
+    right, bottom = (int(columns.max()) + 1) * patch, (int(rows.max()) + 1) * patch
+    return int(columns.min()) * patch, int(rows.min()) * patch, min(right, image_size[1]), min(bottom, image_size[0])
 
 
 @pytest.fixture(scope="module")

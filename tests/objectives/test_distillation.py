@@ -275,7 +275,7 @@ def test_temperature_rises_by_whole_epochs():
 
 
 def alarms(objective, targets, features, step=50):
-    values = objective.watch(targets, features, jnp.int32(step))
+    values = objective.collapse_metrics(targets, features, jnp.int32(step))
     return {name.removeprefix("alarm/") for name in values if name.startswith("alarm/") and values[name][0]}
 
 
@@ -283,11 +283,13 @@ def test_collapse_is_told():
     objective = tiny("dino").resolve(lambda duration: 100)
     targets = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (16, 24)))
     features = jax.random.normal(jax.random.key(1), (16, 32))
-    healthy = objective.watch(targets, features, jnp.int32(50))
+    healthy = objective.collapse_metrics(targets, features, jnp.int32(50))
     assert 0.9 < healthy["feature_spread"][0] < 1.1 and 0.3 < healthy["teacher_entropy"][0] < 0.95
     assert not alarms(objective, targets, features)
     sure = jnp.eye(24)[:16]  # sure of itself, and says something else of every view
-    np.testing.assert_allclose(objective.watch(sure, features, jnp.int32(50))["teacher_information"][0], np.log(16) / np.log(24), rtol=1e-5)
+    np.testing.assert_allclose(
+        objective.collapse_metrics(sure, features, jnp.int32(50))["teacher_information"][0], np.log(16) / np.log(24), rtol=1e-5
+    )
     assert not alarms(objective, sure, features)
     assert not alarms(objective, sure[:2] * 0 + sure[0], features[:2])  # two views of one image should be told the same
 

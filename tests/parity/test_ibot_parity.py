@@ -137,7 +137,7 @@ def test_teacher_outputs_and_attention_come_from_one_pass(teacher, batch, golden
     # The reference has its class token first.
     attention = np.roll(recorded(golden, "teacher_attention"), -1, axis=(2, 3))
     np.testing.assert_allclose(weights, attention, **FORWARD)
-    seen = OBJECTIVE.look(teacher, prepared)
+    seen = OBJECTIVE.teacher_pass(teacher, prepared)
     np.testing.assert_allclose(seen.attention, attention[:, :, -1, :16].mean(axis=1), **FORWARD)
     np.testing.assert_allclose(seen.encoded, encoded, **FORWARD)
 

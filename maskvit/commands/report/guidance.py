@@ -20,7 +20,7 @@ from maskvit.commands.report.strategies import Shows, find_strategies, input_nam
 from maskvit.commands.sweep.cells import overrides
 from maskvit.core.arguments import check_output, number
 from maskvit.core.types import TokenLayout
-from maskvit.losses.weights import cosine_between, guidance_weights, normalise_guidance
+from maskvit.losses.weights import cosine_between, guidance_weights, normalize_guidance
 from maskvit.plots import curves, page, panels, pictures
 
 POINTS = 101  # of the schedule's curve
@@ -62,7 +62,7 @@ def weights_of(values: Float[np.ndarray, "b gh gw"], tau: float | None) -> Float
     """The maps normalised to [0, 1] per image, or, with `tau`, the loss weights exp(g / tau)."""
     layout = TokenLayout(("map",), (values.shape[1:],))
     flat = jnp.asarray(values.reshape(len(values), -1))
-    result = normalise_guidance(flat, layout) if tau is None else guidance_weights(flat, layout, tau)
+    result = normalize_guidance(flat, layout) if tau is None else guidance_weights(flat, layout, tau)
     return np.asarray(result).reshape(values.shape)
 
 
@@ -134,11 +134,7 @@ def run(
         notes(shows, sources, checkpoint),
         page.Section(
             "Map sets side by side",
-            [
-                page.Figure(
-                    map_sets_sheet(shows, modality, middle), f"Loss weights exp(g / {middle:g}) over {modality}, one colour scale."
-                )
-            ],
+            [page.Figure(map_sets_sheet(shows, modality, middle), f"Loss weights exp(g / {middle:g}) over {modality}, one colour scale.")],
         ),
         page.Section(
             "Temperature",
