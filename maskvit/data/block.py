@@ -55,15 +55,6 @@ def block_mask(rng: UniformSource, height: int, width: int, target: float) -> Bo
     return masked
 
 
-def random_mask(rng: UniformSource, height: int, width: int, target: float) -> Bool[np.ndarray, "h w"]:
-    """Hide floor(target) tokens, any with the same probability; True = hidden."""
-    _check(height, width, target)
-    order = np.argsort([rng.random() for _ in range(height * width)], kind="stable")
-    masked = np.zeros(height * width, bool)
-    masked[order[: int(target)]] = True
-    return masked.reshape(height, width)
-
-
 def _add_rectangle(rng: UniformSource, masked: Bool[np.ndarray, "h w"], room: float) -> int:
     """Hide one more rectangle in place that adds at most `room` tokens; how many it added, 0 where none was found."""
     height, width = masked.shape

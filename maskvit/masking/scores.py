@@ -279,18 +279,21 @@ def gumbel(
     return drawn if hide == "high" else -drawn
 
 
-SCORES: dict[str, Callable[..., Float[Array, "b n"]]] = {
-    "random": random_scores,
-    "block": block,
-    "color": color,
-    "multi_block": multi_block,
+_GUIDED: dict[str, Callable[..., Float[Array, "b n"]]] = {  # those that cannot be without guidance
     "attention_high": attention_high,
     "attention_low": attention_low,
     "attention_hint": attention_hint,
     "attention_stochastic": attention_stochastic,
     "gumbel": gumbel,
 }
-GUIDED_SCORES = ("attention_high", "attention_low", "attention_hint", "attention_stochastic", "gumbel")
+SCORES: dict[str, Callable[..., Float[Array, "b n"]]] = {
+    "random": random_scores,
+    "block": block,
+    "color": color,
+    "multi_block": multi_block,
+    **_GUIDED,
+}
+GUIDED_SCORES = tuple(_GUIDED)
 
 
 # Parts

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from maskvit.data.block import block_mask, draw_ratio, random_mask
+from maskvit.data.block import block_mask, draw_ratio
 
 
 class Recorded:
@@ -99,19 +99,11 @@ def test_any_grid_and_any_target_end_within_the_target(height, width, share):
         assert mask.shape == (height, width) and mask.dtype == bool and mask.sum() <= share * height * width
 
 
-@pytest.mark.parametrize("function", [block_mask, random_mask])
-def test_masks_repeat_with_the_source_and_accept_pythons_own(function):
+def test_masks_repeat_with_the_source_and_accept_pythons_own():
     for source in (np.random.default_rng, random.Random):
-        masks = [function(source(seed), 14, 14, 60.0) for seed in (1, 1, 2)]
+        masks = [block_mask(source(seed), 14, 14, 60.0) for seed in (1, 1, 2)]
         np.testing.assert_array_equal(masks[0], masks[1])
         assert (masks[0] != masks[2]).any()
-
-
-def test_random_masks_hide_the_whole_part_of_the_target_anywhere():
-    rng = np.random.default_rng(0)
-    masks = np.array([random_mask(rng, 6, 5, 11.9) for _ in range(2000)])
-    assert (masks.sum(axis=(1, 2)) == 11).all()
-    np.testing.assert_allclose(masks.mean(axis=0), 11 / 30, atol=0.05)
 
 
 def test_ratios_are_uniform_or_exact_or_one_of_several():
@@ -144,6 +136,5 @@ def test_bad_ratios_are_errors(arguments, message):
 
 @pytest.mark.parametrize("arguments,message", [((0, 14, 3.0), "1 x 1"), ((14, 14, 197.0), "0 ... 196"), ((14, 14, -1.0), "0 ... 196")])
 def test_bad_masks_are_errors(arguments, message):
-    for function in (block_mask, random_mask):
-        with pytest.raises(ValueError, match=message):
-            function(np.random.default_rng(0), *arguments)
+    with pytest.raises(ValueError, match=message):
+        block_mask(np.random.default_rng(0), *arguments)
