@@ -9,8 +9,9 @@ from maskvit.core.configuration import named_function
 from maskvit.guidance.attention import SelfAttention, TeacherAttention
 from maskvit.guidance.bipartition import Bipartition
 from maskvit.guidance.canvas import AverageError, ReusedAttention
-from maskvit.guidance.cheap import CoarseAttention, MergedAttention, PredictedAttention, SampledAttention
+from maskvit.guidance.cheap import CoarseAttention, MergedAttention, SampledAttention
 from maskvit.guidance.errors import PredictedError, ReconstructionError
+from maskvit.guidance.predicted import PredictedAttention
 from maskvit.guidance.source import Request, Source
 from maskvit.guidance.stored import BlockMask, RandomMap, Stored
 

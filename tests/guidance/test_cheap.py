@@ -12,20 +12,22 @@ from maskvit.core.flops import attention_flops
 from maskvit.core.keys import sample_keys
 from maskvit.guidance.agreement import overlap
 from maskvit.guidance.cheap import (
-    MAP_FEATURES,
     CoarseAttention,
     MergedAttention,
-    PredictedAttention,
     SampledAttention,
-    all_features,
-    box_mean,
     from_block,
-    linear_read_out,
-    map_features,
     merge_tokens,
     resize_values,
-    ridge_solution,
     spread_scores,
+)
+from maskvit.guidance.predicted import (
+    MAP_FEATURES,
+    PredictedAttention,
+    all_features,
+    box_mean,
+    linear_read_out,
+    map_features,
+    ridge_solution,
 )
 
 PLAIN = dict(scores=dict(name="attention_high"), guidance=dict(name="self_attention"))

@@ -17,7 +17,7 @@ from maskvit.core.types import Batch, TokenLayout, batch_of
 from maskvit.guidance.agreement import agreement, mean_over_modalities
 from maskvit.guidance.attention import SelfAttention
 from maskvit.guidance.canvas import ReusedAttention, standard_logs
-from maskvit.guidance.cheap import PredictedAttention
+from maskvit.guidance.predicted import PredictedAttention
 from maskvit.guidance.source import Source
 from maskvit.masking.scores import SCORES
 

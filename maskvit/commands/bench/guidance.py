@@ -17,8 +17,9 @@ from maskvit.commands.bench.step import step_config, synthetic_batch
 from maskvit.commands.bench.timing import in_turns, summary
 from maskvit.core.types import DataNeeds, batch_of
 from maskvit.guidance.attention import SelfAttention
-from maskvit.guidance.canvas import stride
-from maskvit.guidance.cheap import CoarseAttention, MergedAttention, PredictedAttention, ReusedAttention, SampledAttention
+from maskvit.guidance.canvas import ReusedAttention, stride
+from maskvit.guidance.cheap import CoarseAttention, MergedAttention, SampledAttention
+from maskvit.guidance.predicted import PredictedAttention
 from maskvit.guidance.source import Source
 
 Show = Callable[[Mapping[str, Any]], None]
