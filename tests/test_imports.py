@@ -13,52 +13,41 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "maskvit"
 
-# A part is a file or a folder of maskvit/; a part may import parts of lower levels, and of its own level what `BESIDE` names.
+# A part is a file or a folder of maskvit/, and imports parts of lower levels alone.
 LEVELS = {
-    **dict.fromkeys(("types", "modalities", "patches", "durations", "configuration", "config_files", "arguments", "errors", "keys"), 0),
-    "processes": 0,
-    **dict.fromkeys(("masking", "scores", "losses", "optim", "sharding", "metrics", "figures", "flops", "pictures"), 1),
-    **dict.fromkeys(("disk", "profiling", "signals", "spikes", "watchdog"), 1),
-    **dict.fromkeys(("models", "data", "checkpoints"), 2),
-    "checkpoint": 3,
-    **dict.fromkeys(("guidance", "objectives", "evaluators", "convert"), 3),
-    **dict.fromkeys(("step", "flight", "microbatches", "painter", "loop"), 4),
-    **dict.fromkeys(("train", "bench", "plan", "report", "features", "sweep", "maps", "demo", "init"), 5),
-    "__main__": 6,
+    "core": 0,
+    **dict.fromkeys(("masking", "losses", "optim", "sharding", "data", "checkpoints", "metrics", "plots"), 1),
+    "nn": 2,
+    **dict.fromkeys(("heads", "evaluators"), 3),
+    "guidance": 4,
+    "objectives": 5,
+    "convert": 6,
+    "training": 7,
+    "features": 8,
+    "commands": 9,
+    "__main__": 10,
 }
-BESIDE = {
-    "configuration": {"errors"},
-    "modalities": {"configuration", "errors"},
-    "config_files": {"errors"},
-    "durations": {"errors"},
-    "patches": {"modalities"},
-    "objectives": {"guidance"},
-    "convert": {"objectives"},
-    "bench": {"features"},
-    "report": {"features", "sweep", "train"},
-    "maps": {"features"},
-    "loop": {"flight"},
-    "sweep": {"train"},
-    "init": {"train"},
-    "demo": {"train", "report", "features", "bench"},
-}
-# Narrower than their level: (part, what of lower levels it must not import).
-FORBIDDEN = {
-    "models": {"data", "checkpoints"},
-    "data": {"models", "checkpoints", "optim", "losses"},
-    "checkpoints": {"models", "data"},
-    "objectives": {"data", "checkpoints", "figures"},
-    "guidance": {"data", "checkpoints", "figures"},
+# Narrower than their level: what of lower levels a part, or one file of it, must not import.
+NARROWER = {
+    "nn": {"data", "checkpoints", "optim", "losses", "plots"},
+    "heads": {"data", "checkpoints", "optim", "plots"},
+    "guidance": {"data", "checkpoints", "plots"},
+    "objectives": {"data", "checkpoints", "plots"},
     "evaluators": {"checkpoints", "masking"},
-    "convert": {"data", "figures"},
-    "step": {"data", "checkpoints", "figures", "evaluators", "convert"},
+    "convert": {"plots"},
+    "training/step.py": {"data", "checkpoints", "plots", "evaluators", "convert"},
 }
+
+
+def alias_of(path: pathlib.Path) -> str | None:
+    """The module whose earlier name this file of maskvit/ is: one import of all its names, and nothing else. None for other files."""
+    text, *rest = ast.parse(path.read_text()).body or [None]
+    alone = path.parent == PACKAGE and isinstance(text, ast.Expr) and len(rest) == 1 and isinstance(rest[0], ast.ImportFrom)
+    return rest[0].module if alone and [name.name for name in rest[0].names] == ["*"] else None
 
 
 def part_of(path: pathlib.Path) -> str:
-    """The part a source file belongs to ("models" for maskvit/models/vit.py). The command that makes maps stands above guidance."""
-    if path == PACKAGE / "guidance" / "maps.py":
-        return "maps"
+    """The part a source file belongs to ("nn" for maskvit/nn/attention.py)."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -84,7 +73,7 @@ def imports(path: pathlib.Path, everywhere: bool = True) -> frozenset[tuple[str,
 
 
 def sources() -> list[pathlib.Path]:
-    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py" and not alias_of(p))
 
 
 def module_of(dotted: str) -> pathlib.Path | None:
@@ -99,24 +88,48 @@ def module_of(dotted: str) -> pathlib.Path | None:
 
 
 def test_every_part_has_a_level():
-    unknown = {part_of(path) for path in sources()} - set(LEVELS)
-    assert not unknown, f"give {sorted(unknown)} a level in tests/test_imports.py"
+    assert {part_of(path) for path in sources()} == set(LEVELS), "give each part a level in tests/test_imports.py"
 
 
 def test_direction():
     wrong = []
     for path in sources():
         mine = part_of(path)
+        narrower = NARROWER.get(mine, set()) | NARROWER.get(path.relative_to(PACKAGE).as_posix(), set())
         for dotted, line in imports(path):
             if not dotted.startswith("maskvit."):
                 continue
             other = dotted.split(".")[1]
-            if other == mine or other not in LEVELS:  # within a part; or a name of maskvit/__init__.py such as `load`
+            if other == mine or not module_of(dotted):  # within a part; or a name of maskvit/__init__.py such as `load`
                 continue
-            allowed = LEVELS[other] < LEVELS[mine] or other in BESIDE.get(mine, ())
-            if not allowed or other in FORBIDDEN.get(mine, ()):
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {mine} (level {LEVELS[mine]}) imports {other} (level {LEVELS[other]})")
+            if other not in LEVELS or LEVELS[other] >= LEVELS[mine] or other in narrower:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {mine} imports {dotted}")
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_earlier_names_are_aliases():
+    """Scripts import these; the package itself does not (their parts have no level)."""
+    found = {path.stem: module for path in PACKAGE.glob("*.py") if (module := alias_of(path))}
+    assert found == {
+        "checkpoint": "maskvit.checkpoints",
+        "modalities": "maskvit.core.modalities",
+        "types": "maskvit.core.types",
+    }
+
+
+# Still too long; a file leaves this list when it is cut.
+NOT_YET = {"objectives/distillation.py", "objectives/multimae.py", "training/setup.py"}
+
+
+def test_files_and_functions_fit_on_a_few_screens():
+    long = {}
+    for path in sources():
+        text = path.read_text()
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        found = [f"{n.name}: {size} lines" for n in functions if (size := (n.end_lineno or 0) - n.lineno + 1) > 80]
+        if (size := text.count("\n")) > 450 or found:
+            long[path.relative_to(PACKAGE).as_posix()] = [f"{size} lines", *found]
+    assert set(long) <= NOT_YET, f"over 450 lines, or with functions over 80: {long}"
 
 
 def test_no_cycles():
@@ -143,10 +156,10 @@ def test_nothing_imports_the_commands():
     assert not wrong, f"maskvit/ must not import the commands: {wrong}"
 
 
-def test_only_models_know_flax():
-    others = [p for p in sources() if part_of(p) != "models"]
+def test_only_networks_know_flax():
+    others = [p for p in sources() if part_of(p) not in ("nn", "heads")]
     wrong = [f"{p.relative_to(ROOT)}:{line}" for p in others for name, line in imports(p) if name.split(".")[0] == "flax"]
-    assert not wrong, f"only maskvit/models imports flax: {wrong}"
+    assert not wrong, f"only maskvit/nn and maskvit/heads import flax: {wrong}"
 
 
 def test_only_sharding_names_axes():
@@ -162,17 +175,21 @@ def test_no_tensorflow_and_no_utils():
             assert name.split(".")[0] != "tensorflow", f"{path.relative_to(ROOT)}:{line} imports TensorFlow"
 
 
-LIGHT = ("types", "masking", "losses", "optim", "sharding", "models", "guidance", "objectives", "step", "figures", "metrics")
+LIGHT = ("core", "masking", "losses", "optim", "sharding", "nn", "heads", "guidance", "objectives", "plots", "metrics", "training/step.py")
 HEAVY = {"grain", "tensorflow_datasets", "tensorflow", "matplotlib", "torch", "cv2", "PIL", "array_record"}
+
+
+def light(part: str) -> list[pathlib.Path]:
+    return [p for p in sources() if part in (part_of(p), p.relative_to(PACKAGE).as_posix())]
 
 
 @pytest.mark.parametrize("part", LIGHT)
 def test_light_parts_load_no_data_library(part):
-    """The step, the models and all below them run on a machine with jax, flax, optax and little more."""
+    """The step, the networks and all below them run on a machine with jax, flax, optax and little more."""
+    assert light(part)
     heavy = [
         f"{p.relative_to(ROOT)}:{line} imports {name}"
-        for p in sources()
-        if part_of(p) == part
+        for p in light(part)
         for name, line in imports(p, everywhere=False)
         if name.split(".")[0] in HEAVY
     ]
@@ -181,8 +198,9 @@ def test_light_parts_load_no_data_library(part):
 
 def test_the_step_loads_no_data_library():
     """The same in a real interpreter, whatever our dependencies drag in."""
-    modules = [name for name in LIGHT if (PACKAGE / f"{name}.py").is_file() or (PACKAGE / name).is_dir()]
-    load = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module('maskvit.' + m)\n"
+    files = [p.relative_to(ROOT).with_suffix("") for part in LIGHT for p in light(part)]
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    load = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
     code = load + f"print(sorted({HEAVY!r} & set(sys.modules)))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert child.returncode == 0, child.stderr[-2000:]
