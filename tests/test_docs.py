@@ -71,6 +71,23 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+# A file of ours by its path from the root.
+FILE = re.compile(
+    r"(?<![\w./-])(?:(?:maskvit|configs|docs|assets|tests)/[\w/-]+\.(?:py|md|png|pth|json|npz)\b|maskvit/(?:\w+/)+(?![\w*<]))"
+)
+
+
+def test_files_that_are_named_exist():
+    missing = []
+    for path in (*PAGES, *SOURCES, *sorted((ROOT / "tests").rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            text = "\n".join(re.findall(r'"""(.*?)"""', text, re.DOTALL))
+        missing += [f"{path.relative_to(ROOT)} names {name}" for name in FILE.findall(text) if not (ROOT / name).exists()]
+    assert not missing, "\n".join(missing)
+    assert len(FILE.findall((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))) > 25
+
+
 def test_enough_is_found():
     """The pattern above sees them."""
     found = {program for _, program, _ in commands()}

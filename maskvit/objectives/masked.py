@@ -232,13 +232,8 @@ class MaskedAutoencoder:
             return patchify(values[..., None], spec.patch_pixels)
         patches = _split_channels(patchify(values, spec.patch_pixels), spec)
         if output != spec.name:
-            patches = normalize_patches(patches, self._valid_patches(spec, prepared))[0]
+            patches = normalize_patches(patches, prepared.valid_patches(spec))[0]
         return patches
-
-    def _valid_patches(self, spec: Modality, prepared: Prepared) -> Float[Array, "b n p"] | None:
-        if spec.name not in prepared.valid:
-            return None
-        return patchify(prepared.valid[spec.name], spec.patch_pixels).astype(jnp.float32)
 
     def encode_visible(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> tuple[Float[Array, "b e d"], ...]:
         """The visible tokens, in the plan's order, and the global ones, encoded: what the decoders read of it."""
@@ -436,7 +431,7 @@ class MaskedAutoencoder:
             return unpatchify(ids, grid, spec.patch_pixels)[..., 0]
         if output != spec.name:
             own = _split_channels(patchify(prepared.values[spec.name], spec.patch_pixels), spec)
-            _, mean, deviation = normalize_patches(own, self._valid_patches(spec, prepared))
+            _, mean, deviation = normalize_patches(own, prepared.valid_patches(spec))
             prediction = prediction * deviation + mean
         values = unpatchify(prediction.reshape(*prediction.shape[:2], -1), grid, spec.patch_pixels)
         if spec.name in prepared.restore:

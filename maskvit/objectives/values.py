@@ -32,6 +32,10 @@ class Prepared(NamedTuple):
         """The values of those modalities that the batch has."""
         return {name: self.values[name] for name in names if name in self.values}
 
+    def valid_patches(self, spec: Modality) -> Float[Array, "b n p"] | None:
+        """1 for the pixels of a modality that have a value, as patches; None where all have one."""
+        return None if spec.name not in self.valid else patchify(self.valid[spec.name], spec.patch_pixels).astype(jnp.float32)
+
 
 def prepare(model: Network, batch: Batch) -> Prepared:
     """Normalise what the loader delivers; depth is standardised per sample over its valid pixels.

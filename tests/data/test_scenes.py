@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maskvit.data import scenes
+from maskvit.data.solids import TUBE
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def distance_from(part: scenes.Part, local: np.ndarray) -> np.ndarray:
     if part.shape == "pyramid":
         return np.maximum.reduce([abs(x) - (1 - z) / 2, abs(y) - (1 - z) / 2, -1 - z])
     assert part.shape == "torus"
-    return np.hypot(radial - 1, z) - scenes.TUBE
+    return np.hypot(radial - 1, z) - TUBE
 
 
 @pytest.mark.parametrize("kind", scenes.KIND_NAMES)

@@ -16,7 +16,7 @@ ABOUT = {
     "total": "how long: epochs, steps, examples (\"1M examples\")",
     "global_batch": "samples per step over all devices",
     "micro_batch": "samples at once; 0: as many as fit",
-    "modalities": "what the data hold; fields: maskvit/modalities.py",
+    "modalities": "what the data hold; fields: maskvit/core/modalities.py",
     "objective": "what is learned; docs/objectives.md, docs/grid.md",
     "schedule": "of the learning rate: warm-up, then half a cosine to min_lr",
     "data": "workers: processes that decode",
