@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import MODALITIES, counting, on_device, tiny_batch
+from tiny import MODALITIES, assert_same_bits, counting, on_device, tiny_batch
 
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import Batch
@@ -135,10 +135,13 @@ def test_two_steps_of_a_random_cell(number):
     for i in range(2):
         batch = cell_batch(objective, i, present)
         plan = planned(state, batch)
-        state, metrics = jitted(state, batch)
+        state, metrics = jitted(state, batch, loss_limit=np.float32(np.inf))
         assert np.isfinite(metrics["loss"][0]), metrics
         assert metrics["skipped"][0] == 0
         check_counts(plan, objective, batch)
+    refused, metrics = jitted(state, cell_batch(objective, 2, present), loss_limit=np.float32(-np.inf))
+    assert metrics["skipped"][0] == 1
+    assert_same_bits(refused, state)
     assert len(traces) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskvit.core.types import Batch, batch_of
+from maskvit.core.types import Batch, TrainState, batch_of, tree_paths
 from maskvit.objectives import build_objective
 from maskvit.objectives.masked import MaskedAutoencoder
 
@@ -61,6 +61,15 @@ def tiny_batch(size: int = 8, seed: int = 0, image: tuple[int, int] = (32, 32), 
 def on_device(batch: dict[str, np.ndarray]) -> Batch:
     """What a loader delivers as a batch of device arrays."""
     return batch_of(jax.tree.map(jnp.asarray, batch))
+
+
+def assert_same_bits(ours: TrainState, theirs: TrainState) -> None:
+    """Parameters, moments and what the objective keeps are equal bit for bit: also in the sign of a zero, and in what is no number."""
+    for part in ("params", "opt_state", "objective_state"):
+        one, two = (tree_paths(getattr(state, part)) for state in (ours, theirs))
+        assert one.keys() == two.keys()
+        different = [name for name in one if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()]
+        assert not different, f"{part}: {different}"
 
 
 def counting(function: Any) -> tuple[Any, list[int]]:

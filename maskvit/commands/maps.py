@@ -124,13 +124,13 @@ def check_source(network: Any, name: str, arguments: Mapping[str, Any]) -> None:
             raise ValueError(str(error).replace("config.objective.guidance", "config.source")) from error
 
 
-def shapes_of_batch(specs: Mapping[str, Modality], size: tuple[int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of_batch(specs: Mapping[str, Modality], size: tuple[int, int], batch_size: int) -> Batch:
     """What the loader will deliver, without values."""
-    batch = {}
+    values: dict[str, Any] = {}
     for name, spec in specs.items():
         channels, dtype = ((spec.channels,), jnp.float32) if spec.kind == "continuous" else ((), jnp.int32)
-        batch[name] = jax.ShapeDtypeStruct((batch_size, *spec.size(size), *channels), dtype)
-    return batch
+        values[name] = jax.ShapeDtypeStruct((batch_size, *spec.size(size), *channels), dtype)
+    return Batch(values)
 
 
 # The checkpoint and the data

@@ -26,7 +26,7 @@ from maskvit.optim.transforms import adamw
 from maskvit.training import setup
 from maskvit.training.step import init_state, train_step
 from tests.runs import get_config, make_scenes, on_scenes
-from tests.tiny import on_device
+from tests.tiny import assert_same_bits, on_device
 
 RGB = dict(channels=3, patch=8, scale=1 / 255, mean=(0.5,), std=(0.25,))
 SIZES = dict(encoder=dict(width=32, depth=2, heads=2), projection=dict(hidden=32, bottleneck=16, num_prototypes=24))
@@ -204,8 +204,12 @@ def steps_of(objective, batch, micro_batches: int, count: int = 2):
     step = jax.jit(step, donate_argnums=0)
     state, all_metrics = jax.jit(lambda: init_state(objective, optimizer, 0))(), []
     for _ in range(count):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, loss_limit=np.float32(np.inf))
         all_metrics.append({name: float(total / count) for name, (total, count) in metrics.items()})
+    # A refused step leaves teacher and centers as they are.
+    refused, metrics = step(jax.tree.map(jnp.array, state), batch, loss_limit=np.float32(-np.inf))
+    assert metrics["skipped"][0] == 1
+    assert_same_bits(refused, state)
     return state, all_metrics
 
 
