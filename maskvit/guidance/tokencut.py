@@ -103,23 +103,24 @@ def second_eigenvector(w: Float[Array, "b n n"], there: Bool[Array, "b n"] | Non
     products of n x n matrices stand for 2 ** SQUARINGS steps of the power method. `jnp.linalg.eigh` takes longer on accelerators,
     and on a CPU that plays several devices its LAPACK may wait for itself for ever.
     """
-    there = jnp.ones(w.shape[:2], bool) if there is None else there
-    w = jnp.where(there[:, :, None] & there[:, None, :], w, 0.0)
-    degree = w.sum(axis=2)
-    root = jnp.sqrt(jnp.where(degree > 0, degree, 1.0))
-    known = jnp.where(there, root, 0.0)
-    known = known / jnp.maximum(jnp.linalg.norm(known, axis=1, keepdims=True), 1e-30)
-    lazy = jnp.eye(w.shape[1]) * there[:, :, None] + w / (root[:, :, None] * root[:, None, :])
-    walk = 0.5 * lazy - known[:, :, None] * known[:, None, :]
+    lazy, degree = jnp.eye(w.shape[1]), w.sum(axis=2)
+    if there is not None:
+        w = jnp.where(there[:, :, None] & there[:, None, :], w, 0.0)
+        lazy, degree = lazy * there[:, :, None], w.sum(axis=2)
+    root = jnp.sqrt(degree)
+    known = root / jnp.linalg.norm(root, axis=1, keepdims=True)
+    root = root if there is None else jnp.where(degree > 0, root, 1.0)
+    walk = 0.5 * (lazy + w / (root[:, :, None] * root[:, None, :])) - known[:, :, None] * known[:, None, :]
 
     def square(_: Any, matrix: Float[Array, "b n n"]) -> Float[Array, "b n n"]:
         product = jnp.einsum("bij,bjk->bik", matrix, matrix, precision="highest")
-        return product / jnp.maximum(jnp.linalg.norm(product, axis=(1, 2), keepdims=True), 1e-30)
+        return product / jnp.linalg.norm(product, axis=(1, 2), keepdims=True)
 
     projector = jax.lax.fori_loop(0, SQUARINGS, square, walk)
     largest = jnp.argmax(jnp.diagonal(projector, axis1=1, axis2=2), axis=1)
     y = jnp.take_along_axis(projector, largest[:, None, None], axis=1)[:, 0]
-    return y / jnp.maximum(jnp.linalg.norm(y, axis=1, keepdims=True), 1e-30) / root
+    y = y / jnp.linalg.norm(y, axis=1, keepdims=True) / root
+    return y if there is None else jnp.where(jnp.isfinite(y), y, 0.0)  # a graph of one node or none has no second eigenvector
 
 
 def _with_neighbours(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh gw"], xp: Any) -> Any:
