@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import convert_torch_checkpoint
 import maskvit
 from maskvit import convert, features
 from maskvit.checkpoints import load_objective_state, load_params, save_imported
+from maskvit.commands import convert as command
 from maskvit.convert.reader import ConversionError, read_checkpoint
 from maskvit.core.types import Batch, tree_paths
 from maskvit.objectives import build_objective
@@ -146,7 +146,7 @@ def test_several_global_tokens_and_no_rgb(imported, tmp_path):
 
 
 def test_the_command_knows_every_layout():
-    assert convert_torch_checkpoint.LAYOUTS == tuple(convert.LAYOUTS)
+    assert command.LAYOUTS == tuple(convert.LAYOUTS)
 
 
 # ------------------------------------------------------------------------------------------ torch's own shapes
