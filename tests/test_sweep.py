@@ -190,7 +190,7 @@ def test_a_real_run(config, tmp_path, capsys):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """`train.run` that only notes what it was asked for; it stops, or loses its loss, where the test says so."""
+    """`setup.train` that only notes what it was asked for; it stops, or loses its loss, where the test says so."""
     asked, faults = [], {}
 
     @functools.wraps(setup.train)
@@ -200,7 +200,7 @@ def quick(monkeypatch):
             raise faults[len(asked)]
         (pathlib.Path(workdir) / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": float(len(asked))}) + "\n")
 
-    monkeypatch.setattr(setup, "run", run)
+    monkeypatch.setattr(setup, "train", run)
     return asked, faults
 
 
