@@ -99,7 +99,7 @@ def test_wrong_flags_are_one_line(arguments, told):
 PAIR = """
 import sys
 import jax
-from maskvit.processes import agree, first_decides, join
+from maskvit.core.processes import agree, first_decides, join
 port, index, directory, tests = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 join(f"localhost:{port}", 2, index, timeout=60)
 sys.path.insert(0, tests)

@@ -55,7 +55,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 # The second signal comes from a thread while the main thread is busy.
 BUSY = """
 import os, signal, threading, time
-from maskvit.signals import StopSignals
+from maskvit.training.signals import StopSignals
 with StopSignals() as signals:
     for wait in (0.2, {gap}):
         threading.Timer(wait, os.kill, (os.getpid(), signal.{name})).start()
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_of_the_first_does_not():
 
 HANGS = """
 import logging, time
-from maskvit.watchdog import Watchdog
+from maskvit.training.watchdog import Watchdog
 logging.basicConfig(format="%(message)s")
 watchdog = Watchdog(0.5)
 for _ in range(10):
