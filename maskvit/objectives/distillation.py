@@ -265,7 +265,9 @@ class Distillation:
             new[name] = self.center_momentum * state[name] + (1 - self.center_momentum) * rows.mean(axis=0)
         return guarded(accepted, new, state)
 
-    def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
+    def predict(
+        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
+    ) -> dict[str, Float[Array, "b d"]]:
         """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present.
 
         Without a state `params` are the teacher's, as they are where a checkpoint is opened for use.

@@ -387,7 +387,9 @@ class MaskedAutoencoder:
 
     # What evaluators and pictures read
 
-    def predict(self, params: Params, state: Any, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
+    def predict(
+        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
+    ) -> dict[str, Float[Array, "b d"]]:
         """Features of an unmasked pass (`pooled_features`)."""
         return pooled_features(self.model, params, batch, inputs)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify
-from maskvit.core.types import Batch, Params
+from maskvit.core.types import Batch, Params, batch_of
 from maskvit.heads.network import Network
 from maskvit.losses.pixels import standardize_trimmed
 
@@ -80,12 +80,15 @@ def prepare(model: Network, batch: Batch) -> Prepared:
     return Prepared(values, valid, restore, _present_tokens(model, values, valid))
 
 
-def pooled_features(model: Network, params: Params, batch: Batch, inputs: tuple[str, ...] | None = None) -> dict[str, Float[Array, "b d"]]:
-    """Features of an unmasked pass over `inputs` (the first input modality alone unless given).
+def pooled_features(
+    model: Network, params: Params, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
+) -> dict[str, Float[Array, "b d"]]:
+    """Features of an unmasked pass over `inputs` (the first input modality alone unless given); `batch` may be arrays by name.
 
     "mean": mean of the patch tokens present of those modalities; "global": the (first) global token, where there is one.
     """
     names = inputs or model.inputs[:1]
+    batch = batch if isinstance(batch, Batch) else batch_of(batch)
     prepared = prepare(model, batch.only(names))
     tokens = model.embed(params, prepared.values_of(names), prepared.present)
     encoded = model.encode(params, tokens.tokens, tokens.present).astype(jnp.float32)

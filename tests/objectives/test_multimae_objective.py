@@ -240,6 +240,8 @@ def test_features_are_means_over_the_tokens_a_sample_has(params):
     encoded = np.asarray(objective.model.encode(params, tokens.tokens))
     np.testing.assert_allclose(features["mean"], encoded[:, :16].mean(axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features["global"], encoded[:, 16], rtol=1e-4, atol=1e-5)
+    by_name = objective.predict(params, (), dict(batch.values))  # arrays by name, as people have them
+    np.testing.assert_allclose(by_name["mean"], features["mean"], rtol=1e-4, atol=1e-5)
     three = objective.predict(params, (), batch, inputs=("rgb", "depth", "semseg"))
     assert not np.allclose(three["mean"], features["mean"])
 
