@@ -40,7 +40,7 @@ def multimae_b() -> ConfigDict:
             seed=0,
             image_size=(224, 224),
             total="1600 epochs",
-            # The recipe's 2,048 even on one card: what does not fit at once is worked off in micro-batches.
+            # The recipe's 2,048 even on one card: what does not fit at once is processed in micro-batches.
             global_batch=2048,
             micro_batch=0,  # samples at once over all devices; 0 = the largest that fits
             modalities=modalities(),

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from maskvit.core.modalities import HOST_FIELDS
 from maskvit.core.types import Batch, batch_of, path_name, tree_paths
 
 AXES = ("data", "fsdp", "tensor")
@@ -20,9 +21,6 @@ AXES = ("data", "fsdp", "tensor")
 # First match wins: (regex on the parameter's path, where its axes live). Data parallelism replicates everything; FSDP
 # and tensor parallelism are rows above the last.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
-
-# Keys of a host batch that describe it but do not go to the devices.
-HOST_ONLY = ("id", "reason")
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -68,7 +66,7 @@ def check_batch(global_batch: int, mesh: Mesh, micro_batches: int = 1) -> None:
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """The loader's arrays of this process's samples to a batch of global arrays, sharded by sample. The only host-to-device hop."""
     sharding = batch_sharding(mesh)
-    arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_ONLY}
+    arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_FIELDS}
     return batch_of({key: jax.make_array_from_process_local_data(sharding, value) for key, value in arrays.items()})
 
 

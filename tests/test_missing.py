@@ -64,3 +64,9 @@ def test_nan_in_a_modality_that_declares_none_missing():
     specs = parse_modalities({"depth": MODALITIES["depth"]})
     with pytest.raises(ValueError, match="'depth' has NaN pixels, but config.modalities.depth.missing is None"):
         next(train_batches(ListSource(records), specs, (32, 32), seed=0, global_batch=4))
+
+
+@pytest.mark.parametrize("name", ["label", "flip", "id"])
+def test_a_modality_may_not_have_the_name_of_something_else_in_a_batch(name):
+    with pytest.raises(ValueError, match=f"config.modalities names '{name}', which a batch holds already"):
+        parse_modalities({name: MODALITIES["depth"]})

@@ -141,7 +141,7 @@ def demo(workdir: Path) -> int:
     config = config.to_dict()
     height = config["image_size"][0]
     timed("rendering scenes", prepare, "scenes", str(workdir / "data"), size=height, **SCENES)
-    if not (workdir / "imported" / "0" / "manifest.json").exists():  # a second `make demo` goes on where the first stopped
+    if not (workdir / "imported" / "0" / "manifest.json").exists():  # a second `make demo` resumes where the first stopped
         timed("converting the PyTorch checkpoint", convert, CHECKPOINT, workdir / "imported")
 
     objective = build_objective(config)

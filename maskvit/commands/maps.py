@@ -4,7 +4,7 @@
 
 A map source looks at every whole picture, squeezed to `image_size`, and the maps become a data set of their own
 (`maskvit.data.maps`), which `config.objective.guidance = dict(name="stored", path=<data_dir>/<name>)` reads. Finished parts lie
-in <data_dir>/<name>.parts until all are there, so the same command goes on where it was stopped, with the same result.
+in <data_dir>/<name>.parts until all are there, so the same command resumes where it was stopped, with the same result.
 """
 
 from __future__ import annotations

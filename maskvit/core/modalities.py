@@ -118,6 +118,11 @@ DEPTH = dict(kind="continuous", channels=1, patch=16, loss="l1", scale=1 / 65536
 SEMSEG = dict(kind="categorical", num_classes=133, patch=16, stride=4, loss="cross_entropy", embed_dim=64)
 
 
+# What a batch of the loader holds besides modalities: a modality of such a name would be taken for it. The latter stay on the host.
+BATCH_FIELDS = ("present", "label", "valid", "guidance", "index", "box", "flip")
+HOST_FIELDS = ("id", "reason", "bad")
+
+
 def parse_modalities(declared: Mapping[str, Any]) -> dict[str, Modality]:
     """Turn `config.modalities` into specs, in name order. Raises on unknown fields, listing the known ones."""
     specs = {}
@@ -126,6 +131,8 @@ def parse_modalities(declared: Mapping[str, Any]) -> dict[str, Modality]:
             with checks.check():
                 if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
                     raise ValueError(f"config.modalities names {name!r}; a name is made of letters, digits and underscores")
+                if name in (*BATCH_FIELDS, *HOST_FIELDS):
+                    raise ValueError(f"config.modalities names {name!r}, which a batch holds already; give the modality another name")
                 check_arguments(f"config.modalities.{name}", Modality, fields, given=("name",))
                 specs[name] = Modality(name=name, **{key: hashable(value) for key, value in fields.items()})
     return specs

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from maskvit.core.modalities import BATCH_FIELDS
+
 # A plain nested dict of arrays with the package's own stable names ("encoder/block_00/attn/qkv/kernel").
 Params = dict[str, Any]
 
@@ -100,8 +102,7 @@ class Batch(NamedTuple):
 
 def batch_of(arrays: Mapping[str, Any]) -> Batch:
     """A batch out of the loader's arrays by name (`maskvit.data.batches`): where their names end, and fields begin."""
-    fields: dict[str, Any] = {"present": None, "label": None, "valid": None, "guidance": None, "index": None, "box": None, "flip": None}
-    fields |= {name: arrays[name] for name in fields if name in arrays}
+    fields = {name: arrays.get(name) for name in BATCH_FIELDS}
     values: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {"global": {}, "local": {}, "whole": {}}
     for name, array in arrays.items():

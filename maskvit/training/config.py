@@ -64,7 +64,7 @@ def make_schedule(
 ) -> Cosine:
     """`config.schedule` in epochs of this run's own length to a schedule in steps; lr = base_lr * global_batch / 256.
 
-    `start_epochs=None` goes on where the imported checkpoint stopped (`imported_epochs`).
+    `start_epochs=None` continues where the imported checkpoint stopped (`imported_epochs`).
     """
     if start_epochs is None:
         if imported_epochs is None:

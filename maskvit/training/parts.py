@@ -20,7 +20,7 @@ from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import freeze_block
 from maskvit.sharding import check_batch, make_mesh
-from maskvit.training.config import check_config, checkpoint_block, data_block, init_block, make_schedule, read_block
+from maskvit.training.config import checkpoint_block, data_block, init_block, make_schedule, read_block
 from maskvit.training.microbatches import micro_batch_counts
 from maskvit.training.profiling import parse_window
 from maskvit.training.spikes import guard_block
@@ -50,8 +50,7 @@ class Parts:
 
 
 def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
-    """The parts of a whole config. Raises `Mistakes` with everything that is wrong in any block of it."""
-    check_config(config)
+    """The parts of a whole config that `check_config` has accepted. Raises `Mistakes` with everything that data and devices show wrong."""
     checkpoint = checkpoint_block(**config["checkpoint"] or {})
     guard = guard_block(**config["guard"] or {})
     data = data_block(**config["data"])

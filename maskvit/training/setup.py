@@ -44,10 +44,8 @@ LOG = logging.getLogger("maskvit")
 def main(config: Any, workdir: str, profile: str | None = None, debug: bool = False) -> None:
     """`train` a ConfigDict, with log lines on standard error. Raises what `train` raises; several mistakes in the config are one list."""
     log_lines(debug)
-    plain = config.to_dict()
-    check_config(plain)
     try:
-        train(workdir, profile, **plain)
+        train(workdir, profile, **config.to_dict())
     except LoaderError as error:
         if not error.thread_hangs:
             raise
@@ -60,7 +58,6 @@ def train(workdir: str, profile: str | None = None, **config: Any) -> TrainState
 
     Raises `Mistakes` for a config that cannot work, before anything is computed, and Stopped after a signal.
     """
-    check_config(config)
     return loop(setup(config, workdir, profile))
 
 
@@ -69,6 +66,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
 
     Start order: resume from the newest sound checkpoint of `workdir`, else `init_from`, else scratch. `profile`: steps to trace.
     """
+    check_config(config)
     config = experiment(**config)
     parts = build_parts(config, profile)
     with contextlib.ExitStack() as closing:

@@ -3,7 +3,7 @@
     python -m maskvit sweep --config FILE --grid key=a,b --grid other.key=c,d --seeds 3 --out DIR
 
 Every cell of the grid is one experiment, trained once per seed in DIR/CELL/seed_N. What is finished is skipped, so the same
-command goes on where it was stopped. A config file may also define `get_sweep()`, which names cells that differ in several
+command resumes where it was stopped. A config file may also define `get_sweep()`, which names cells that differ in several
 keys: {name: {dotted key: value, ...}}; a grid then multiplies them. A value that is a dict replaces the whole block.
 DIR/sweep.json, .txt and .html hold the mean and the spread over seeds of the final loss and of every evaluator's figures.
 """
