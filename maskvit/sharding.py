@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,14 @@ from maskvit.core.types import Batch, batch_of, path_name, tree_paths
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match wins: (regex on the parameter's path, where its axes live). Data parallelism replicates everything; FSDP
-# and tensor parallelism are rows above the last.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
+SAMPLES = ("data", "fsdp")  # the axes that the samples of a batch, and what is kept per record, are spread over
+
+# First match wins: (regex on the parameter's path, where its axes live). Data parallelism replicates everything but the maps that
+# guidance keeps per record; FSDP and tensor parallelism are rows above the last.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(.*/)?guidance(/maps)?", PartitionSpec(SAMPLES)),
+    (r".*", PartitionSpec()),
+)
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -35,7 +41,7 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Samples spread over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(SAMPLES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -53,9 +59,39 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def record_rows(num_records: int, mesh: Mesh) -> int:
+    """Rows of a table that is kept per record: one each, and as many more as make every device's part equally long."""
+    devices = sample_devices(mesh)
+    return -(-num_records // devices) * devices
+
+
+def sample_devices(mesh: Mesh) -> int:
+    """Over how many devices samples are spread."""
+    return math.prod(mesh.shape[axis] for axis in SAMPLES)
+
+
+def on_each_device(function: Any, mesh: Mesh) -> Any:
+    """`function(common, samples, total) -> (sums, rows)` of global arrays, run by every device on its own samples.
+
+    `common` and `sums` are the same on all devices, `samples` and `rows` are spread by their first axis. Nothing is communicated but
+    by `total`, which adds a tree of arrays up over the devices.
+    """
+
+    def total(tree: Any) -> Any:
+        return jax.lax.psum(tree, SAMPLES)
+
+    return jax.shard_map(
+        lambda common, samples: function(common, samples, total),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(SAMPLES)),
+        out_specs=(PartitionSpec(), PartitionSpec(SAMPLES)),
+        check_vma=False,
+    )
+
+
 def check_batch(global_batch: int, mesh: Mesh, micro_batches: int = 1) -> None:
     """Raise unless every device gets the same number of samples in every micro-batch."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = sample_devices(mesh)
     if global_batch % (devices * micro_batches):
         raise ValueError(
             f"config.global_batch {global_batch} is not divisible by {devices} devices x {micro_batches} micro-batches: "

@@ -37,7 +37,7 @@ def run(objective: MaskedAutoencoder, devices: int) -> tuple[list[float], np.nda
     optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000))
     state = jax.device_put(jax.jit(lambda: init_state(objective, optimizer, 0))(), replicated(mesh))
     step = jax.jit(
-        lambda state, batch: train_step(state, batch, objective=objective, optimizer=optimizer, seed=0),
+        lambda state, batch: train_step(state, batch, objective=objective, optimizer=optimizer, seed=0, mesh=mesh),
         in_shardings=(parameter_shardings(state, mesh), batch_sharding(mesh)),
         out_shardings=(parameter_shardings(state, mesh), replicated(mesh)),
         donate_argnums=0,

@@ -78,7 +78,8 @@ class Batch(NamedTuple):
     where missing); `present`: which modalities a sample has, the objective's inputs in their order, then what is an output alone,
     as in the model's `modalities`; `label`; `valid`: False for the padding of the last evaluation batch; `maps`: stored guidance in
     0 ... 1, of one map for all inputs or one each, or block masks; `record`; `views`: "global" and "local" views by modality,
-    "b v h w c"; `whole`: whole pictures by input, of every k-th sample. What a batch does not hold is None or empty.
+    "b v h w c"; `whole`: whole pictures by input, of every k-th sample; `kept`: what the objective keeps of each sample's record
+    (`Objective.recall`), where it keeps something per record. What a batch does not hold is None or empty.
     """
 
     values: dict[str, Num[Array, "b h w *c"]]
@@ -89,6 +90,7 @@ class Batch(NamedTuple):
     record: Record = Record()
     views: dict[str, dict[str, Num[Array, "b v h w *c"]]] = {}
     whole: dict[str, Num[Array, "k h w *c"]] = {}
+    kept: Any = None  # Float "b m g g"
 
     @property
     def size(self) -> int:

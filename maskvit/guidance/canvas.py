@@ -105,8 +105,10 @@ def write(
     return jax.vmap(one_sample)(maps, values, box, flip)
 
 
-def rows_of(maps: Maps, index: Int[Array, " b"]) -> Float[Array, "b m g g"]:
-    """The maps of the samples' records; unknown (NaN) for an index that is no record (negative, padding)."""
+def rows_of(maps: Maps, index: Int[Array, " b"] | None) -> Float[Array, "b m g g"] | None:
+    """The maps of the samples' records; unknown (NaN) for an index that is no record (negative, padding). None without an index."""
+    if index is None:
+        return None
     own = maps.at[jnp.where(index < 0, maps.shape[0], index)].get(mode="fill", fill_value=jnp.nan)
     return own.astype(jnp.float32)
 
@@ -161,10 +163,10 @@ def thinned(request: Request, every: int) -> Request:
     return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::step])
 
 
-def averaged_rows(maps: Maps, request: Request, logs: Float[Array, "b n"], momentum: float) -> Rows:
+def averaged_rows(request: Request, logs: Float[Array, "b n"], momentum: float) -> Rows:
     """The maps of the samples' records after their scores were written under their crops."""
     index, box, flip = request.batch.record
-    return index, write(rows_of(maps, index), logs, box, flip, request.tokens.layout, momentum)
+    return index, write(request.batch.kept, logs, box, flip, request.tokens.layout, momentum)
 
 
 CHUNK = 64  # samples whose attention is held at once
@@ -257,9 +259,12 @@ class ReusedAttention(SelfAttention):
     def init(self, model: Network, params: Any, num_records: int) -> Maps:
         return blank(num_records, model.layout, self.grid)
 
+    def recall(self, memory: Maps, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        return (), rows_of(memory, index)
+
     def __call__(self, request: Request) -> Guidance:
         record, layout = request.batch.record, request.tokens.layout
-        own = read(rows_of(request.state, record.index), record.box, record.flip, layout)
+        own = read(request.batch.kept, record.box, record.flip, layout)
         return jnp.exp(fill_unknown(own, layout, request.keys))
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
@@ -268,20 +273,20 @@ class ReusedAttention(SelfAttention):
         def learn() -> Rows:
             if self.view == "crop":
                 part = thinned(request, self.every)
-                return averaged_rows(request.state, part, standard_logs(exact, part), self.momentum)
+                return averaged_rows(part, standard_logs(exact, part), self.momentum)
             step = stride(request.keys.shape[0], self.every)
             rows = request.batch.record.index[::step]
             everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
-            seen = Batch({}, record=Record(rows, everything, jnp.zeros(rows.shape, bool)))
+            seen = Batch({}, record=Record(rows, everything, jnp.zeros(rows.shape, bool)), kept=request.batch.kept[::step])
             part = request._replace(tokens=request.whole_tokens(), keys=request.keys[::step], batch=seen)
-            return averaged_rows(request.state, part, standard_logs(exact, part), 0.0)
+            return averaged_rows(part, standard_logs(exact, part), 0.0)
 
         index, rows = in_turn(learn, lambda: no_rows(request, request.state, self.every), request, step, self.every)
         return store(request.state, index, rows, request.accepted)
 
     def learn(self, request: Request, targets: Float[Array, "b n"]) -> Maps:
         """The memory after the exact scores of these crops (`standard_logs`) were seen."""
-        return store(request.state, *averaged_rows(request.state, request, targets, self.momentum))
+        return store(request.state, *averaged_rows(request, targets, self.momentum))
 
     def flops(self, model: Network, batch: int = 1) -> float:
         return (embed_flops(model) + super().flops(model)) / self.every
@@ -316,13 +321,16 @@ class AverageError(Source):
     def init(self, model: Network, params: Any, num_records: int) -> Maps:
         return blank(num_records, model.layout, self.grid)
 
+    def recall(self, memory: Maps, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        return (), rows_of(memory, index)
+
     def __call__(self, request: Request) -> Guidance:
         record, layout = request.batch.record, request.tokens.layout
-        own = read(rows_of(request.state, record.index), record.box, record.flip, layout)
+        own = read(request.batch.kept, record.box, record.flip, layout)
         return fill_unknown(own, layout, request.keys)
 
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
         if errors is None:
             raise ValueError("average_error needs the errors of the step")
-        index, rows = averaged_rows(request.state, request, standardise(errors, request.tokens.layout), self.momentum)
+        index, rows = averaged_rows(request, standardise(errors, request.tokens.layout), self.momentum)
         return store(request.state, index, rows, request.accepted)

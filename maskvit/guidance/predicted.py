@@ -6,6 +6,7 @@ Stands in for `self_attention`. What it costs and how far it agrees with the exa
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,10 @@ class PredictedAttention(SelfAttention):
         }
         return state | ({"maps": blank(num_records, model.layout, self.grid)} if self.grid else {})
 
+    def recall(self, memory: dict[str, Array], index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        shared = {key: value for key, value in memory.items() if key != "maps"}
+        return shared, rows_of(memory["maps"], index) if self.grid else None
+
     def _num_features(self, model: Network) -> int:
         products = 1 + bool(model.num_global_tokens) + bool(self.grid)
         return (2 + products) * model.width + (MAP_FEATURES if self.grid else 0) + 1
@@ -105,7 +110,7 @@ class PredictedAttention(SelfAttention):
         known = None
         if self.grid:
             record = request.batch.record
-            known = read(rows_of(request.state["maps"], record.index), record.box, record.flip, layout)
+            known = read(request.batch.kept, record.box, record.flip, layout)
         found = []
         for span, grid in zip(layout.spans(), layout.grids, strict=True):
             own = jnp.where(there[:, span, None], x[:, span], 0.0)
@@ -156,7 +161,7 @@ class PredictedAttention(SelfAttention):
         return state if rows is None else state | {"maps": store(state["maps"], *rows)}
 
     def _rows(self, request: Request, targets: Float[Array, "b n"]) -> Rows | None:
-        return averaged_rows(request.state["maps"], request, targets, self.map_momentum) if self.grid else None
+        return averaged_rows(request, targets, self.map_momentum) if self.grid else None
 
     def _equations(self, request: Request, targets: Float[Array, "b n"]) -> dict[str, Array]:
         """The normal equations after these targets."""

@@ -14,10 +14,10 @@ from maskvit.heads.network import Network
 class Request(NamedTuple):
     """What a source may read. No gradient flows out of a source.
 
-    `state`: the source's own memory, () where it keeps none; `tokens`: the embedded tokens of all inputs; `values`: the
-    model values they were made from, by input; `batch`: what the loader delivered; `keys`: one per sample;
-    `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random mask, NaN where not hidden;
-    `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`);
+    `state`: the source's own memory, () where it keeps none; what it keeps of the samples' records is in `batch.kept`;
+    `tokens`: the embedded tokens of all inputs; `values`: the model values they were made from, by input; `batch`: what the loader
+    delivered; `keys`: one per sample; `random_errors(keys)`: the reconstruction error per token "b n" of an extra pass under a random
+    mask, NaN where not hidden; `whole_tokens()`: the embedded tokens of the whole pictures, where the batch holds them (`whole_every`);
     `accepted`: whether the step counts: where it is False `update` must leave the memory as it is, bit for bit.
     """
 
@@ -60,8 +60,12 @@ class Source:
         """Importance per token."""
         raise NotImplementedError(f"{type(self).__name__} defines no guidance")
 
+    def recall(self, memory: Any, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        """What of the memory holds for every sample, and what it keeps of the records `index`, None where it keeps nothing of them."""
+        return memory, None
+
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Any:
-        """The memory after a step, from the updated parameters and the whole batch (outside micro-batches).
+        """The memory after a step, from the whole one in `request.state`, the updated parameters and the whole batch.
 
         `errors`: reconstruction error per token of this step's masked pass, NaN where none was taken; given if `observes`.
         """

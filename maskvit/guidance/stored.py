@@ -110,6 +110,9 @@ class RandomMap(Source):
     def init(self, model: Network, params: Params, num_records: int) -> Any:
         return self.of.init(model, params, num_records) if self.of else ()
 
+    def recall(self, memory: Any, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        return self.of.recall(memory, index) if self.of else (memory, None)
+
     def __call__(self, request: Request) -> Guidance:
         shape = request.tokens.tokens.shape[:2]
         keys = stream_keys(request.keys, "random map")

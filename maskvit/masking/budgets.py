@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,16 @@ def adaptive_alphas(averages: Float[Array, " m"], alphas: Float[Array, " m"], st
     weights = jnp.where((averages > 0).all(), jnp.maximum(ratio, 1e-6) ** strength, 1.0)
     scaled = alphas * weights
     return jnp.maximum(scaled * alphas.sum() / scaled.sum(), 1e-3)
+
+
+def moved_averages(
+    averages: Mapping[str, Array], losses: Sequence[tuple[Float[Array, ""], Float[Array, ""]]], momentum: float
+) -> dict[str, Array]:
+    """The averages {"loss" "m", "weight" ""} after a step with these (sum of losses, number of samples); those without samples stay."""
+    means = jnp.stack([total / jnp.maximum(count, 1.0) for total, count in losses])
+    seen = jnp.stack([count > 0 for _, count in losses])
+    loss = jnp.where(seen, momentum * averages["loss"] + (1 - momentum) * means, averages["loss"])
+    return {"loss": loss, "weight": momentum * averages["weight"] + (1 - momentum)}
 
 
 def adaptive_dirichlet_budget(

@@ -24,6 +24,8 @@ class Objective(Protocol):
     `plan(params, batch, keys, state, step) -> (plan, counts)`: what to hide, and how many samples each loss is a mean over;
     `loss(params, state, batch, keys, step, plan=None, counts=None, shared_key=None) -> (scalar, (observed, metrics))`:
     `keys` are the samples', `shared_key` the step's; `observed` has one row per sample, or is None;
+    `recall(state, index) -> (state, kept)`: what holds for every sample, and what is kept of the records `index`, which comes to all
+    others as `batch.kept`; `summarize(metrics, step) -> metrics`: scalars out of the sums that `loss` returned;
     `after_update(state, params, batch, keys, step, observed, metrics, accepted) -> state`: what follows the optimiser, on the whole
     batch (a teacher's average, what is learnt of the samples); where `accepted` is False the state stays bit for bit;
     `predict(params, state, batch) -> {feature: "b d"}`; `visualize(params, state, batch, keys) -> pictures' arrays`.
@@ -47,6 +49,8 @@ class Objective(Protocol):
     def after_update(
         self, state: Any, params: Any, batch: Any, keys: Any, step: Any, observed: Any, metrics: Any, accepted: Any = True
     ) -> Any: ...
+    def recall(self, state: Any, index: Any) -> tuple[Any, Any]: ...
+    def summarize(self, metrics: Any, step: Any) -> Any: ...
     def predict(self, params: Any, state: Any, batch: Any) -> Any: ...
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 

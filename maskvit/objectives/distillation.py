@@ -251,7 +251,7 @@ class Distillation:
             metrics[f"loss/{name}"] = values.sum(), jnp.float32(b)
         if masked is not None:
             metrics["masked_share"] = masked.mean(axis=1, dtype=jnp.float32).sum(), jnp.float32(masked.shape[0])
-        return total, (observed, metrics | self.collapse_metrics(targets, teacher.encoded[:, n], jnp.asarray(step)))
+        return total, (observed, metrics | collapse_sums(targets, teacher.encoded[:, n]))
 
     def after_update(
         self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics,
@@ -335,8 +335,12 @@ class Distillation:
         """Rows of views back to their images."""
         return rows.reshape(images, -1, rows.shape[-1])
 
-    def collapse_metrics(self, targets: Float[Array, "r k"], features: Float[Array, "r d"], step: Int[Array, ""]) -> Metrics:
-        """Signs of collapse and alarms: the targets' entropy, what they tell of the view, the spread of the teacher's features.
+    def recall(self, state: Any, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        """Nothing is kept per record."""
+        return state, None
+
+    def summarize(self, metrics: Metrics, step: Int[Array, ""]) -> Metrics:
+        """`collapse_sums` of the whole batch to signs of collapse and alarms; the other metrics as they are.
 
         `teacher_entropy` is the mean entropy of a view's targets; `teacher_information` is what the entropy of the views' mean target
         has on top of it, the mutual information of view and prototype: 0 where every view is told the same, however sharply. Both are
@@ -344,18 +348,35 @@ class Distillation:
         The spread is the deviation over views of the features, each of length 1, times sqrt(d): near 1 where they point anywhere,
         0 where they are one.
         """
-        share = shannon_entropy(targets).mean() / jnp.log(targets.shape[-1])
-        information = shannon_entropy(targets.mean(axis=0)) / jnp.log(targets.shape[-1]) - share
-        features = features.astype(jnp.float32)
-        features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-        spread = features.std(axis=0).mean() * jnp.sqrt(features.shape[-1])
+        entropy, targets, features, squares = (metrics[name][0] / metrics[name][1] for name in COLLAPSE_SUMS)
+        most = jnp.log(targets.shape[-1])
+        share, information = entropy / most, (shannon_entropy(targets) - entropy) / most
+        spread = jnp.sqrt(jnp.maximum(squares - features**2, 0.0)).mean() * jnp.sqrt(features.shape[-1])
         late = step >= QUIET_SHARE * resolved(self.momentum_over)
-        alarms = {"uniform_teacher": share > UNIFORM, "constant_features": spread < NO_SPREAD}
-        if targets.shape[0] > GLOBAL_VIEWS:  # views of one image should be told the same
-            alarms["same_targets"] = information < SAME
+        several = metrics["collapse/targets"][1] > GLOBAL_VIEWS  # views of one image should be told the same
+        alarms = {
+            "uniform_teacher": share > UNIFORM,
+            "constant_features": spread < NO_SPREAD,
+            "same_targets": several & (information < SAME),
+        }
         values = {"teacher_entropy": share, "teacher_information": information, "feature_spread": spread}
         values |= {f"alarm/{name}": (late & sign).astype(jnp.float32) for name, sign in alarms.items()}
-        return {name: (jax.lax.stop_gradient(value), jnp.ones(())) for name, value in values.items()}
+        others = {name: value for name, value in metrics.items() if name not in COLLAPSE_SUMS}
+        return others | {name: (value, jnp.ones(())) for name, value in values.items()}
+
+
+COLLAPSE_SUMS = ("collapse/entropy", "collapse/targets", "collapse/features", "collapse/squares")
+
+
+def collapse_sums(targets: Float[Array, "r k"], features: Float[Array, "r d"]) -> Metrics:
+    """Sums over views, and their number: of the targets' entropy and the targets, of the teacher's features at length 1 and their squares.
+
+    Out of the sums of all micro-batches and devices `Distillation.summarize` makes what holds for the whole batch.
+    """
+    targets, features = jax.lax.stop_gradient((targets, features.astype(jnp.float32)))
+    features /= jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    rows = (shannon_entropy(targets), targets, features, features**2)
+    return {name: (x.sum(axis=0), jnp.float32(x.shape[0])) for name, x in zip(COLLAPSE_SUMS, rows, strict=True)}
 
 
 def shannon_entropy(probabilities: Float[Array, "*r k"]) -> Float[Array, "*r"]:

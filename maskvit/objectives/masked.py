@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from maskvit.core.flops import forward_flops
 from maskvit.core.keys import stream_keys
-from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify, unpatchify
 from maskvit.core.types import Batch, DataNeeds, Guidance, MaskPlan, Metrics, Params, Queries, TokenBatch, TokenLayout
 from maskvit.guidance import Request, Source
@@ -27,11 +26,11 @@ from maskvit.heads.network import Network
 from maskvit.losses.pixels import PIXEL_LOSSES, masked_mean, normalize_patches
 from maskvit.losses.ranking import ranking_loss
 from maskvit.losses.weights import guidance_weights
-from maskvit.masking.budgets import BUDGETS
+from maskvit.masking.budgets import BUDGETS, moved_averages
 from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.masking.scores import random_scores
 from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, ToSteps
-from maskvit.objectives.values import Prepared, check_targets, pooled_features, prepare
+from maskvit.objectives.values import Prepared, check_targets, pooled_features, prepare, split_channels, take
 from maskvit.optim.transforms import guarded
 
 
@@ -79,6 +78,17 @@ class MaskedAutoencoder:
         parts = {name: getattr(self, name) for name in ("guided_share", "loss_weight")}
         return dataclasses.replace(self, **{name: part.resolve(to_steps) for name, part in parts.items() if part is not None})
 
+    def recall(self, state: Any, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        """What of the state holds for every sample, and what is kept of the records `index` (None: nothing per record)."""
+        if self.guidance is None or "guidance" not in state:
+            return state, None
+        shared, kept = self.guidance.recall(state["guidance"], index)
+        return {**state, "guidance": shared}, kept
+
+    def summarize(self, metrics: Metrics, step: Int[Array, ""]) -> Metrics:
+        """The metrics of `loss`, which are scalars already."""
+        return metrics
+
     @property
     def _budget_momentum(self) -> float | None:
         """How slow the averages of the adaptive budget are; None where the budget keeps none."""
@@ -100,11 +110,7 @@ class MaskedAutoencoder:
         momentum = self._budget_momentum
         if momentum is not None and "averages" in state:
             pairs = [metrics[f"loss/{self._own_output(name)}"] for name in self.model.inputs]
-            losses = jnp.stack([total / jnp.maximum(count, 1.0) for total, count in pairs])
-            seen = jnp.stack([count > 0 for _, count in pairs])
-            old = state["averages"]
-            loss = jnp.where(seen, momentum * old["loss"] + (1 - momentum) * losses, old["loss"])
-            state["averages"] = guarded(accepted, {"loss": loss, "weight": momentum * old["weight"] + (1 - momentum)}, old)
+            state["averages"] = guarded(accepted, moved_averages(state["averages"], pairs, momentum), state["averages"])
         return state
 
     def _own_output(self, name: str) -> str:
@@ -141,6 +147,8 @@ class MaskedAutoencoder:
         self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], tokens: TokenBatch | None = None, prepared: Any = None
     ) -> Request:
         prepared = self.prepare(batch) if prepared is None else prepared
+        if batch.kept is None:
+            batch = batch._replace(kept=self.recall(state, batch.record.index)[1])
         values = prepared.values_of(self.model.inputs)
         tokens = self.model.embed(params, values, prepared.present) if tokens is None else tokens
 
@@ -230,7 +238,7 @@ class MaskedAutoencoder:
         values = prepared.values[spec.name]
         if spec.kind == "categorical":
             return patchify(values[..., None], spec.patch_pixels)
-        patches = _split_channels(patchify(values, spec.patch_pixels), spec)
+        patches = split_channels(patchify(values, spec.patch_pixels), spec)
         if output != spec.name:
             patches = normalize_patches(patches, prepared.valid_patches(spec))[0]
         return patches
@@ -276,7 +284,7 @@ class MaskedAutoencoder:
         predictions = {}
         for name in self.model.outputs:
             flat = self.model.decode(params, name, memory, plan, tokens.layout, has_padding, queries.get(name))
-            predictions[name] = _split_channels(flat, self.model.modality(name))
+            predictions[name] = split_channels(flat, self.model.modality(name))
         return predictions
 
     def reconstruct(self, params: Params, tokens: TokenBatch, plan: MaskPlan) -> dict[str, Float[Array, "b n p c"]]:
@@ -296,7 +304,7 @@ class MaskedAutoencoder:
         for name, prediction in predictions.items():
             target, weights = self.target(name, prepared), self.pixel_weights(name, prepared, plan, layout)
             if queries and name in queries:
-                target, weights = (_take(x, queries[name].ids) for x in (target, weights))
+                target, weights = (take(x, queries[name].ids) for x in (target, weights))
             losses[name] = PIXEL_LOSSES[self.model.modality(name).loss](prediction, target), weights
         return losses
 
@@ -318,7 +326,7 @@ class MaskedAutoencoder:
             modality = self.model.modality(name).name
             if plan.loss_weights is not None and modality in layout.names:
                 weights = plan.loss_weights[:, layout.span(modality), None]
-                pixel_loss = pixel_loss * (_take(weights, queries[name].ids) if queries and name in queries else weights)
+                pixel_loss = pixel_loss * (take(weights, queries[name].ids) if queries and name in queries else weights)
             sums[name] = masked_mean(pixel_loss, counted)
         return sums
 
@@ -432,7 +440,7 @@ class MaskedAutoencoder:
             ids = prediction.argmax(axis=-1).astype(jnp.int32)
             return unpatchify(ids, grid, spec.patch_pixels)[..., 0]
         if output != spec.name:
-            own = _split_channels(patchify(prepared.values[spec.name], spec.patch_pixels), spec)
+            own = split_channels(patchify(prepared.values[spec.name], spec.patch_pixels), spec)
             _, mean, deviation = normalize_patches(own, prepared.valid_patches(spec))
             prediction = prediction * deviation + mean
         values = unpatchify(prediction.reshape(*prediction.shape[:2], -1), grid, spec.patch_pixels)
@@ -440,11 +448,3 @@ class MaskedAutoencoder:
             mean, deviation = prepared.restore[spec.name]
             values = values * deviation + mean
         return (values * jnp.array(spec.std) + jnp.array(spec.mean)) / spec.scale
-
-
-def _take(values: Num[Array, "b n *p"], ids: Int[Array, "b q"]) -> Num[Array, "b q *p"]:
-    return jnp.take_along_axis(values, ids.reshape(*ids.shape, *(1,) * (values.ndim - 2)), axis=1)
-
-
-def _split_channels(patches: Num[Array, "b n k"], spec: Modality) -> Num[Array, "b n p c"]:
-    return patches.reshape(*patches.shape[:2], spec.patch_pixels**2, -1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from maskvit.core.modalities import Modality
 from maskvit.core.patches import patchify
@@ -147,3 +147,13 @@ def _present_tokens(model: Network, values: Mapping[str, Any], valid: Mapping[st
         everything = jnp.ones((b, height * width // patch**2), bool)
         parts.append(patchify(valid[name], patch).any(axis=-1) if name in valid else everything)
     return jnp.concatenate(parts, axis=1)
+
+
+def take(values: Num[Array, "b n *p"], ids: Int[Array, "b q"]) -> Num[Array, "b q *p"]:
+    """The values of the tokens `ids`."""
+    return jnp.take_along_axis(values, ids.reshape(*ids.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+
+def split_channels(patches: Num[Array, "b n k"], spec: Modality) -> Num[Array, "b n p c"]:
+    """Flat patches as pixels times channels."""
+    return patches.reshape(*patches.shape[:2], spec.patch_pixels**2, -1)

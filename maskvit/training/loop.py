@@ -77,7 +77,7 @@ class Run:
     metadata: dict[str, Any]
     state: Any
     guard: Guard
-    painter: Callable[[TrainState], Mapping[str, Any]] | None = None
+    painter: Any = None
     signals: Any = None
     batches: Any = None
     place: Any = None
@@ -355,11 +355,9 @@ class Loop:
                 del self._due[0]
 
     def _draw(self) -> None:
-        if self._run.painter is None:  # another process draws
-            return
         try:
             with self._giving_up():
-                pictures = self._run.painter(self.state)
+                pictures = self._run.painter(self.state)  # of no sample but on process 0
             self._run.log.write_images(self.step, pictures)
         except Exception as error:  # a picture is not worth a run
             LOG.warning("step %d: the pictures could not be drawn: %s", self.step, error)

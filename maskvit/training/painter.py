@@ -8,22 +8,35 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
 
 from maskvit.core.keys import sample_keys
-from maskvit.core.types import DataNeeds, TrainState, batch_of
+from maskvit.core.types import TrainState, batch_of
 from maskvit.data.batches import eval_batches
+from maskvit.sharding import replicated
 
 PICTURE_SAMPLES = 4
+
+
+def shown_records(num_records: int) -> Int[np.ndarray, " k"]:
+    """The records of which pictures are made, as `eval_batches` chooses them; -1 where there are too few."""
+    slots, shown = np.arange(PICTURE_SAMPLES, dtype=np.int32), min(PICTURE_SAMPLES, num_records)
+    return np.where(slots < shown, slots * num_records // shown, -1).astype(np.int32)
 
 
 class Painter:
     """Draws the same few unaugmented samples every time, on process 0."""
 
-    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, needs: DataNeeds):
+    def __init__(self, objective: Any, source: Any, modalities: Mapping[str, Any], seed: int, mesh: Mesh):
         self._objective, self._seed = objective, seed
         self._modalities = modalities
+        self._index = shown_records(len(source))
+        self._kept = jax.jit(lambda state, index: objective.recall(state, index)[1], out_shardings=replicated(mesh))
+        if jax.process_index():
+            return
         size = objective.model.image_size
-        loading = needs._replace(whole_every=0).loading()
+        loading = objective.needs._replace(whole_every=0).loading()
         batches = eval_batches(
             source, modalities, size, batch_size=PICTURE_SAMPLES, limit=PICTURE_SAMPLES, inputs=objective.model.inputs, **loading
         )
@@ -33,14 +46,17 @@ class Painter:
         self._visualize = jax.jit(objective.visualize)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
-        """{name: picture} for the writers."""
+        """{name: picture} for the writers; empty on other processes, which must take part: they hold what is kept of some records."""
         from PIL import Image
 
         from maskvit.plots.panels import masking_panel
 
-        # Parameters are the same on every device: one local copy serves, and the other processes need not take part.
-        params, objective_state = jax.tree.map(lambda x: x.addressable_data(0), (state.params, state.objective_state))
+        kept = self._kept(state.objective_state, self._index)
+        if jax.process_index():
+            return {}
+        shared, _ = self._objective.recall(state.objective_state, None)
+        # All that is left is the same on every device: one local copy serves.
+        params, shared, kept, step = jax.tree.map(lambda x: x.addressable_data(0), (state.params, shared, kept, state.step))
         keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
-        step = state.step.addressable_data(0)
-        arrays = jax.device_get(self._visualize(params, objective_state, self._batch, keys, step=step))
+        arrays = jax.device_get(self._visualize(params, shared, self._batch._replace(kept=kept), keys, step=step))
         return {"masking": np.asarray(Image.open(io.BytesIO(masking_panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}

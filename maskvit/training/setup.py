@@ -25,7 +25,7 @@ from maskvit.metrics.throughput import Throughput
 from maskvit.metrics.writers import make_writers
 from maskvit.nn.backbone import frozen_mask
 from maskvit.optim.transforms import Optimizer, adamw
-from maskvit.sharding import parameter_shardings, place_batch, replicated
+from maskvit.sharding import parameter_shardings, place_batch, record_rows, replicated
 from maskvit.training.config import check_config, default_config, experiment
 from maskvit.training.disk import warn_of_little_space
 from maskvit.training.flight import Results, Telling
@@ -101,8 +101,8 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             if jax.process_index() == 0:
                 write_parameter_table(workdir, shapes)
                 LOG.info("%s", start_report(parts, run, shapes, schedule, step, config["global_batch"], memory))
-        if run.draws and jax.process_index() == 0 and (step < parts.total_steps or PICTURES in saved.get("due", ())):
-            run.painter = Painter(parts.objective, parts.source, parts.specs, config["seed"], parts.objective.needs)
+        if run.draws and (step < parts.total_steps or PICTURES in saved.get("due", ())):
+            run.painter = Painter(parts.objective, parts.source, parts.specs, config["seed"], parts.mesh)
         run.closing = closing.pop_all()
     return run
 
@@ -111,10 +111,11 @@ def _state(
     config: Mapping[str, Any], parts: Parts, optimizer: Optimizer, store: checkpoints.CheckpointStore, resume_step: int | None
 ) -> tuple[TrainState, Any]:
     """The state to train from, on the devices, and where its arrays lie."""
-    abstract = jax.eval_shape(lambda: init_state(parts.objective, optimizer, config["seed"], len(parts.source)))
+    rows = record_rows(len(parts.source), parts.mesh)
+    abstract = jax.eval_shape(lambda: init_state(parts.objective, optimizer, config["seed"], rows))
     shardings = parameter_shardings(abstract, parts.mesh)
     if resume_step is None:
-        return first_state(parts, optimizer, shardings, config["seed"]), shardings
+        return first_state(parts, optimizer, shardings, config["seed"], rows), shardings
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     state = store.restore(resume_step, target)
     LOG.info("resuming at step %d of %d from %s", resume_step, parts.total_steps, store.directory.parent)
@@ -138,8 +139,9 @@ def _compile(run: Run, config: Mapping[str, Any], parts: Parts, optimizer: Optim
     """Compile the step for the state and the first batch; returns the memory it needs per device, in bytes."""
     run.telling = Telling(parts.mesh)
     pure_step = functools.partial(
-        _placed_step, objective=parts.objective, optimizer=optimizer, shardings=shardings, result_sharding=replicated(parts.mesh)
-    )
+        _placed_step, objective=parts.objective, optimizer=optimizer, mesh=parts.mesh, shardings=shardings,
+        result_sharding=replicated(parts.mesh),
+    )  # fmt: skip
     arguments = run.state, run.batch, np.int32(config["seed"]), np.float32(0), run.telling(0, has_batch=True)
     run.compiled, micro_batches, memory = compile_step(
         pure_step, arguments, global_batch=config["global_batch"], micro_batch=config["micro_batch"],
@@ -152,8 +154,8 @@ def _compile(run: Run, config: Mapping[str, Any], parts: Parts, optimizer: Optim
 
 
 def _placed_step(
-    state: Any, batch: Any, seed: Any, loss_limit: Any, word: Any, *, objective: Any, optimizer: Any, micro_batches: int, shardings: Any,
-    result_sharding: Any,
+    state: Any, batch: Any, seed: Any, loss_limit: Any, word: Any, *, objective: Any, optimizer: Any, micro_batches: int, mesh: Any,
+    shardings: Any, result_sharding: Any,
 ) -> tuple[TrainState, Results]:  # fmt: skip
     """`train_step` whose results stay where the rules put them, with what the processes told along with it (see `Telling`)."""
     told = word.max(axis=0)
@@ -162,7 +164,7 @@ def _placed_step(
     seed = jnp.where(told[1] > 0, 0, seed)
     state, metrics = train_step(
         state, batch, objective=objective, optimizer=optimizer, seed=seed, micro_batches=micro_batches, loss_limit=loss_limit,
-        void=told[1] > 0,
+        void=told[1] > 0, mesh=mesh,
     )  # fmt: skip
     state = jax.lax.with_sharding_constraint(state, shardings)
     return state, jax.lax.with_sharding_constraint(Results(metrics, told, optax.tree.norm(state.params)), result_sharding)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from maskvit import checkpoints
-from maskvit.core.types import TrainState
+from maskvit.core.types import Params, TrainState
 from maskvit.metrics.throughput import peak_flops
 from maskvit.nn.backbone import count_parameters
 from maskvit.optim.schedules import Cosine
@@ -25,18 +25,25 @@ LOG = logging.getLogger("maskvit")
 LOW_RATE = 1e-6  # a learning rate that stays below teaches a model nothing in the time people wait
 
 
-def first_state(parts: Parts, optim: Any, shardings: Any, seed: int) -> TrainState:
-    """The state of step 0: fresh, or from a checkpoint's parameters, moments and teacher."""
+def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records: int) -> TrainState:
+    """The state of step 0: fresh, or from a checkpoint's parameters, moments and teacher. `num_records`: rows of what is kept of each."""
     init_from = parts.init_from
     params, moments = start_params(parts.objective, seed, init_from)
-    objective_state = jax.jit(lambda p: parts.objective.init_state(p, len(parts.source)))(params)
-    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
-        objective_state = checkpoints.with_stored_teacher(objective_state, init_from["path"])
-    state = state_from_params(params, objective_state, optim)
-    if moments is not None:
-        state = state._replace(opt_state=with_adam_moments(state.opt_state, moments))
     # Through host memory: every process holds the same values, and places its own part of them.
-    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, shardings)
+    placed = lambda tree, where: jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tree, where)  # noqa: E731
+
+    def begin(params: Params) -> TrainState:
+        return state_from_params(params, parts.objective.init_state(params, num_records), optim)
+
+    # What is kept per record may be larger than a device's memory: each makes its own part.
+    state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(placed(params, shardings.params))
+    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
+        stored = checkpoints.with_stored_teacher(state.objective_state, init_from["path"])
+        if stored is not state.objective_state:
+            state = state._replace(objective_state=placed(stored, shardings.objective_state))
+    if moments is not None:
+        state = state._replace(opt_state=placed(with_adam_moments(state.opt_state, moments), shardings.opt_state))
+    return state
 
 
 def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from maskvit.core.keys import sample_keys, step_key
 from maskvit.core.types import Batch, Metrics, TrainState
 from maskvit.objectives import Objective
 from maskvit.optim.transforms import Optimizer, guarded
+from maskvit.sharding import on_each_device
 
 
 def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_records: int = 1) -> TrainState:
@@ -28,30 +31,47 @@ def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -
 
 
 def gradients(
-    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int
+    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int, mesh: Mesh | None = None
 ) -> tuple[Any, Any, Any, Metrics]:
     """(loss, gradients, what the objective observed per sample, metrics) of a batch processed in `micro_batches` equal parts.
 
-    Parts take every `micro_batches`-th sample, so each device keeps its own. What to hide is decided for all parts first:
-    then the number of samples behind each loss is known, and the parts' gradients add up to the whole batch's exactly.
+    Parts take every `micro_batches`-th sample. What to hide is decided for all parts first: then the number of samples behind each
+    loss is known, and the parts' gradients add up to the whole batch's exactly.
+
+    `mesh`: the devices that the batch is spread over. Each works on its own samples as if alone, and what they find is added up
+    twice in a step: the numbers of samples after the plan, and loss, gradients (in the parameters' float32) and metrics at the end.
     """
-    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     # Whole pictures come with some samples only; they serve `after_update`.
-    batch = batch._replace(whole={})
+    common, samples = (state.params, state.objective_state, state.step, shared_key), (batch._replace(whole={}), keys)
+    function = functools.partial(_gradients, objective=objective, micro_batches=micro_batches)
+    everywhere = function if mesh is None or mesh.size == 1 else on_each_device(function, mesh)
+    (loss, grads, metrics), observed = everywhere(common, samples)
+    return loss, grads, observed, metrics
+
+
+def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objective, micro_batches: int) -> Any:
+    """((loss, gradients, metrics), observed) of these samples; `total` adds up over devices, None where there is one."""
+    (params, state, step, shared_key), (batch, keys) = common, samples
+    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     if micro_batches == 1:
-        result = value_and_grad(state.params, state.objective_state, batch, keys, state.step, shared_key=shared_key)
-        (loss, (observed, metrics)), grads = result
-        return loss, grads, observed, metrics
+        plan, counts = (None, None)
+        if total is not None:
+            plan, counts = objective.plan(params, batch, keys, state, step)
+            counts = total(counts)
+        (loss, (observed, metrics)), grads = value_and_grad(params, state, batch, keys, step, plan, counts, shared_key)
+        sums = loss, grads, metrics
+        return (sums if total is None else total(sums)), observed
 
     split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     parts = jax.tree.map(split, (batch, keys))
-    plans, counts = jax.lax.map(lambda part: objective.plan(state.params, part[0], part[1], state.objective_state, state.step), parts)
+    plans, counts = jax.lax.map(lambda part: objective.plan(params, part[0], part[1], state, step), parts)
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
+    counts = counts if total is None else total(counts)
 
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
-        result = value_and_grad(state.params, state.objective_state, micro_batch, micro_keys, state.step, plan, counts, shared_key)
+        result = value_and_grad(params, state, micro_batch, micro_keys, step, plan, counts, shared_key)
         (loss, (observed, metrics)), grads = result
         return (loss, grads, metrics), observed
 
@@ -61,8 +81,8 @@ def gradients(
 
     shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))[0]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (loss, grads, metrics), observed = jax.lax.scan(add, zeros, (parts, plans))
-    return loss, grads, jax.tree.map(join, observed), metrics
+    sums, observed = jax.lax.scan(add, zeros, (parts, plans))
+    return (sums if total is None else total(sums)), jax.tree.map(join, observed)
 
 
 def train_step(
@@ -75,14 +95,21 @@ def train_step(
     micro_batches: int = 1,
     loss_limit: Float[Array, ""] | None = None,
     void: Bool[Array, ""] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
 
     `batch`: a global batch. Step, data position and schedule advance on skipped steps too. `loss_limit`: a loss above it is
     skipped like one that is not finite. `void`: where it is True the state comes back unchanged, its step and count included.
+    `mesh`: the devices that the batch is spread over, where there are several.
     """
     keys = sample_keys(seed, state.step, batch.size)
-    loss, grads, observed, metrics = gradients(state, batch, keys, step_key(seed, state.step), objective, micro_batches)
+    index = batch.record.index
+    if index is not None and void is not None:  # reading what is kept may be an exchange, and `void` comes before all others
+        index = jnp.where(void, -1, index)
+    shared, kept = objective.recall(state.objective_state, index)
+    batch, seen = batch._replace(kept=kept), state._replace(objective_state=shared)
+    loss, grads, observed, metrics = gradients(seen, batch, keys, step_key(seed, state.step), objective, micro_batches, mesh)
     grad_norm = optax.tree.norm(grads)
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if loss_limit is not None:
@@ -97,6 +124,7 @@ def train_step(
     objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics, accepted)
 
     one = jnp.ones(())
+    metrics = objective.summarize(metrics, state.step)
     metrics = dict(metrics, loss=(loss, one), learning_rate=(learning_rate, one), grad_norm=(grad_norm, one))
     metrics["skipped"] = (1.0 - accepted, one)
     skipped = state.skipped + advance - accepted.astype(jnp.int32)

@@ -20,7 +20,7 @@ from maskvit.masking.scores import SCORES
 from maskvit.nn.backbone import count_parameters, frozen_mask
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives import build_objective
-from maskvit.objectives.distillation import Masking, choose_hidden, teacher_params
+from maskvit.objectives.distillation import Masking, choose_hidden, collapse_sums, teacher_params
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import adamw
 from maskvit.training import setup
@@ -278,8 +278,14 @@ def test_temperature_rises_by_whole_epochs():
     np.testing.assert_allclose(without.temperature((0.04, 0.07), 0), 0.07, rtol=1e-6)
 
 
+def collapse_of(objective, targets, features, step=50):
+    """The signs of collapse, of sums over two halves of the views."""
+    halves = [collapse_sums(targets[part::2], features[part::2]) for part in (0, 1)]
+    return objective.summarize(jax.tree.map(jnp.add, *halves), jnp.int32(step))
+
+
 def alarms(objective, targets, features, step=50):
-    values = objective.collapse_metrics(targets, features, jnp.int32(step))
+    values = collapse_of(objective, targets, features, step)
     return {name.removeprefix("alarm/") for name in values if name.startswith("alarm/") and values[name][0]}
 
 
@@ -287,13 +293,13 @@ def test_collapse_is_told():
     objective = tiny("dino").resolve(lambda duration: 100)
     targets = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (16, 24)))
     features = jax.random.normal(jax.random.key(1), (16, 32))
-    healthy = objective.collapse_metrics(targets, features, jnp.int32(50))
+    healthy = collapse_of(objective, targets, features)
     assert 0.9 < healthy["feature_spread"][0] < 1.1 and 0.3 < healthy["teacher_entropy"][0] < 0.95
     assert not alarms(objective, targets, features)
     sure = jnp.eye(24)[:16]  # sure of itself, and says something else of every view
-    np.testing.assert_allclose(
-        objective.collapse_metrics(sure, features, jnp.int32(50))["teacher_information"][0], np.log(16) / np.log(24), rtol=1e-5
-    )
+    np.testing.assert_allclose(collapse_of(objective, sure, features)["teacher_information"][0], np.log(16) / np.log(24), rtol=1e-5)
+    unit = np.asarray(features) / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(healthy["feature_spread"][0], unit.std(axis=0).mean() * np.sqrt(32), rtol=1e-5)
     assert not alarms(objective, sure, features)
     assert not alarms(objective, sure[:2] * 0 + sure[0], features[:2])  # two views of one image should be told the same
 

@@ -86,7 +86,8 @@ class Learner:
         every_crop: Any = dataclasses.replace(cast(Any, source), every=1)
 
         def learn(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], targets: Float[Array, "b n"]) -> Any:
-            request = objective._request(params, {"guidance": state}, batch, keys)
+            kept = source.recall(state, batch.record.index)[1]
+            request = objective._request(params, {"guidance": state}, batch._replace(kept=kept), keys)
             return (
                 every_crop.update(request, jnp.int32(0), None)
                 if source.needs.whole_every
@@ -119,8 +120,9 @@ def agreements(
     visits = max(option.visits for option in options.values())
     records, whole = len(learn) + len(measured), any(option.source and option.source.needs.whole_every for option in options.values())
 
-    def request_of(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"]) -> Any:
-        return objective._request(params, {"guidance": state}, batch, keys)
+    def request_of(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], source: Source | None = None) -> Any:
+        kept = source.recall(state, batch.record.index)[1] if source else None
+        return objective._request(params, {"guidance": state}, batch._replace(kept=kept), keys)
 
     targets_of = jax.jit(lambda p, batch, keys: standard_logs(exact, request_of(p, (), batch, keys)))
     exact_of = jax.jit(lambda p, batch, keys: exact(request_of(p, (), batch, keys)))
@@ -151,7 +153,7 @@ def agreements(
             scores = np.concatenate([np.asarray(score(keys, layout, None, None)) for _, keys, _, _ in views])
         else:
             state = learners[option.source].state if option.source in learners else ()
-            call = jax.jit(lambda p, s, batch, keys: option.source(request_of(p, s, batch, keys)))
+            call = jax.jit(lambda p, s, batch, keys: option.source(request_of(p, s, batch, keys, option.source)))
             scores = np.concatenate([np.asarray(call(params, state, batch, keys)) for batch, keys, _, _ in views])
         found = agreement(scores, truth, ceiling, layout)
         share = option.source.flops(model, 2048) / exact.flops(model) if option.source else 0.0

@@ -90,7 +90,7 @@ def bench_step(
     holder, compiled, compile_s = {"state": state}, {}, {}
     del state
     for name in STEPS:
-        compiled[name], compile_s[name] = compile_step(objectives[name], optimizer, shardings, holder["state"], data)
+        compiled[name], compile_s[name] = compile_step(objectives[name], optimizer, shardings, holder["state"], data, mesh)
 
     def run(name: str) -> None:
         holder["state"], metrics = compiled[name](holder["state"], data)
@@ -145,13 +145,13 @@ def fresh_state(objective: Any, mesh: Any) -> tuple[Any, Any, Any]:
     return optimizer, shardings, jax.jit(make_state, out_shardings=shardings)(jax.random.key(0))
 
 
-def compile_step(objective: Any, optimizer: Any, shardings: Any, state: Any, data: Any) -> tuple[Any, float]:
+def compile_step(objective: Any, optimizer: Any, shardings: Any, state: Any, data: Any, mesh: Any) -> tuple[Any, float]:
     """The compiled train step, which donates its state, and how many seconds compiling took."""
     import jax
 
     from maskvit.training.step import train_step
 
-    step = functools.partial(train_step, objective=objective, optimizer=optimizer, seed=0)
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, seed=0, mesh=mesh)
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, data).compile()
     return compiled, time.perf_counter() - start
@@ -186,7 +186,7 @@ def bench_objectives(
         objective = build_objective(dict(image_size=(image, image), modalities=dict(rgb=rgb), objective=block))
         optimizer, shardings, states[name] = fresh_state(objective, mesh)
         data = place_batch(synthetic_batch(objective.model, batch), mesh)
-        compiled, compile_s = compile_step(objective, optimizer, shardings, states[name], data)
+        compiled, compile_s = compile_step(objective, optimizer, shardings, states[name], data, mesh)
         queries = objective.num_queries("norm_rgb", objective.model.layout)
         flops = decoder_flops(objective.model, "norm_rgb", objective.num_visible, queries)
         records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=objective.flops(), decoder_flops=flops)
