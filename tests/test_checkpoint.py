@@ -1,5 +1,6 @@
 """Checkpoints under faults, retention, resharding, and starting from another model."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ from maskvit.checkpoints import (
     write_manifest,
 )
 from maskvit.core.types import TrainState, tree_paths
+from maskvit.sharding import make_mesh, parameter_shardings, record_rows
 
 OPTIMISER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -326,6 +328,34 @@ def test_resharding_is_exact(tmp_path):
         np.testing.assert_array_equal(np.asarray(restored.params["kernel"]), value)
     store.close()
     np.testing.assert_array_equal(load_params(tmp_path)[0]["kernel"], value)
+
+
+def test_what_is_kept_per_record_is_restored_with_the_padding_of_other_devices(tmp_path):
+    """37 records: 37 rows on one device (as the first versions wrote them on any number), 38 on two, 40 on four."""
+    mesh = lambda count: make_mesh(jax.devices()[:count])  # noqa: E731
+    rows = {count: record_rows(37, mesh(count)) for count in (1, 2, 4)}
+    assert rows == {1: 37, 2: 38, 4: 40}
+    table = np.random.default_rng(0).normal(size=(37, 2, 3)).astype(np.float16)
+
+    def target(count, shape):
+        state = jax.eval_shape(lambda: make_state(1)._replace(objective_state={"guidance": {"maps": jnp.zeros(shape, jnp.float16)}}))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, parameter_shardings(state, mesh(count)))
+
+    first = target(1, table.shape).objective_state["guidance"]["maps"].sharding
+    with contextlib.closing(CheckpointStore(tmp_path, keep=9)) as store:
+        store.save(1, make_state(1)._replace(objective_state={"guidance": {"maps": jax.device_put(table, first)}}), {})
+        store.wait()
+        for step, count in enumerate((4, 2, 1, 4), start=1):
+            state = store.restore(step, target(count, (rows[count], 2, 3)))
+            maps = state.objective_state["guidance"]["maps"]
+            assert {shard.data.shape[0] for shard in maps.addressable_shards} == {rows[count] // count}
+            np.testing.assert_array_equal(np.asarray(maps)[:37], table)
+            store.save(step + 1, state, {})
+            store.wait()
+        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 2, 3\) in the checkpoint, \(44, 2, 3\)"):
+            store.restore(5, target(4, (44, 2, 3)))  # of at least 41 records
+        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 2, 3\) in the checkpoint, \(40, 2, 4\)"):
+            store.restore(5, target(4, (40, 2, 4)))
 
 
 TWO_PROCESSES = """

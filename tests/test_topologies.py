@@ -32,8 +32,13 @@ def saved(workdir: pathlib.Path) -> list[int]:
 
 
 def test_two_processes_stop_together_whichever_is_told_or_fails(tmp_path):
-    """SIGTERM to one of them during an evaluation, then a dead worker of one of them; resumed, the losses are those of one process."""
-    config = small_run(make_scenes(tmp_path / "data"), total="20 steps", checkpoint=dict(every="20 steps", keep=9))
+    """SIGTERM to one of them during an evaluation, then a dead worker of one of them; resumed, the losses are those of one process.
+
+    Guidance keeps a map of every record, which the two processes hold half each.
+    """
+    config = small_run(make_scenes(tmp_path / "data"), guided=True, total="20 steps", checkpoint=dict(every="20 steps", keep=9))
+    config["objective"]["guidance"] = dict(name="average_error")
+    config["picture_every"] = 10
     finish(child(write_config(tmp_path / "one.py", config), tmp_path / "one"))
     config["data"]["workers"] = 1
     config["evaluators"] = dict(knn=dict(type="knn", every="5 steps", ks=(3,), batch_size=4))

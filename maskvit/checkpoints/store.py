@@ -206,8 +206,8 @@ class CheckpointStore:
         """Read the state of `step` into the structure, dtypes and shardings of `abstract_state`.
 
         Leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s; the sharding of each is honoured, whatever
-        the devices the checkpoint was written on, and a leaf without one goes to the first local device. A leaf that is spread over
-        devices by its first axis (what is kept per record) may have been written with fewer or more rows of padding at its end.
+        the devices the checkpoint was written on, and a leaf without one goes to the first local device. What an objective keeps
+        per record, spread over devices by its first axis, may have been written with fewer or more rows of padding at its end.
         Raises CheckpointError for damaged files and for any tensor that is missing, left over or of another shape.
         """
         step_dir = self.directory / str(step)
@@ -259,15 +259,15 @@ def _shape_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             lines.append(f"{path}: {want[path]} in this run, not in the checkpoint")
         elif path not in want:
             lines.append(f"{path}: {have[path]} in the checkpoint, not in this run")
-        elif have[path] != want[path] and not _differs_in_padding(have[path], leaves[path]):
+        elif have[path] != want[path] and not (path.startswith("objective_state/") and _differs_in_padding(have[path], leaves[path])):
             lines.append(f"{path}: {have[path]} in the checkpoint, {want[path]} in this run")
     return lines
 
 
 def _differs_in_padding(stored: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether `leaf` is spread by its first axis, and all that differs is how many rows of padding make the parts equally long.
+    """Whether `leaf` is spread by its first axis, and was written with all its rows but for some of the padding of its parts.
 
-    How many records there are is compared with the data (`check_same_run`).
+    That there are as many records is seen where the data are compared (`check_same_run`).
     """
     spec = getattr(leaf.sharding, "spec", ())
     if not spec or spec[0] is None or stored[1:] != leaf.shape[1:]:
