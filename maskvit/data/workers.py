@@ -53,6 +53,7 @@ class WorkerTable:
     def __init__(self, count: int):
         self.count = count
         self._path = ""
+        self._made = time.time()
         self._finalizer: weakref.finalize | None = None
         if not count:  # nobody would remove the file of a killed process
             return
@@ -86,8 +87,15 @@ class WorkerTable:
     def hanging(self) -> Worker | None:
         """One that was stopped from outside, or that has had its chunk in hand for longest; None where neither is found."""
         workers = [worker for worker in self.read() if worker.pid and worker.chunk != ENDED]
-        suspects = [w for w in workers if _state(w.pid) == "T"] or [w for w in workers if w.chunk >= 0]
+        suspects = [w for w in workers + self._stopped_early() if _state(w.pid) == "T"] or [w for w in workers if w.chunk >= 0]
         return min(suspects, key=lambda worker: worker.since, default=None)
+
+    def _stopped_early(self) -> list[Worker]:
+        """Child processes that were stopped from outside before they could enter the table: as its missing workers, in order."""
+        rows = self.read()
+        entered, missing = {worker.pid for worker in rows}, [worker.number for worker in rows if not worker.pid]
+        pids = [child.pid for child in multiprocessing.active_children() if child.pid not in entered and _state(child.pid or 0) == "T"]
+        return [Worker(number, pid, IDLE, self._made) for number, pid in zip(missing, pids, strict=False) if pid]
 
     def dump_stacks(self) -> None:
         """Let every worker write the stacks of its threads to standard error."""
@@ -99,7 +107,7 @@ class WorkerTable:
 
     def kill(self) -> None:
         """End them the hard way: one that hangs answers to nothing else."""
-        for worker in self.read():
+        for worker in self.read() + self._stopped_early():
             if worker.pid and worker.chunk != ENDED:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)

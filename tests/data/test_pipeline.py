@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ from maskvit.data import codec, records, transforms
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.order import epoch_order, record_rng
 from maskvit.data.sources import ListSource
-from maskvit.data.workers import LoaderError, WorkerTable
+from maskvit.data.workers import IDLE, LoaderError, WorkerTable
 
 SIZE = (32, 32)
 MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0.0}, "semseg": SEMSEG})
@@ -496,6 +497,22 @@ def test_a_worker_that_ended_when_its_data_were_exhausted_is_not_dead():
         subprocess.run([sys.executable, "-c", WORKER, pickle.dumps(table).hex(), str(number)], check=False)
     assert [bool(worker.pid) for worker in table.read()] == [True, True, False]
     assert [worker.number for worker in table.dead()] == [1] and table.hanging() is None
+    table.close()
+
+
+@linux
+def test_a_worker_that_is_stopped_while_it_starts_is_named_and_ended():
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    table = WorkerTable(2)
+    assert table.hanging() is None  # it may yet enter the table
+    os.kill(process.pid, signal.SIGSTOP)
+    while (worker := table.hanging()) is None:
+        time.sleep(0.01)
+    assert (worker.number, worker.pid, worker.chunk) == (0, process.pid, IDLE) and 0 <= time.time() - worker.since < 60
+    table.kill()
+    process.join(timeout=30)
+    assert process.exitcode == -signal.SIGKILL
     table.close()
 
 
