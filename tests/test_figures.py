@@ -188,10 +188,8 @@ def test_masking_panel_refuses_unknown_outputs():
         panels.masking_panel(given, MODALITIES)
 
 
-def test_attention_panel_curves_and_bars_are_png():
+def test_curves_and_bars_are_png():
     rng = np.random.default_rng(0)
-    picture, heads = np.full((64, 64, 3), 120, np.uint8), rng.random((3, 4, 4)).astype(np.float32)
-    assert open_png(panels.attention_panel(picture, heads, heads[0], heads[1] > 0.5, "last block")).shape[0] > 2 * 160
     series = {"loss": (range(100), rng.random(100)), "one value": ([3], [1.0]), "never finite": ([1, 2], [np.nan, np.inf])}
     assert open_png(curves.curves(series, "losses")).shape[2] >= 3
     assert curves.curves(series) == curves.curves(series)

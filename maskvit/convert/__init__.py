@@ -81,7 +81,7 @@ def understand(
     """The config and the rules of a checkpoint; ConversionError where it is of another family or not whole.
 
     What the shapes do not show is decided by these, else by what stands in the file or beside it, else by what is usual, which
-    is said: `num_heads`, `decoder_num_heads`; `target` "raw" or "normalized", what a masked autoencoder predicts (never assumed);
+    is logged: `num_heads`, `decoder_num_heads`; `target` "raw" or "normalized", what a masked autoencoder predicts (never assumed);
     `grid`, rows and columns of a plain ViT's position table; `rgb`, "mean", "std" and "scale" of its input.
     `allow`: regular expressions of our paths that may stay at their initialisation and of keys that may be left out. `model` as
     in `open_checkpoint`.

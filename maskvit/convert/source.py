@@ -50,7 +50,7 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What shapes do not tell: flags first, then what stands in the file or beside it, then what is usual, which is said.
+    """What shapes do not tell: flags first, then what stands in the file or beside it, then what is usual, which is logged.
 
     Attributes:
       num_heads, decoder_num_heads, target: flags; None where not given.
@@ -73,7 +73,7 @@ class Hints:
         return next((self.args[name] for name in names if type(self.args.get(name)) is int and self.args[name] > 0), None)
 
     def _heads(self, width: int, given: int | None, stated: int | None, usual: int | None, which: str, flag: str, where: str) -> int:
-        """Heads leave no trace in the shapes: the flag, else what the file says, else the usual number, which is said."""
+        """Heads leave no trace in the shapes: the flag, else what the file says, else the usual number, which is logged."""
         heads = next((number for number in (given, stated, usual) if number is not None), None)
         if heads is None:
             raise ConversionError(f"{where}: the {which}'s width {width} is no multiple of {HEAD_WIDTHS[which]}: give {flag}")
@@ -120,7 +120,7 @@ class Hints:
     def grid_of(self, positions: int, patch: int, class_token: bool, where: str) -> tuple[int, int]:
         """Rows and columns of a position table of so many rows, of which one may be the class token's.
 
-        A flag or what the file states decides. Else the grid is taken to be square, which is said.
+        A flag or what the file states decides. Else the grid is taken to be square, which is logged.
         """
         possible = (positions, positions - 1) if class_token else (positions,)
         for grid, flag in ((self.grid, True), (self._stated_grid(patch), False)):

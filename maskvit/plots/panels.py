@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import UInt8
 
 from maskvit.core.modalities import Modality
 from maskvit.plots.pictures import (
@@ -134,21 +134,6 @@ def labelled_grid(
     if heat:
         sheet.heat_bar((left + 8 * len(heat[0]), sheet.image.height - 22), 180, *heat)
     return sheet.png()
-
-
-def attention_panel(
-    picture: Picture,
-    heads: Float[np.ndarray, "a gh gw"],
-    rollout: Float[np.ndarray, "gh gw"] | None = None,
-    masked: Bool[np.ndarray, "gh gw"] | None = None,
-    title: str = "",
-) -> bytes:
-    """One input with its mean attention, rollout, the mask that follows, and every head, as PNG."""
-    tiles = [("input", picture), ("mean of heads", heat_overlay(picture, heads.mean(0)))]
-    tiles += [("rollout", heat_overlay(picture, rollout))] if rollout is not None else []
-    tiles += [("what stays visible", mask_overlay(picture, masked))] if masked is not None else []
-    tiles += [(f"head {index}", heat_overlay(picture, head)) for index, head in enumerate(heads)]
-    return tile_grid(tiles, 4, title, heat_bar=True)
 
 
 COLUMNS = ("input", "guidance", "visible", "reconstruction", "raw prediction")
