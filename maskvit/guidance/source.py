@@ -64,6 +64,11 @@ class Source:
         """What of the memory holds for every sample, and what it keeps of the records `index`, None where it keeps nothing of them."""
         return memory, None
 
+    def remind(self, request: Request, memory: Any) -> Request:
+        """The request with this memory: as the objective makes it, for a source that is not the objective's own."""
+        kept = self.recall(memory, request.batch.record.index)[1]
+        return request._replace(state=memory, batch=request.batch._replace(kept=kept))
+
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Any:
         """The memory after a step, from the whole one in `request.state`, the updated parameters and the whole batch.
 

@@ -124,11 +124,11 @@ def objective():
 
 @pytest.fixture(scope="module")
 def request_of(objective):
-    """A request with a given batch and memory."""
+    """A request of a source with a given batch and memory."""
     params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
 
-    def make(batch, state):
-        return objective._request(params, {"guidance": state}, batch, sample_keys(0, 0, 8))
+    def make(source, batch, state):
+        return source.remind(objective._request(params, {}, batch, sample_keys(0, 0, 8)), state)
 
     return make
 
@@ -138,7 +138,7 @@ def test_reused_attention_remembers_the_exact_scores_of_a_part(objective, reques
     model, batch = objective.model, visit()
     maps = source.init(model, {}, 16)
     assert maps.shape == (16, 3, 8, 8) and maps.dtype == jnp.float16
-    request = request_of(batch, maps)
+    request = request_of(source, batch, maps)
     before = np.asarray(source(request))
     assert np.isfinite(before).all() and abs(np.corrcoef(before[0], before[1])[0, 1]) < 0.5
     maps = source.update(request, jnp.zeros((), jnp.int32), None)
@@ -146,7 +146,7 @@ def test_reused_attention_remembers_the_exact_scores_of_a_part(objective, reques
     assert (np.flatnonzero(~np.isnan(np.asarray(maps)).all(axis=(1, 2, 3))) == visited).all()
     # Read under the same crop they are the exact scores, but for the way through the map's cells.
     exact = np.asarray(objective.guidance(request))
-    again = np.asarray(source(request._replace(state=maps)))
+    again = np.asarray(source(source.remind(request, maps)))
     for span in model.layout.spans():
         for i in range(0, 8, 2):
             assert np.corrcoef(np.log(again[i, span]), np.log(exact[i, span]))[0, 1] > 0.8
@@ -157,7 +157,7 @@ def test_whole_pictures_replace_the_map(objective, request_of):
     assert source.needs.whole_every == 4 and ReusedAttention().needs.whole_every == 0
     batch = visit()
     whole = {name: batch.values[name][::4] for name in objective.model.inputs}
-    request = request_of(batch._replace(whole=whole), jnp.zeros((16, 3, 4, 4), jnp.float16))
+    request = request_of(source, batch._replace(whole=whole), jnp.zeros((16, 3, 4, 4), jnp.float16))
     maps = np.asarray(source.update(request, jnp.zeros((), jnp.int32), None))
     exact = standardise(jnp.log(objective.guidance(request)), objective.model.layout)
     for row in (0, 4):
@@ -173,9 +173,9 @@ def test_average_error_remembers_what_was_hard(objective, request_of):
     errors = np.random.default_rng(1).random((8, 48)).astype(np.float32)
     errors[:, ::5] = np.nan
     maps = source.init(objective.model, {}, 16)
-    request = request_of(batch, maps)
+    request = request_of(source, batch, maps)
     maps = source.update(request, jnp.zeros((), jnp.int32), jnp.asarray(errors))
-    found = np.asarray(source(request._replace(state=maps)))
+    found = np.asarray(source(source.remind(request, maps)))
     known = ~np.isnan(errors)
     expected = np.asarray(standardise(jnp.asarray(errors), objective.model.layout))
     np.testing.assert_allclose(found[known], expected[known], atol=2e-3)

@@ -51,11 +51,11 @@ def params(objective):
 
 @pytest.fixture(scope="module")
 def request_of(objective, params):
-    """A request with a given batch and memory."""
+    """A request with a given batch."""
 
-    def make(batch, state=(), seed: int = 0):
+    def make(batch, seed: int = 0):
         batch = on_device(batch) if isinstance(batch, dict) else batch
-        return objective._request(params, {"guidance": state}, batch, sample_keys(seed, 0, batch.size))
+        return objective._request(params, {}, batch, sample_keys(seed, 0, batch.size))
 
     return make
 
@@ -222,14 +222,14 @@ def test_the_predictor_learns_the_exact_scores(grid, request_of, objective):
     held_out = batch_of(999)
 
     def agreed(state):
-        request = request_of(held_out, state)
+        request = source.remind(request_of(held_out), state)
         found, exact = (known(request, x) for x in (source(request), objective.guidance(request)))
         rows = [0, 4, 7]  # those that lack nothing
         assert np.isfinite(found[rows]).all()
         return np.mean([overlap(found[rows][:, s], exact[rows][:, s])["spearman"] for s in model.layout.spans()])
 
     before = agreed(state)
-    update = jax.jit(lambda request_state, batch, step: source.update(request_of(batch, request_state), step, None))
+    update = jax.jit(lambda request_state, batch, step: source.update(source.remind(request_of(batch), request_state), step, None))
     for i in range(12):
         state = update(state, on_device(batch_of(i)), jnp.int32(i))
         assert all(np.isfinite(np.asarray(state[key])).all() for key in ("gram", "moment", "solution"))

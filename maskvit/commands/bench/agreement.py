@@ -86,8 +86,7 @@ class Learner:
         every_crop: Any = dataclasses.replace(cast(Any, source), every=1)
 
         def learn(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], targets: Float[Array, "b n"]) -> Any:
-            kept = source.recall(state, batch.record.index)[1]
-            request = objective._request(params, {"guidance": state}, batch._replace(kept=kept), keys)
+            request = source.remind(objective._request(params, {}, batch, keys), state)
             return (
                 every_crop.update(request, jnp.int32(0), None)
                 if source.needs.whole_every
@@ -121,8 +120,8 @@ def agreements(
     records, whole = len(learn) + len(measured), any(option.source and option.source.needs.whole_every for option in options.values())
 
     def request_of(params: Any, state: Any, batch: Batch, keys: Key[Array, " b"], source: Source | None = None) -> Any:
-        kept = source.recall(state, batch.record.index)[1] if source else None
-        return objective._request(params, {"guidance": state}, batch._replace(kept=kept), keys)
+        request = objective._request(params, {}, batch, keys)
+        return source.remind(request, state) if source else request
 
     targets_of = jax.jit(lambda p, batch, keys: standard_logs(exact, request_of(p, (), batch, keys)))
     exact_of = jax.jit(lambda p, batch, keys: exact(request_of(p, (), batch, keys)))
