@@ -133,9 +133,15 @@ def check_grid(key: str, grid: int) -> None:
 def stride(batch: int, every: int) -> int:
     """Of a batch in which one sample in `every` gets an exact pass: samples 0, stride, 2 stride, ... of it do.
 
+    The least number from `every` on that divides the batch: then devices that share the batch also share those samples equally.
     A batch smaller than that has its turn once in every // batch steps (`in_turn`).
     """
-    return min(every, batch)
+    return next(step for step in range(min(every, batch), batch + 1) if batch % step == 0)
+
+
+def every_kth(tree: Any, step: int) -> Any:
+    """Rows 0, step, 2 step, ... of arrays whose rows `step` divides; rows that are spread over devices stay where they are."""
+    return jax.tree.map(lambda x: x.reshape(-1, step, *x.shape[1:])[:, 0], tree)
 
 
 Rows = tuple[Int[Array, " b"], Float[Array, "b m g g"]]  # indices of records (-1: of none) and their new maps
@@ -149,18 +155,16 @@ def in_turn(learn: Callable[[], Any], otherwise: Callable[[], Any], request: Req
 
 def no_rows(request: Request, maps: Maps, every: int) -> Rows:
     """As many rows as `thinned` has, of no record."""
-    count = request.keys[:: stride(request.keys.shape[0], every)].shape[0]
+    count = request.keys.shape[0] // stride(request.keys.shape[0], every)
     return jnp.full(count, -1, request.batch.record.index.dtype), jnp.zeros((count, *maps.shape[1:]))
 
 
 def thinned(request: Request, every: int) -> Request:
     """The request of the samples with an exact pass; their tokens are embedded anew, so that only they cost anything."""
-    step = stride(request.keys.shape[0], every)
-    part = lambda tree: jax.tree.map(lambda x: x[::step], tree)  # noqa: E731
-    values, present = part(dict(request.values)), part(request.tokens.present)
+    everything = dict(request.values), request.tokens.present, request.batch._replace(whole={}), request.keys
+    values, present, batch, keys = every_kth(everything, stride(request.keys.shape[0], every))
     tokens = request.model.embed(request.params, values, present)
-    batch = part(request.batch._replace(whole={}))
-    return request._replace(tokens=tokens, values=values, batch=batch, keys=request.keys[::step])
+    return request._replace(tokens=tokens, values=values, batch=batch, keys=keys)
 
 
 def averaged_rows(request: Request, logs: Float[Array, "b n"], momentum: float) -> Rows:
@@ -231,7 +235,7 @@ class ReusedAttention(SelfAttention):
     other fields say how attention is read in the exact pass. What a map holds are logarithms, of mean 0 and deviation 1 per view.
 
     Attributes:
-      every: one sample in `every` gets an exact pass, so a record is refreshed at every `every`-th visit on average.
+      every: one sample in `every` gets an exact pass (see `stride`), so a record is refreshed at every `every`-th visit on average.
       view: what that pass sees: "crop", the sample as it is trained on, averaged into the map under its box; or "whole", the whole
         picture, which replaces the map.
       momentum: how much of the old map stays where a crop is averaged in.
@@ -275,10 +279,10 @@ class ReusedAttention(SelfAttention):
                 part = thinned(request, self.every)
                 return averaged_rows(part, standard_logs(exact, part), self.momentum)
             step = stride(request.keys.shape[0], self.every)
-            rows = request.batch.record.index[::step]
+            rows, kept, keys = every_kth((request.batch.record.index, request.batch.kept, request.keys), step)
             everything = jnp.tile(jnp.array([0.0, 0.0, 1.0, 1.0]), (rows.shape[0], 1))
-            seen = Batch({}, record=Record(rows, everything, jnp.zeros(rows.shape, bool)), kept=request.batch.kept[::step])
-            part = request._replace(tokens=request.whole_tokens(), keys=request.keys[::step], batch=seen)
+            seen = Batch({}, record=Record(rows, everything, jnp.zeros(rows.shape, bool)), kept=kept)
+            part = request._replace(tokens=request.whole_tokens(), keys=keys, batch=seen)
             return averaged_rows(part, standard_logs(exact, part), 0.0)
 
         index, rows = in_turn(learn, lambda: no_rows(request, request.state, self.every), request, step, self.every)

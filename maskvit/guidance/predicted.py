@@ -48,7 +48,7 @@ class PredictedAttention(SelfAttention):
 
     Attributes:
       after: blocks that all tokens run through; 0 reads the embedded tokens.
-      every: how many samples share one exact pass.
+      every: how many samples share one exact pass (see `canvas.stride`).
       ridge: penalty, relative to each feature's mean square.
       momentum: how much of the normal equations stays at each of their updates.
       solve_every: steps between two solutions.

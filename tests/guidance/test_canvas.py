@@ -10,7 +10,19 @@ from tiny import on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TokenLayout
-from maskvit.guidance.canvas import AverageError, ReusedAttention, blank, fill_unknown, read, rows_of, standardise, store, write
+from maskvit.guidance.canvas import (
+    AverageError,
+    ReusedAttention,
+    blank,
+    every_kth,
+    fill_unknown,
+    read,
+    rows_of,
+    standardise,
+    store,
+    stride,
+    write,
+)
 
 ONE = TokenLayout(("rgb",), ((8, 8),))
 WHOLE = jnp.array([[0.0, 0.0, 1.0, 1.0]])
@@ -150,6 +162,12 @@ def test_reused_attention_remembers_the_exact_scores_of_a_part(objective, reques
     for span in model.layout.spans():
         for i in range(0, 8, 2):
             assert np.corrcoef(np.log(again[i, span]), np.log(exact[i, span]))[0, 1] > 0.8
+
+
+def test_the_samples_with_an_exact_pass_divide_the_batch():
+    assert [stride(batch, 24) for batch in (8, 24, 48, 60, 64, 256, 2048, 53)] == [8, 24, 24, 30, 32, 32, 32, 53]
+    rows = every_kth({"a": jnp.arange(60), "b": jnp.arange(120).reshape(60, 2)}, stride(60, 24))
+    assert rows["a"].tolist() == [0, 30] and rows["b"].tolist() == [[0, 1], [60, 61]]
 
 
 def test_whole_pictures_replace_the_map(objective, request_of):
