@@ -183,8 +183,10 @@ def _compare(
     from maskvit.masking.scores import random_scores
 
     model = objective.model
-    with jax.default_matmul_precision("highest"):
-        prepared = objective.prepare(Batch({name: jnp.asarray(value) for name, value in batch.items()}))
+
+    @jax.jit
+    def run(params: Any, batch: Batch) -> tuple[Any, ...]:
+        prepared = objective.prepare(batch)
         tokens = model.embed(params, prepared.values_of(inputs))
         layout = tokens.layout
         num_visible = max(len(inputs), round(objective.num_visible * layout.num_tokens / model.layout.num_tokens))
@@ -193,9 +195,13 @@ def _compare(
         scores = random_scores(jax.random.split(jax.random.key(0), SAMPLES), layout)
         plan = drop(scores, jnp.broadcast_to(jnp.asarray(counts), (SAMPLES, len(counts))), layout, num_visible)
         predictions = objective.reconstruct(params, tokens, plan)
-        sums = objective.loss_sums(predictions, prepared, plan, layout)
+        return layout, plan, prepared.values, predictions, objective.loss_sums(predictions, prepared, plan, layout)
+
+    with jax.default_matmul_precision("highest"):
+        layout, plan, prepared, predictions, sums = run(params, Batch({name: jnp.asarray(value) for name, value in batch.items()}))
+    num_visible = plan.visible_ids.shape[1]
     masked = {name: np.asarray(plan.masked[:, layout.span(name)]).astype(np.int64) for name in inputs}
-    values = {name: np.asarray(value) for name, value in prepared.values.items()}
+    values = {name: np.asarray(value) for name, value in prepared.items()}
     differences, losses = _of_reference(model, predictions, values, masked, num_visible, theirs, network)
     return [Compared(name, differences[name], float(sums[name][0] / sums[name][1]), losses[name]) for name in model.outputs]
 

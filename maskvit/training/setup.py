@@ -35,7 +35,7 @@ from maskvit.training.painter import Painter
 from maskvit.training.parts import Parts, build_parts, compared_on_resuming, imported_epochs, schedule_of
 from maskvit.training.signals import StopSignals
 from maskvit.training.spikes import Guard
-from maskvit.training.start import first_state, start_report, warn_of_low_rate, write_parameter_table
+from maskvit.training.start import first_state, fresh_params, start_report, warn_of_low_rate, write_parameter_table
 from maskvit.training.step import init_state, train_step
 
 LOG = logging.getLogger("maskvit")
@@ -79,7 +79,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             checkpoints.check_same_run(saved, same, default_config(config))
         done = imported_epochs(config, parts, saved)
         schedule = schedule_of(config, parts.base_lr, parts.steps_per_epoch, parts.total_steps, done)
-        shapes = jax.eval_shape(lambda key: parts.objective.init(key)[0], jax.random.key(config["seed"]))
+        shapes = fresh_params.eval_shape(parts.objective, jax.random.key(config["seed"]))
         optimizer = adamw(shapes, frozen_mask(shapes, parts.objective.model), schedule, **parts.optimizer)
         log = make_writers(config["writers"], workdir, config, resume_step)
         closing.callback(log.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,12 @@ from maskvit.training.step import state_from_params
 
 LOG = logging.getLogger("maskvit")
 LOW_RATE = 1e-6  # a learning rate that stays below teaches a model nothing in the time people wait
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fresh_params(objective: Any, key: Any) -> Any:
+    """The parameters that `objective` begins with: traced and compiled once, however often a process starts it."""
+    return objective.init(key)[0]
 
 
 def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records: int) -> TrainState:
@@ -51,7 +58,7 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
 
     Imported optimiser moments come along only where every trained tensor was loaded as it is.
     """
-    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(seed))
+    params = fresh_params(objective, jax.random.key(seed))
     if not init_from["path"]:
         return params, None
     params, rows = checkpoints.init_from(params, **init_from)

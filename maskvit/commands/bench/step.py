@@ -18,7 +18,14 @@ OBJECTIVES = {"mae": {}, "crossmae": dict(kept_mask_ratio=0.25)}
 
 
 def step_config(
-    size: Any, image: int, dtype: str, guided: bool, *, num_visible: int = 98, decoder: Mapping[str, int] | None = None
+    size: Any,
+    image: int,
+    dtype: str,
+    guided: bool,
+    *,
+    num_visible: int = 98,
+    decoder: Mapping[str, int] | None = None,
+    outputs: Sequence[str] = ("rgb", "depth", "semseg", "norm_rgb"),
 ) -> dict[str, Any]:
     """The config of one step: MultiMAE of the published recipe with rgb, depth, semseg and four outputs."""
     from maskvit.core.modalities import DEPTH, RGB, SEMSEG
@@ -29,7 +36,7 @@ def step_config(
         objective=dict(
             name="multimae",
             inputs=("rgb", "depth", "semseg"),
-            outputs=("rgb", "depth", "semseg", "norm_rgb"),
+            outputs=tuple(outputs),
             encoder=size,
             decoder=dict(decoder or dict(width=256, depth=2, heads=8)),
             num_visible=num_visible,

@@ -145,7 +145,7 @@ def _show(
 
 def _fitting(objective: Any, given: Params | None, seed: int) -> tuple[Params, str]:
     """The given parameters where the model has them, else fresh ones, and a remark that says which. Raises ValueError for other shapes."""
-    fresh = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(seed))
+    fresh = objective.init(jax.random.key(seed))[0]  # op by op: strategies share their shapes, a program for each would be its own
     if given is None:
         return fresh, "Fresh parameters: what they attend to means nothing."
     have, lacking = tree_paths(given), []
