@@ -33,7 +33,7 @@ demo: $(VENV)/.stamp-run
 	JAX_PLATFORMS=cpu $(BIN)/python -m maskvit demo --workdir runs/demo
 
 test: $(VENV)/.stamp-test $(if $(ORACLES),oracles)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 10 $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .

@@ -13,14 +13,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Before JAX starts: how many devices the CPU plays is read once. A test that wants another number starts a child process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tiny models spend their time in the compiler: it need not optimize what runs for milliseconds. Without the fusion emitters, and with
-# fewer LLVM modules than the default of 32, a step of the smoke forms compiles in two thirds of the time.
+# Tiny models spend their time in the compiler: it need not optimize what runs for milliseconds. Without the fusion emitters, with one
+# LLVM module instead of 32, and with what XLA itself calls fast compilation, a step of the smoke forms compiles in half the time.
 QUICK_COMPILATION = " ".join(
     [
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=4",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
     ]
 )
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -53,6 +54,23 @@ class _WithoutTensorFlow(importlib.machinery.PathFinder):
 sys.meta_path[:] = [_WithoutTensorFlow if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 
 
+# The files that take longest, longest first: begun last, one of them would end the run alone.
+LONG_FILES = (
+    "test_train.py",
+    "test_topologies.py",
+    "test_grid.py",
+    "test_scenes_learnable.py",
+    "test_bench.py",
+    "test_masking.py",
+    "test_real_frame.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; xdist would begin with the files of most tests (`--no-loadscope-reorder` in the Makefile leaves the order)."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> pathlib.Path:
     """The directory of small recorded files that tests compare with."""
@@ -76,6 +94,24 @@ def few_memory_maps():
     if memory_maps() > MAPS_BETWEEN_FILES:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    """Starts of this file take over the step that an earlier one compiled, where it is the same program."""
+    from tests.runs import share_steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Starts of this test use one of the four devices: for what is not about several."""
+    from tests.runs import on_one_device
+
+    on_one_device(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

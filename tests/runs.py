@@ -12,12 +12,14 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
 from configs import common
 from maskvit.checkpoints import load_params
 from maskvit.core.types import tree_paths
 from maskvit.data.builders import prepare
+from maskvit.training import parts, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_TRAIN = 40
@@ -72,6 +74,7 @@ def small_run(data_dir: str, guided: bool = False, **changes: Any) -> dict[str, 
     if guided:
         config = common.attention_guided(config)
     config = on_scenes(common.smoke(config), data_dir)
+    config.objective.outputs = ("rgb", "depth")  # two decoders compile faster than four
     config.micro_batch = 0
     config.optimizer.base_lr = 3.2e-3  # 1e-4 at a batch of 8
     config.schedule = dict(total_epochs=100.0, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
@@ -123,3 +126,42 @@ def same_params(first: pathlib.Path, second: pathlib.Path) -> bool:
     """Whether the newest checkpoints of two runs hold the same bits."""
     one, two = (tree_paths(load_params(path)[0]) for path in (first, second))
     return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def share_steps(patch: Any) -> None:
+    """From now on starts take over the step that an earlier one compiled, where nothing differs of what it was compiled from.
+
+    That is the objective, the optimizer's settings and schedule, the shapes, types and places of all arguments, the mesh and all that
+    `compile_step` is told. `patch`: a `pytest.MonkeyPatch`, which ends it.
+    """
+    compile_step, adamw = setup.compile_step, setup.adamw
+    optimizers: dict[Any, Any] = {}
+    steps: dict[Any, Any] = {}
+
+    def signature(*everything: Any) -> Any:
+        leaves, structure = jax.tree.flatten(everything)
+        return structure, *(
+            (type(x), x.shape, x.dtype, getattr(x, "sharding", None)) if hasattr(x, "dtype") else (type(x), x) for x in leaves
+        )
+
+    def optimizer_of(*arguments: Any, **settings: Any) -> Any:
+        # The same functions for the same settings: they are part of the step's signature.
+        key = signature(arguments, settings)
+        if key not in optimizers:
+            optimizers[key] = adamw(*arguments, **settings)
+        return optimizers[key]
+
+    def step_of(step: Any, arguments: Any, *, before: int, **settings: Any) -> Any:
+        key = signature(step.func, step.args, step.keywords, setup.train_step, arguments, settings)
+        if key not in steps or before not in (0, steps[key][1]):  # another number of micro-batches before the stop is another program
+            steps[key] = compile_step(step, arguments, before=before, **settings)
+        return steps[key]
+
+    patch.setattr(setup, "adamw", optimizer_of)
+    patch.setattr(setup, "compile_step", step_of)
+
+
+def on_one_device(patch: Any) -> None:
+    """From now on starts use one of the four devices: a program for several takes longer to compile."""
+    make_mesh = parts.make_mesh
+    patch.setattr(parts, "make_mesh", lambda: make_mesh(jax.devices()[:1]))

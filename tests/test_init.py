@@ -71,7 +71,7 @@ def builder_arguments(said: str) -> list[str]:
     return shlex.split(text.replace("\\\n", " "))
 
 
-def test_from_a_folder_to_two_steps_of_training(folder, here, capsys):
+def test_from_a_folder_to_two_steps_of_training(folder, here, capsys, one_device):
     assert main(["init", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "samples: 16 in train, 4 in val" in said and "classes: cat, dog (2)" in said
@@ -243,7 +243,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     assert "a tenth of that from a checkpoint" in capsys.readouterr().out
 
 
-def test_pictures_of_a_public_data_set(here, capsys):
+def test_pictures_of_a_public_data_set(here, capsys, one_device):
     """A TFDS builder of others: no metadata, a picture under its own name, a label."""
 
     class Flowers(tfds.core.GeneratorBasedBuilder, skip_registration=True):

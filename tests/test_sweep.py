@@ -176,7 +176,7 @@ def config(tmp_path_factory):
     return write(folder / "config.py", plain, {"random": {}, "half": {"objective.num_visible": 4}})
 
 
-def test_a_real_run(config, tmp_path, capsys):
+def test_a_real_run(config, tmp_path, capsys, one_device):
     arguments = ["--config", config, "--only", "half", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     said = capsys.readouterr().out

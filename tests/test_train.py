@@ -25,6 +25,7 @@ from maskvit.objectives import build_objective
 from maskvit.training import setup
 from maskvit.training.config import make_schedule
 from maskvit.training.loop import Loop, Stopped
+from maskvit.training.microbatches import compile_step
 from maskvit.training.start import warn_of_low_rate
 from tests.runs import (
     child,
@@ -33,12 +34,16 @@ from tests.runs import (
     get_config,
     loader_workers,
     make_scenes,
+    on_one_device,
     on_scenes,
     same_params,
     shipped_configs,
     small_run,
     write_config,
 )
+
+# `test_resuming_after_any_step_is_bit_equal` compiles a step anew where it resumes.
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +66,14 @@ def test_shipped_config_has_its_full_size(path):
         assert sum(x.size for x in jax.tree.leaves(params)) == 98_569_360
 
 
+# An objective of each kind; the others, which differ in their masks and decoders, run on one device.
+ON_ALL_DEVICES = ("configs/demo.py", "configs/pretrain/ibot_s_800e.py")
+
+
 @pytest.mark.parametrize("path", distinct_smoke_forms())
-def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path):
+def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path, monkeypatch):
+    if path not in ON_ALL_DEVICES:
+        on_one_device(monkeypatch)
     settings = on_scenes(common.smoke(get_config(path)), data_dir).to_dict()
     watched = path == "configs/demo.py"  # pictures and evaluation are the same code for all
     evaluators = dict(knn=dict(type="knn", every="2 steps", ks=(3,), batch_size=8)) if watched else {}
@@ -86,7 +97,10 @@ def test_resuming_after_any_step_is_bit_equal(data_dir, tmp_path):
     for stop in (1, 5):  # 5 steps are an epoch
         workdir = tmp_path / f"stopped_{stop}"
         stop_at(stop, str(workdir), config)
-        setup.train(str(workdir), **config)
+        with pytest.MonkeyPatch.context() as patch:
+            if stop == 5:
+                patch.setattr(setup, "compile_step", compile_step)  # anew, as another process does
+            setup.train(str(workdir), **config)
         assert same_params(workdir, tmp_path / "whole")
         assert measured(workdir) == measured(tmp_path / "whole")
 
@@ -129,16 +143,21 @@ def measured(workdir) -> list[dict]:
 
 def skip_steps(monkeypatch, first: int, end: int) -> None:
     """The updates of steps first ... end - 1 are refused, as for a gradient that is not finite."""
-    step = setup.train_step
+    compile_step = setup.compile_step
 
-    def refusing(state, batch, *, loss_limit, **settings):
-        refused = (state.step >= first) & (state.step < end)
-        return step(state, batch, loss_limit=jnp.where(refused, -jnp.inf, loss_limit), **settings)
+    def refusing(*arguments, **settings):
+        step, *figures = compile_step(*arguments, **settings)
 
-    monkeypatch.setattr(setup, "train_step", refusing)
+        def refuse(state, batch, seed, loss_limit, word):
+            refused = (state.step >= first) & (state.step < end)
+            return step(state, batch, seed, jnp.where(refused, -jnp.inf, loss_limit), word)
+
+        return refuse, *figures
+
+    monkeypatch.setattr(setup, "compile_step", refusing)
 
 
-def test_skips_in_a_row_go_back_to_a_healthy_checkpoint_that_nothing_replaced(data_dir, tmp_path, monkeypatch, capsys):
+def test_skips_in_a_row_go_back_to_a_healthy_checkpoint_that_nothing_replaced(data_dir, tmp_path, monkeypatch, capsys, one_device):
     config = small_run(data_dir, total="16 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
     skip_steps(monkeypatch, 8, 11)
     whole = setup.train(str(tmp_path / "whole"), **config)
@@ -180,7 +199,7 @@ class Faulty:
         yield "figure", float(Faulty.calls)
 
 
-def test_an_evaluation_that_fails_or_is_stopped_loses_nothing_and_is_made_up_for(data_dir, tmp_path, monkeypatch):
+def test_an_evaluation_that_fails_or_is_stopped_loses_nothing_and_is_made_up_for(data_dir, tmp_path, monkeypatch, one_device):
     monkeypatch.setitem(EVALUATORS, "faulty", Faulty)
     evaluators = dict(faulty=dict(type="faulty", every="2 steps"))
     config = small_run(data_dir, total="3 steps", checkpoint=dict(every="100 steps", keep=2), evaluators=evaluators)
@@ -205,9 +224,10 @@ def test_an_evaluation_that_fails_or_is_stopped_loses_nothing_and_is_made_up_for
     assert [(row["step"], row["faulty/figure"]) for row in rows if "faulty/figure" in row] == [(2, 3.0), (3, 5.0)]
 
 
-def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
+def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path, one_device):
     config = small_run(data_dir, total="4 steps", checkpoint=dict(every="4 steps", keep=2))
     config["objective"] |= dict(
+        outputs=config["objective"]["inputs"],  # the budget follows the loss of each
         scores=dict(name="attention_high"),
         guidance=dict(name="teacher_attention", momentum=0.9),
         budget=dict(name="adaptive_dirichlet", momentum=0.5),
@@ -222,26 +242,28 @@ def test_what_an_objective_remembers_is_resumed_bit_for_bit(data_dir, tmp_path):
     assert set(whole.objective_state) == {"guidance", "averages"}
 
 
-def test_killed_and_terminated_runs_and_those_that_lost_a_worker_go_on(data_dir, tmp_path):
-    config = small_run(data_dir, guided=True, total="30 steps", checkpoint=dict(every="2 steps", keep=2))
+def test_killed_and_terminated_runs_and_those_that_lost_a_worker_go_on(data_dir, tmp_path, one_device):
+    config = small_run(data_dir, guided=True, total="26 steps", checkpoint=dict(every="2 steps", keep=2))
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    setup.train(str(whole), **config)
     config["data"]["workers"] = 1
     file = write_config(tmp_path / "config.py", config)
-    whole, workdir = tmp_path / "whole", tmp_path / "killed"
-    finish(child(file, whole))
 
-    def run_until(step: int, act) -> tuple[int, str]:
-        process = child(file, workdir)
+    def run_three_steps(act) -> tuple[str, int]:
+        """Act on a child once it has logged three steps more than were there; its words and exit status."""
         metrics = workdir / "metrics.jsonl"
+        step = 3 + max(map(int, re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")), default=0)
+        process = child(file, workdir)
         while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
             time.sleep(0.02)
         act(process)
         return process.communicate(timeout=120)[0], process.returncode
 
-    assert run_until(5, lambda process: process.kill())[1] == -signal.SIGKILL
-    said, status = run_until(9, lambda process: os.kill(loader_workers(process.pid)[0], signal.SIGKILL))
+    assert run_three_steps(lambda process: process.kill())[1] == -signal.SIGKILL
+    said, status = run_three_steps(lambda process: os.kill(loader_workers(process.pid)[0], signal.SIGKILL))
     assert status == 2 and "Traceback" not in said
     assert re.search(r"\nthe state of step (\d+) is saved.*\nerror: loader worker 0 of 1 \(process \d+\) died", said), said[-2000:]
-    said, status = run_until(17, lambda process: process.send_signal(signal.SIGTERM))
+    said, status = run_three_steps(lambda process: process.send_signal(signal.SIGTERM))
     assert status == 128 + signal.SIGTERM and re.search(r"stopped by SIGTERM at step \d+, state saved", said)
     said = finish(child(file, workdir))[0]
     assert "resuming at step" in said
@@ -249,7 +271,7 @@ def test_killed_and_terminated_runs_and_those_that_lost_a_worker_go_on(data_dir,
     assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name or p.name.startswith(".unfinished")]
 
 
-def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(data_dir, tmp_path, monkeypatch):
+def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(data_dir, tmp_path, monkeypatch, one_device):
     config = small_run(data_dir, total="5 steps", checkpoint=dict(every="100 steps", keep=3))
     deliver = Batches.__next__
 
@@ -282,7 +304,7 @@ def test_a_loader_that_hangs_can_be_stopped_and_one_that_fails_loses_nothing(dat
     assert metadata["micro_batches"] == 1 and metadata["healthy"] is True and metadata["due"] == []
 
 
-def test_evaluation_alone(data_dir, tmp_path):
+def test_evaluation_alone(data_dir, tmp_path, one_device):
     evaluators = dict(knn=dict(type="knn", ks=(3,), batch_size=8))
     setup.train(str(tmp_path), **small_run(data_dir, total=0, evaluators=evaluators))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
@@ -375,7 +397,7 @@ def test_modality_without_data(data_dir, tmp_path):
         setup.train(str(tmp_path), **config)
 
 
-def test_checkpoint_of_another_size_needs_a_named_remedy(data_dir, tmp_path):
+def test_checkpoint_of_another_size_needs_a_named_remedy(data_dir, tmp_path, one_device):
     setup.train(str(tmp_path / "first"), **small_run(data_dir, total="1 steps"))
     config = small_run(data_dir, init_from=dict(path=str(tmp_path / "first")))
     config["objective"]["decoder"] = dict(width=32, depth=1, heads=2)
@@ -385,7 +407,7 @@ def test_checkpoint_of_another_size_needs_a_named_remedy(data_dir, tmp_path):
     assert int(setup.train(str(tmp_path / "third"), **{**config, "total": "1 steps"}).step) == 1
 
 
-def test_workdir_of_another_run_and_unwritable_workdir(data_dir, tmp_path):
+def test_workdir_of_another_run_and_unwritable_workdir(data_dir, tmp_path, one_device):
     setup.train(str(tmp_path / "run"), **small_run(data_dir, total="1 steps"))
     with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 in this config"):
         setup.train(str(tmp_path / "run"), **small_run(data_dir, seed=1))

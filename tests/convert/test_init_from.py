@@ -13,6 +13,8 @@ from maskvit.core.types import tree_paths
 from maskvit.training import setup
 from tests.runs import make_scenes, small_run
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -29,6 +31,7 @@ def imported(tmp_path_factory, fixtures):
 def matching(data_dir, imported, **init_from):
     config = small_run(data_dir, init_from=dict(path=imported, **init_from), total="1 steps")
     config["objective"]["encoder"] = dict(width=48, depth=3, heads=3)
+    config["objective"]["outputs"] = ("rgb", "depth", "semseg", "norm_rgb")  # those of the file
     config["objective"]["decoder"] = dict(width=16, depth=2, heads=4)
     for fields in config["modalities"].values():
         fields["patch"] = 8
