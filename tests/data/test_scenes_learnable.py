@@ -15,8 +15,8 @@ import pytest
 
 from maskvit.data import scenes
 
-SIZE, TRAIN, TEST, STEPS, BATCH = 48, 5000, 500, 1000, 64
-LAYERS = ((5, 2, 32), (3, 2, 64), (3, 1, 64), (3, 2, 128), (3, 1, 128))  # kernel, stride, width
+SIZE, TRAIN, TEST, STEPS, BATCH = 48, 5000, 500, 1600, 64
+LAYERS = ((5, 2, 16), (3, 2, 32), (3, 1, 32), (3, 2, 64), (3, 1, 64))  # kernel, stride, width
 
 
 def _init(key: jax.Array) -> dict:
