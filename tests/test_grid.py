@@ -58,7 +58,8 @@ def draw_cells(seed: int) -> list[dict[str, Any]]:
             name=name,
             decoder=dict(width=16, depth=1, heads=4, **(dict(name=decoder) if decoder else {})),
             inputs=inputs,
-            outputs=(*inputs, "norm_rgb", *(["depth"] if inputs == ("rgb",) and i % 2 else [])),
+            # One input: two outputs or three. More inputs: their own outputs alone, which compile faster.
+            outputs=(*inputs, *(["norm_rgb"] if inputs == ("rgb",) else []), *(["depth"] if inputs == ("rgb",) and i % 2 else [])),
             **_how_many(name, len(inputs)),
             guidance=dict(name=source, **SOURCE_FIELDS.get(source, {})),
             scores=dict(name=score, **SCORE_FIELDS.get(score, {})),

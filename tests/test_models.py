@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODALITIES, on_device, tiny_batch, tiny_config, tiny_objective
+from tiny import MODALITIES, fresh_params, on_device, tiny_batch, tiny_config, tiny_objective
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG
 from maskvit.core.patches import sincos_position_table
@@ -121,7 +121,7 @@ def test_initial_constants_and_embeddings(fresh):
 
 def test_blocks_start_different_and_the_seed_decides():
     objective = tiny_objective()
-    one, again, other = (tree_paths(jax.jit(lambda k: objective.init(k)[0])(jax.random.key(seed))) for seed in (0, 0, 1))
+    one, again, other = (tree_paths(fresh_params(objective, seed)) for seed in (0, 0, 1))
     for name, value in one.items():
         np.testing.assert_array_equal(value, again[name])
     assert not np.array_equal(one["encoder/block_00/attn/qkv/kernel"], one["encoder/block_01/attn/qkv/kernel"])
@@ -211,7 +211,7 @@ def test_absent_tokens_are_never_attended_to():
 
 def embedded(objective, batch):
     """(params, tokens) of a fresh model on a host batch."""
-    params = jax.jit(lambda k: objective.init(k)[0])(jax.random.key(0))
+    params = fresh_params(objective)
     values = jax.jit(lambda b: objective.prepare(b).values_of(objective.model.inputs))(on_device(batch))
     tokens = jax.jit(lambda p, v: objective.model.embed(p, v).tokens)(params, values)
     return params, TokenBatch(tokens, objective.model.layout_of(values))

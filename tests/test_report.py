@@ -36,7 +36,7 @@ CONFIG = dict(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("imported")
-    params, _ = jax.jit(build_objective(CONFIG).init)(jax.random.key(3))
+    params, _ = build_objective(CONFIG).init(jax.random.key(3))
     save_imported(directory, jax.device_get(params), {"config": CONFIG})
     return directory
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
+from tiny import MODALITIES, fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys, step_key, stream_keys
 from maskvit.core.modalities import RGB, parse_modalities
@@ -62,7 +62,7 @@ def initial(name: str) -> Callable[[int], Any]:
     objective = build_objective(config)
 
     def draw(seed: int) -> list[np.ndarray]:
-        params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(seed))
+        params = fresh_params(objective, seed)
         named = jax.tree_util.tree_leaves_with_path(params)
         return [np.asarray(x) for path, x in named if np.ptp(x) and not str(path[-1].key).startswith("pos_embed")]
 
@@ -83,7 +83,7 @@ def masked(**objective: Any) -> Callable[[int], Any]:
 
     @functools.cache
     def compiled():
-        params = jax.jit(lambda key: chosen.init(key)[0])(jax.random.key(0))
+        params = fresh_params(chosen)
         record = Record(jnp.arange(8), jnp.tile(jnp.array([0.0, 0, 1, 1]), (8, 1)), jnp.zeros(8, bool))
         batch = on_device(tiny_batch(8))._replace(record=record, maps=jnp.ones((8, 1, 4, 4)))
         state = chosen.init_state(params, 8)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskvit.core.types import Batch, TrainState, batch_of, tree_paths
+from maskvit.core.types import Batch, Params, TrainState, batch_of, tree_paths
 from maskvit.objectives import build_objective
 from maskvit.objectives.masked import MaskedAutoencoder
 
@@ -38,6 +38,11 @@ def tiny_config(modalities: dict[str, dict[str, Any]] | None = None, **objective
 def tiny_objective(modalities: dict[str, dict[str, Any]] | None = None, **objective: Any) -> MaskedAutoencoder:
     """The objective of `tiny_config`."""
     return build_objective(tiny_config(modalities, **objective))
+
+
+def fresh_params(objective: Any, seed: int = 0) -> Params:
+    """Initial parameters. Not compiled as a whole: the same few operations on the same shapes serve every objective of a test process."""
+    return objective.init(jax.random.key(seed))[0]
 
 
 def tiny_batch(size: int = 8, seed: int = 0, image: tuple[int, int] = (32, 32), present: bool = False) -> dict[str, np.ndarray]:

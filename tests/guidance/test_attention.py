@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import GUIDED, on_device, tiny_batch, tiny_objective
+from tiny import GUIDED, fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.types import TokenBatch
 from maskvit.guidance import GUIDANCE, build_source
@@ -26,7 +26,7 @@ def guide(params, tokens, query, present):
 
 @pytest.fixture(scope="module")
 def params():
-    fresh = jax.jit(lambda key: OBJECTIVE.init(key)[0])(jax.random.key(0))
+    fresh = fresh_params(OBJECTIVE)
     # Initial attention is nearly uniform: sharpen it.
     return jax.tree.map(lambda x: x * 1.5, fresh)
 

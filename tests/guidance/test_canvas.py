@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import on_device, tiny_batch, tiny_objective
+from tiny import fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TokenLayout
@@ -137,7 +136,7 @@ def objective():
 @pytest.fixture(scope="module")
 def request_of(objective):
     """A request of a source with a given batch and memory."""
-    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    params = fresh_params(objective)
 
     def make(source, batch, state):
         return source.remind(objective._request(params, {}, batch, sample_keys(0, 0, 8)), state)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import on_device, tiny_batch, tiny_objective
+from tiny import fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.flops import attention_flops
 from maskvit.core.keys import sample_keys
@@ -46,7 +46,7 @@ def objective():
 
 @pytest.fixture(scope="module")
 def params(objective):
-    return jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    return fresh_params(objective)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_with_nothing_left_out_it_is_the_exact_pass(source, reading, present, re
     from maskvit.guidance.attention import SelfAttention
 
     request = request_of(tiny_batch(8, present=present))
-    exact = jax.jit(lambda: SelfAttention(**reading)(request))()
+    exact = SelfAttention(**reading)(request)
     found = jax.jit(lambda: dataclasses.replace(source, **reading)(request))()
     np.testing.assert_allclose(known(request, found), known(request, exact), rtol=2e-4, atol=1e-7)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import on_device, tiny_batch, tiny_objective
+from tiny import fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TokenLayout
@@ -40,7 +40,7 @@ def test_random_head_subsets_cover_all_heads_and_sizes():
 
 def test_heads_blocks_and_renormalisation():
     objective = tiny_objective()
-    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    params = fresh_params(objective)
     values = objective.prepare(on_device(tiny_batch(4))).values_of(objective.model.inputs)
     tokens = objective.model.embed(params, values)
     maps = [np.asarray(x) for x in objective.model.attentions(params, tokens)]
@@ -75,7 +75,7 @@ def test_absent_tokens_do_not_count_when_shares_are_made():
 
 def run_steps(steps: int = 3, **objective):
     """A few steps of a tiny objective: (objective, states)."""
-    built = tiny_objective(**objective)
+    built = tiny_objective(**{"outputs": ("rgb", "depth", "semseg"), **objective})
     shapes = jax.eval_shape(lambda key: built.init(key)[0], jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), Cosine(1e-2, 10, 0, 0, 0.0))
     states = [init_state(built, optimizer, 0, 16)]
@@ -86,7 +86,8 @@ def run_steps(steps: int = 3, **objective):
 
 
 def test_the_teacher_is_a_moving_average_of_the_parameters():
-    objective, states = run_steps(scores=dict(name="attention_high"), guidance=dict(name="teacher_attention", momentum=0.75))
+    guided = dict(scores=dict(name="attention_high"), guidance=dict(name="teacher_attention", momentum=0.75))
+    objective, states = run_steps(outputs=("rgb",), **guided)
     kernel = lambda tree: np.asarray(tree["encoder"]["block_00"]["attn"]["qkv"]["kernel"])  # noqa: E731
     expected = kernel(states[0].params)
     for state in states[1:]:
@@ -98,7 +99,7 @@ def test_the_teacher_is_a_moving_average_of_the_parameters():
     state = states[-1].objective_state
     teacher = {**states[-1].params, **state["guidance"]}
     plan = jax.jit(lambda p, s: objective.plan(p, batch, keys, s)[0].masked)
-    own = tiny_objective(scores=dict(name="attention_high"), guidance=dict(name="self_attention"))
+    own = tiny_objective(outputs=("rgb",), scores=dict(name="attention_high"), guidance=dict(name="self_attention"))
     np.testing.assert_array_equal(plan(states[-1].params, state), jax.jit(lambda p: own.plan(p, batch, keys)[0].masked)(teacher))
 
 
@@ -129,13 +130,18 @@ def test_the_ranking_loss_orders_pairs():
 
 
 def test_reconstruction_errors_are_those_of_a_random_pass():
-    objective = tiny_objective(scores=dict(name="attention_high"), guidance=dict(name="reconstruction_error", passes=2))
-    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    guided = dict(scores=dict(name="attention_high"), guidance=dict(name="reconstruction_error", passes=2))
+    objective = tiny_objective(outputs=("rgb", "depth", "semseg"), **guided)
+    params = fresh_params(objective)
     batch, keys = on_device(tiny_batch(4)), sample_keys(0, 0, 4)
-    request = objective._request(params, {}, batch, keys)
-    one = np.asarray(request.random_errors(keys))
+
+    @jax.jit
+    def errors_and_guidance(params):
+        request = objective._request(params, {}, batch, keys)
+        return request.random_errors(keys), objective.guide(request)
+
+    one, guidance = map(np.asarray, errors_and_guidance(params))
     assert (np.isnan(one).sum(axis=1) == 12).all()  # the visible ones
-    guidance = np.asarray(jax.jit(lambda p: objective.guide(objective._request(p, {}, batch, keys)))(params))
     assert np.isfinite(guidance).all() and (guidance > 0).all()
 
 
@@ -228,7 +234,7 @@ def test_the_temperature_goes_on_half_a_cosine():
 def test_loss_weights_multiply_the_losses_of_their_tokens():
     fields = dict(scores=dict(name="random"), guidance=dict(name="self_attention"), loss_weight=dict(tau=0.75))
     weighted, plain = tiny_objective(**fields), tiny_objective()
-    params = jax.jit(lambda key: plain.init(key)[0])(jax.random.key(0))
+    params = fresh_params(plain)
     batch, keys = on_device(tiny_batch(4)), sample_keys(0, 0, 4)
     plan = jax.jit(lambda p: weighted.plan(p, batch, keys)[0])(params)
     prepared = plain.prepare(batch)

@@ -28,6 +28,8 @@ from maskvit.training.step import init_state, train_step
 from tests.runs import get_config, make_scenes, on_scenes
 from tests.tiny import assert_same_bits, on_device
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 RGB = dict(channels=3, patch=8, scale=1 / 255, mean=(0.5,), std=(0.25,))
 SIZES = dict(encoder=dict(width=32, depth=2, heads=2), projection=dict(hidden=32, bottleneck=16, num_prototypes=24))
 ATTMASK = dict(scores=dict(name="attention_high"), masking=dict(ratio=0.3, ratio_var=0.2, probability=0.5, per="step"))
@@ -85,9 +87,8 @@ def test_teacher_looks_first_and_once_and_only_large_views_are_masked(monkeypatc
 
 def test_masks_come_from_the_teachers_attention(monkeypatch):
     objective = tiny(scores=dict(name="attention_high"), masking=dict(ratio=0.25, ratio_var=0.0, probability=1.0))
-    init = jax.jit(objective.init)
-    params, state = init(jax.random.key(0))
-    state["teacher"] = init(jax.random.key(7))[1]["teacher"]
+    params, state = objective.init(jax.random.key(0))
+    state["teacher"] = objective.init(jax.random.key(7))[1]["teacher"]
     seen = {}
     original = Network.embed
 
@@ -193,8 +194,8 @@ def test_stochastic_depth_drops_more_in_later_blocks():
 # Training
 
 
-def steps_of(objective, batch, micro_batches: int, count: int = 2):
-    """The state and the metrics after `count` steps, buffers given away as training does."""
+def steps_of(objective, batch, micro_batches: int):
+    """The states and the metrics after each of two steps, buffers given away as training does."""
     shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     optimizer = adamw(
         shapes, frozen_mask(shapes, objective.model), Cosine(1e-3, 10), clip_tensor_norm=3.0,
@@ -202,15 +203,16 @@ def steps_of(objective, batch, micro_batches: int, count: int = 2):
     )  # fmt: skip
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, seed=0, micro_batches=micro_batches)
     step = jax.jit(step, donate_argnums=0)
-    state, all_metrics = jax.jit(lambda: init_state(objective, optimizer, 0))(), []
-    for _ in range(count):
+    state, states, all_metrics = init_state(objective, optimizer, 0), [], []
+    for _ in range(2):
         state, metrics = step(state, batch, loss_limit=np.float32(np.inf))
+        states.append(jax.tree.map(jnp.array, state))
         all_metrics.append({name: float(total / count) for name, (total, count) in metrics.items()})
     # A refused step leaves teacher and centers as they are.
-    refused, metrics = step(jax.tree.map(jnp.array, state), batch, loss_limit=np.float32(-np.inf))
+    refused, metrics = step(state, batch, loss_limit=np.float32(-np.inf))
     assert metrics["skipped"][0] == 1
-    assert_same_bits(refused, state)
-    return state, all_metrics
+    assert_same_bits(refused, states[-1])
+    return states, all_metrics
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +222,8 @@ def trained():
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(trained):
-    objective, (whole, whole_metrics) = trained
-    parts, parts_metrics = steps_of(objective, views(8), 2)
+    objective, ((_, whole), whole_metrics) = trained
+    (_, parts), parts_metrics = steps_of(objective, views(8), 2)
     for name in ("loss", "loss/global", "loss/patch", "masked_share", "grad_norm", "teacher_entropy"):
         for one, other in zip(whole_metrics, parts_metrics, strict=True):
             np.testing.assert_allclose(one[name], other[name], rtol=2e-4, err_msg=name)
@@ -230,8 +232,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(trained):
 
 
 def test_teacher_follows_and_prototypes_wait(trained):
-    objective, (state, metrics) = trained
-    start = jax.jit(objective.init)(jax.random.key(0))[0]
+    objective, ((once, state), metrics) = trained
+    start = objective.init(jax.random.key(0))[0]
     teacher, student = tree_paths(state.objective_state["teacher"]), tree_paths(state.params)
     assert set(student) - set(teacher) == {"inputs/rgb/mask_embed"}
     assert all(m["loss"] > 0 and m["skipped"] == 0 for m in metrics)
@@ -240,7 +242,6 @@ def test_teacher_follows_and_prototypes_wait(trained):
     moved, followed = (np.abs(tree[name] - first[name]).max() for tree in (student, teacher))
     assert 0 < followed < 0.02 * moved
     # Step 0 left the prototypes alone, step 1 did not.
-    once = steps_of(objective, views(8), 1, count=1)[0]
     for leaf in ("kernel", "scale"):
         name = f"projection/prototypes/{leaf}"
         np.testing.assert_array_equal(tree_paths(once.params)[name], first[name])
@@ -249,7 +250,7 @@ def test_teacher_follows_and_prototypes_wait(trained):
 
 def test_teacher_momentum_rises_to_one():
     objective = tiny("dino", teacher_momentum=0.9).resolve(lambda duration: 100)
-    params, state = jax.jit(objective.init)(jax.random.key(0))
+    params, state = objective.init(jax.random.key(0))
     state["teacher"] = jax.tree.map(jnp.zeros_like, state["teacher"])
     for step, expected in ((0, 0.9), (50, 0.95), (100, 1.0)):
         new = objective.after_update(state, params, Batch({}), keys_of(1), jnp.int32(step), {}, {})
@@ -260,7 +261,7 @@ def test_teacher_momentum_rises_to_one():
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_centers_follow_the_batch(momentum):
     objective = tiny("ibot", center_momentum=momentum).resolve(lambda duration: 100)
-    params, state = jax.jit(objective.init)(jax.random.key(0))
+    params, state = objective.init(jax.random.key(0))
     told = {name: jax.random.normal(jax.random.key(1), (3, *state[name].shape)) for name in ("center", "patch_center")}
     state |= {name: jnp.ones_like(state[name]) for name in told}
     new = objective.after_update(state, params, Batch({}), keys_of(3), jnp.int32(0), told, {})
@@ -329,7 +330,7 @@ def test_parameters_of_the_published_vit_s():
 
 def test_initial_values():
     objective = tiny(projection=dict(hidden=64, bottleneck=16, num_prototypes=24, num_patch_prototypes=48))
-    params = tree_paths(jax.jit(objective.init)(jax.random.key(3))[0])
+    params = tree_paths(objective.init(jax.random.key(3))[0])
     assert params["projection/patch_prototypes/kernel"].shape == (16, 48)
     assert (params["projection/prototypes/scale"] == 1).all() and not params["inputs/rgb/mask_embed"].any()
     for name in ("encoder/block_01/mlp/fc1/kernel", "encoder/block_00/attn/qkv/kernel", "projection/fc1/kernel"):

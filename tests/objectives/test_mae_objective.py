@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODALITIES, on_device, tiny_batch, tiny_objective
+from tiny import MODALITIES, fresh_params, on_device, tiny_batch, tiny_objective
 
 from configs import common
 from maskvit.core import flops
@@ -137,7 +137,7 @@ def test_initial_values():
     }
     for name, kernels in whole.items():
         objective = build_objective(dict(image_size=32, modalities=dict(rgb=MODALITIES["rgb"]), objective=dict(name=name, **sizes)))
-        fresh = tree_paths(jax.jit(lambda key, o=objective: o.init(key)[0])(jax.random.key(0)))
+        fresh = tree_paths(fresh_params(objective))
         for path, shape in kernels.items():
             values = np.asarray(fresh[f"{path}/kernel"])
             assert values.shape == shape and 0.98 * bound(*shape) < np.abs(values).max() <= bound(*shape), path

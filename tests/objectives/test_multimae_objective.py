@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import GUIDED, MODALITIES, RANDOM, on_device, tiny_batch, tiny_config, tiny_objective
+from tiny import GUIDED, MODALITIES, RANDOM, fresh_params, on_device, tiny_batch, tiny_config, tiny_objective
 
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TokenBatch
@@ -22,7 +22,7 @@ WITH_MISSING = {**MODALITIES, "depth": {**MODALITIES["depth"], "missing": 0.0}, 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda key: tiny_objective().init(key)[0])(jax.random.key(0))
+    return fresh_params(tiny_objective())
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def test_an_output_that_is_not_in_the_batch_is_one_that_is_absent(decoder):
     objective = tiny_objective(
         inputs=("rgb", "depth"), outputs=("depth", "rgb"), decoder=dict(name=decoder, width=16, depth=1, heads=4), num_visible=8
     )
-    model, params = objective.model, jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    model, params = objective.model, fresh_params(objective)
     # Position and modality count for much in this test: fresh embeddings are small.
     for output in model.outputs:
         params["outputs"][output]["modality_embed"] = {name: x + 1 for name, x in params["outputs"][output]["modality_embed"].items()}
@@ -191,7 +191,7 @@ def test_losses_are_taken_on_hidden_tokens_alone(params):
 
 def test_an_output_that_is_not_an_input_is_predicted_everywhere():
     objective = tiny_objective(inputs=("rgb",), outputs=("depth",), num_visible=4)
-    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+    params = fresh_params(objective)
     batch = on_device(tiny_batch(3))
     _, predictions, sums = everything(objective)(params, batch, sample_keys(0, 0, 3))
     error = np.abs(np.asarray(predictions["depth"]) - objective.target("depth", objective.prepare(batch)))

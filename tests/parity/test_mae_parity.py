@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published_names import to_tree
+from tiny import fresh_params
 
 from maskvit.convert import open_checkpoint
 from maskvit.core.keys import sample_keys
@@ -67,7 +68,7 @@ def test_the_model_has_the_files_parameters(params):
 
 
 def test_position_tables_are_the_files(params):
-    fresh = jax.jit(lambda key: NORMALISED.init(key)[0])(jax.random.key(0))
+    fresh = fresh_params(NORMALISED)
     tables = [name for name in tree_paths(params) if name.endswith("pos_embed")]
     assert len(tables) == 2
     for name in tables:
