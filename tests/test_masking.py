@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ UNEVEN = TokenLayout(NAMES, ((4, 6), (2, 3), (1, 5)))
 FULL = TokenLayout(NAMES, ((14, 14),) * 3)
 
 
-def token_presence(layout: TokenLayout, rows: list[list[int]]) -> jax.Array:
+def token_presence(layout: TokenLayout, rows: Sequence[Sequence[int]]) -> jax.Array:
     """(b, m) zeros and ones to (b, n)."""
     return jnp.asarray(np.repeat(np.array(rows, bool), layout.sizes, axis=1))
 
@@ -52,12 +53,27 @@ def plan_of(name: str, layout: TokenLayout, num_visible: int, keys: jax.Array, g
     return drop(scores, counts, layout, num_visible, present)
 
 
-def make_plan(name: str, layout: TokenLayout, num_visible: int, samples: int, present=None, seed: int = 0) -> MaskPlan:
-    return plan_of(name, layout, num_visible, sample_keys(seed, 0, samples), guidance_of(layout, samples, seed), present)
+def make_plan(name: str, layout: TokenLayout, num_visible: int, samples: int, present=None) -> MaskPlan:
+    return plan_of(name, layout, num_visible, sample_keys(0, 0, samples), guidance_of(layout, samples), present)
+
+
+def plans(keys: jax.Array, layout: TokenLayout, num_visible: int, guidance: jax.Array, present=None) -> dict[str, MaskPlan]:
+    """What `plan_of` says for each row of `SCORES`: one program, for the budget takes longest to compile, and all share it."""
+    counts = dirichlet_budget(stream_keys(keys, "budget"), layout, num_visible, present)
+    keys = stream_keys(keys, "scores")
+    return {name: drop(score(name, keys, layout, guidance), counts, layout, num_visible, present) for name in SCORES}
+
+
+@cache
+def made_plans(layout: TokenLayout, num_visible: int, samples: int, rows: tuple[tuple[int, ...], ...] | None = None):
+    present = None if rows is None else token_presence(layout, rows)
+    jitted = jax.jit(plans, static_argnums=(1, 2))
+    return jitted(sample_keys(0, 0, samples), layout, num_visible, guidance_of(layout, samples), present)
 
 
 jitted_budget = jax.jit(dirichlet_budget, static_argnums=(1, 2), static_argnames="alphas")
 jitted_drop = jax.jit(drop, static_argnums=(2, 3))
+jitted_mix = jax.jit(mix_with_random, static_argnums=3)
 
 
 def check_invariants(plan: MaskPlan, layout: TokenLayout, num_visible: int, present: np.ndarray | None = None) -> None:
@@ -84,7 +100,7 @@ def check_invariants(plan: MaskPlan, layout: TokenLayout, num_visible: int, pres
 @pytest.mark.parametrize("layout,num_visible", [(SMALL, 12), (UNEVEN, 1), (UNEVEN, 34)])
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_exactly_k_tokens_are_visible(name, layout, num_visible):
-    plan = make_plan(name, layout, num_visible, samples=64)
+    plan = made_plans(layout, num_visible, samples=64)[name]
     check_invariants(plan, layout, num_visible)
     assert plan.visible_valid.all() and plan.predicted_valid.all()
     np.testing.assert_array_equal((~plan.masked).sum(axis=1), num_visible)
@@ -126,7 +142,7 @@ def test_guided_scores_without_guidance_are_an_error(name):
         score(name, sample_keys(0, 0, 2), SMALL, None)
 
 
-PRESENCE = [[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
+PRESENCE = ((1, 1, 1), (1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 0, 1), (0, 0, 0))
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
@@ -134,7 +150,7 @@ PRESENCE = [[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
 def test_absent_tokens_are_never_visible_nor_predicted(name, num_visible):
     # With 20 visible tokens several samples have too few: all they have is shown, the other slots are invalid.
     present = token_presence(UNEVEN, PRESENCE)
-    plan = make_plan(name, UNEVEN, num_visible, len(PRESENCE), present)
+    plan = made_plans(UNEVEN, num_visible, len(PRESENCE), PRESENCE)[name]
     check_invariants(plan, UNEVEN, num_visible, present)
     assert not np.asarray(~plan.masked & ~present).any()
     assert not np.asarray(predicted_mask(plan) & ~present).any()
@@ -280,18 +296,22 @@ def test_one_compilation_serves_all_batches(name):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", sorted(SCORES))
-def test_plans_do_not_depend_on_the_devices(name):
-    def plan(keys, guidance):
-        return drop(score(name, stream_keys(keys, "scores"), SMALL, guidance), dirichlet_budget(keys, SMALL, 12), SMALL, 12)
-
+@pytest.fixture(scope="module")
+def on_one_and_four():
+    """The plans of one batch on one device, and spread over four."""
     results = []
     for count in (1, 4):
         sharding = batch_sharding(make_mesh(jax.devices()[:count]))
-        arguments = jax.device_put((sample_keys(5, 7, 16), guidance_of(SMALL, 16)), sharding)
-        results.append(jax.jit(plan)(*arguments))
-    assert len(results[1].masked.sharding.device_set) == 4
-    for one, four in zip(*results, strict=True):
+        keys, guidance = jax.device_put((sample_keys(5, 7, 16), guidance_of(SMALL, 16)), sharding)
+        results.append(jax.jit(plans, static_argnums=(1, 2))(keys, SMALL, 12, guidance))
+    return results
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_plans_do_not_depend_on_the_devices(name, on_one_and_four):
+    on_one, on_four = (made[name] for made in on_one_and_four)
+    assert len(on_four.masked.sharding.device_set) == 4
+    for one, four in zip(on_one, on_four, strict=True):
         np.testing.assert_array_equal(one, four)
 
 
@@ -391,9 +411,9 @@ def test_asymmetric_alphas():
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_guided_share_of_the_hidden_tokens(share):
     keys, scores = sample_keys(0, 0, 400), guidance_of(SMALL, 400)
-    counts = dirichlet_budget(stream_keys(keys, "budget"), SMALL, 12)
-    mixed = jax.jit(lambda s: mix_with_random(stream_keys(keys, "share"), scores, counts, SMALL, s))(share)
-    masked = np.asarray(drop(mixed, counts, SMALL, 12).masked)
+    counts = jitted_budget(stream_keys(keys, "budget"), SMALL, 12)
+    mixed = jitted_mix(stream_keys(keys, "share"), scores, counts, SMALL, share)
+    masked = np.asarray(jitted_drop(mixed, counts, SMALL, 12).masked)
     by_rank = []
     for i, span in enumerate(SMALL.spans()):
         hidden = 16 - np.asarray(counts[:, i])
@@ -409,7 +429,7 @@ def test_a_guided_share_of_the_hidden_tokens(share):
 @pytest.mark.parametrize("by", ["scores", "random"])
 def test_hidden_tokens_thrown_away_are_not_predicted(by):
     keys, scores = sample_keys(0, 0, 50), guidance_of(SMALL, 50)
-    counts = dirichlet_budget(stream_keys(keys, "budget"), SMALL, 12)
+    counts = jitted_budget(stream_keys(keys, "budget"), SMALL, 12)
     order = random_scores(keys, SMALL) if by == "random" else None
     plan = drop(scores, counts, SMALL, 12, None, 0.5, order)
     predicted, masked = np.asarray(predicted_mask(plan)), np.asarray(plan.masked)
