@@ -56,7 +56,7 @@ def records():
     with_torch = importlib.util.find_spec("torch") is not None
     return step.bench_step(
         TINY, batch=4, image=32, dtype="float32", steps=3, warmup=1, with_torch=with_torch,
-        num_visible=3, decoder=dict(width=16, depth=1, heads=2),
+        num_visible=3, decoder=dict(width=16, depth=1, heads=2), outputs=("rgb", "semseg"),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ SIZES = ("Ti", "S", "B", "L", "H")
 DTYPES = ("float32", "bfloat16")
 # The random-mask step first: ratios are against it.
 STEPS = ("random", "guided")
+OUTPUTS = ("rgb", "depth", "semseg", "norm_rgb")
 # Objectives side by side, as {name: fields of config.objective}: CrossMAE rebuilds a third of what it hides.
 OBJECTIVES = {"mae": {}, "crossmae": dict(kept_mask_ratio=0.25)}
 
@@ -25,7 +26,7 @@ def step_config(
     *,
     num_visible: int = 98,
     decoder: Mapping[str, int] | None = None,
-    outputs: Sequence[str] = ("rgb", "depth", "semseg", "norm_rgb"),
+    outputs: Sequence[str] = OUTPUTS,
 ) -> dict[str, Any]:
     """The config of one step: MultiMAE of the published recipe with rgb, depth, semseg and four outputs."""
     from maskvit.core.modalities import DEPTH, RGB, SEMSEG
@@ -72,13 +73,12 @@ def bench_step(
     steps: int,
     warmup: int,
     with_torch: bool,
-    num_visible: int = 98,
-    decoder: Mapping[str, int] | None = None,
+    **sizes: Any,
 ) -> list[dict[str, Any]]:
     """Time the steps of `STEPS`, and torch's, in turns: one record per measurement, see `step_record`.
 
-    `batch` is the global batch over all devices; `size` a name of `SIZES` or a block of encoder sizes. One state, donated
-    from step to step, goes through all of them: they are the same model and optimiser, so memory holds one copy.
+    `batch` is the global batch over all devices; `size` a name of `SIZES` or a block of encoder sizes; `sizes` as `step_config`.
+    One state, donated from step to step, goes through all of them: they are the same model and optimiser, so memory holds one copy.
     """
     import jax
 
@@ -87,9 +87,7 @@ def bench_step(
 
     mesh = make_mesh()
     check_batch(batch, mesh)
-    objectives = {
-        name: build_objective(step_config(size, image, dtype, name == "guided", num_visible=num_visible, decoder=decoder)) for name in STEPS
-    }
+    objectives = {name: build_objective(step_config(size, image, dtype, name == "guided", **sizes)) for name in STEPS}
     objective = objectives["random"]
     optimizer, shardings, state = fresh_state(objective, mesh)
     data = place_batch(synthetic_batch(objective.model, batch), mesh)
