@@ -16,7 +16,7 @@ def modalities() -> ConfigDict:
             rgb=dict(
                 kind="continuous", channels=3, patch=16, loss="mse", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
             ),
-            # Stored as 16-bit counts of 1/512 m; the model sees count / 2**16, standardised. A sensor's depth has holes:
+            # Stored as 16-bit counts of 1/512 m; the model sees count / 2**16, standardized. A sensor's depth has holes:
             # missing=0.0 says that the count 0 means "not measured".
             depth=dict(
                 kind="continuous",
@@ -85,7 +85,7 @@ def multimae_b() -> ConfigDict:
 
 
 def masked_autoencoder(name: str, encoder: str, **objective) -> ConfigDict:
-    """MAE or CrossMAE of the published recipe: rgb alone, a quarter of the tokens shown, normalised pixels rebuilt, batch 4096.
+    """MAE or CrossMAE of the published recipe: rgb alone, a quarter of the tokens shown, normalized pixels rebuilt, batch 4096.
 
     Weights decay, and so do the tokens; norms, biases and position tables do not. Differs from the reference in two ways that
     should not matter: bfloat16 without a loss scale instead of float16, and a warm-up that reaches its peak one step earlier.
@@ -151,7 +151,7 @@ def continue_multimae_b() -> ConfigDict:
 
 
 def distillation_s(name: str, epochs: float, global_batch: int) -> ConfigDict:
-    """What the published DINO and iBOT runs of a ViT-S/16 share: views, optimiser, schedules. `name`: "dino" or "ibot"."""
+    """What the published DINO and iBOT runs of a ViT-S/16 share: views, optimizer, schedules. `name`: "dino" or "ibot"."""
     config = ConfigDict(
         dict(
             seed=0,

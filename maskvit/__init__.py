@@ -1,4 +1,4 @@
-"""maskvit: masked image modelling with Vision Transformers in JAX."""
+"""maskvit: masked image modeling with Vision Transformers in JAX."""
 
 __version__ = "0.1.0"
 

@@ -114,7 +114,7 @@ def test_needs_no_data_library():
         f"sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None: importing it fails
         "from maskvit.commands.bench import step, timing\n"
         "import maskvit.training.step, maskvit.objectives, maskvit.core.flops\n"
-        "assert 0 < timing.utilisation(1e12, 'NVIDIA H200', 1) < 1\n"
+        "assert 0 < timing.utilization(1e12, 'NVIDIA H200', 1) < 1\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-2000:]

@@ -36,7 +36,7 @@ from maskvit.checkpoints import (
 from maskvit.core.types import TrainState, tree_paths
 from maskvit.sharding import make_mesh, parameter_shardings, record_rows
 
-OPTIMISER = optax.chain(
+OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.masked(optax.scale_by_adam(), {"dense": {"kernel": True}, "pos_embed": False}),
     optax.masked(optax.add_decayed_weights(0.1), {"dense": {"kernel": True}, "pos_embed": False}),
@@ -45,10 +45,10 @@ OPTIMISER = optax.chain(
 
 
 def make_state(step):
-    """A state with everything that is awkward on disk: masked and empty optimiser nodes, an empty objective state."""
+    """A state with everything that is awkward on disk: masked and empty optimizer nodes, an empty objective state."""
     key = jax.random.fold_in(jax.random.key(0), step)
     params = {"dense": {"kernel": jax.random.normal(key, (8, 6))}, "pos_embed": jax.random.normal(key, (2, 3, 4))}
-    updates, opt_state = OPTIMISER.update(jax.tree.map(jnp.ones_like, params), OPTIMISER.init(params), params)
+    updates, opt_state = OPTIMIZER.update(jax.tree.map(jnp.ones_like, params), OPTIMIZER.init(params), params)
     return TrainState(jnp.int32(step), optax.apply_updates(params, updates), opt_state, (), jnp.int32(2))
 
 

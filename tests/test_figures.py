@@ -1,4 +1,4 @@
-"""Pictures are what they say: sizes, colours, missing values, and a page that needs nothing beside itself."""
+"""Pictures are what they say: sizes, colors, missing values, and a page that needs nothing beside itself."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_prediction_of_rgb_is_clipped_and_keeps_its_scale():
     assert picture.tolist() == [[[0, 128, 255]]]
 
 
-def test_normals_are_centred():
+def test_normals_are_centered():
     picture = pictures.to_picture(MODALITIES["normals"], np.array([[[-1.0, 0.0, 1.0]]], np.float32))
     assert picture.tolist() == [[[0, 128, 255]]]
 
@@ -73,7 +73,7 @@ def test_missing_depth_is_hatched_and_the_rest_is_not():
     picture = pictures.to_picture(MODALITIES["depth"], holed, like=depth)
     hole = np.isnan(holed[..., 0])
     np.testing.assert_array_equal(picture[~hole], full[~hole])
-    assert {tuple(colour) for colour in picture[hole].tolist()} == set(pictures.HATCH)
+    assert {tuple(color) for color in picture[hole].tolist()} == set(pictures.HATCH)
     assert pictures.to_picture(MODALITIES["depth"], np.full((8, 8, 1), np.nan, np.float32)).shape == (8, 8, 3)
 
 
@@ -91,7 +91,7 @@ def test_one_channel_rises_in_lightness():
     assert (np.diff(lightness[0, 1:-1]) > 0).all()
 
 
-def test_many_bands_become_three_colours():
+def test_many_bands_become_three_colors():
     bands = np.random.default_rng(0).normal(size=(16, 16, 10)).astype(np.float32)
     bands[0, 0] = np.nan
     picture = pictures.to_picture(MODALITIES["bands"], bands)
@@ -102,8 +102,8 @@ def test_many_bands_become_three_colours():
 def test_class_ids():
     ids = np.array([[0, 1], [132, -1]], np.int32)
     picture = pictures.to_picture(MODALITIES["semseg"], ids)
-    colours = pictures.palette(133)
-    assert (picture[0, 0] == colours[0]).all() and (picture[1, 0] == colours[132]).all()
+    colors = pictures.palette(133)
+    assert (picture[0, 0] == colors[0]).all() and (picture[1, 0] == colors[132]).all()
     assert tuple(picture[1, 1]) in pictures.HATCH
     with pytest.raises(ValueError, match="class id 133 in modality 'semseg'.*133 classes"):
         pictures.to_picture(MODALITIES["semseg"], np.full((2, 2), 133))
@@ -111,11 +111,11 @@ def test_class_ids():
 
 @pytest.mark.parametrize("count", [2, 40, 133, 300])
 def test_palette_is_distinct(count):
-    colours = pictures.palette(count).astype(int)
-    nearest = min(np.abs(a - b).sum() for a, b in itertools.combinations(colours, 2))
-    assert colours.shape == (count, 3) and nearest >= (39 if count <= 133 else 19)
-    assert (colours.max(1) - colours.min(1) > 8).all(), "a grey class would look hidden or missing"
-    np.testing.assert_array_equal(colours, pictures.palette(400)[:count])
+    colors = pictures.palette(count).astype(int)
+    nearest = min(np.abs(a - b).sum() for a, b in itertools.combinations(colors, 2))
+    assert colors.shape == (count, 3) and nearest >= (39 if count <= 133 else 19)
+    assert (colors.max(1) - colors.min(1) > 8).all(), "a grey class would look hidden or missing"
+    np.testing.assert_array_equal(colors, pictures.palette(400)[:count])
 
 
 def test_channels_must_be_declared():
@@ -239,14 +239,14 @@ def test_page_refuses_ragged_tables():
         page.html_page("t", [page.Section("s", [page.Table(["a", "b"], [["only one"]])])])
 
 
-def test_labelled_grid():
+def test_labeled_grid():
     picture = np.full((32, 48, 3), 100, np.uint8)
     rows = [("one", [(picture, "below"), None]), ("two\nlines", [(picture, ""), (picture, "")])]
-    plain = open_png(panels.labelled_grid(["a", "b\nc"], rows))
+    plain = open_png(panels.labeled_grid(["a", "b\nc"], rows))
     assert plain.shape[0] > 2 * 132 and plain.shape[1] > 2 * 198
-    assert open_png(panels.labelled_grid(["a", "b"], rows, "title", heat=("0", "1"))).shape[0] > plain.shape[0]
+    assert open_png(panels.labeled_grid(["a", "b"], rows, "title", heat=("0", "1"))).shape[0] > plain.shape[0]
     with pytest.raises(ValueError, match="row 'one' has 2 tiles under 1 columns"):
-        panels.labelled_grid(["a"], rows)
+        panels.labeled_grid(["a"], rows)
 
 
 def test_heat_maps_share_a_scale():

@@ -43,7 +43,7 @@ def save(path: pathlib.Path, array: np.ndarray, **options) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """rgb, depth in millimetres with holes, class ids with 255; two classes, train and val."""
+    """rgb, depth in millimeters with holes, class ids with 255; two classes, train and val."""
     root, rng = tmp_path_factory.mktemp("own") / "garden", np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 4)):
         for i in range(count):
@@ -75,7 +75,7 @@ def test_from_a_folder_to_two_steps_of_training(folder, here, capsys, one_device
     assert main(["init", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "samples: 16 in train, 4 in val" in said and "classes: cat, dog (2)" in said
-    assert "its whole numbers are millimetres; else --modality depth,metres_per_count=" in said
+    assert "its whole numbers are millimeters; else --modality depth,metres_per_count=" in said
     assert "the id 255 means no label; else --modality semseg,missing=None" in said
     assert "config.global_batch = 8: 2 steps an epoch with 16 records" in said and "config.optimizer.base_lr = " in said
     assert build(builder_arguments(said)) == 0
@@ -135,7 +135,7 @@ def test_what_the_user_states_is_not_guessed(folder):
     data = look_at(str(folder), "data", None, given)
     assert data.modalities["depth"]["metres_per_count"] == 1 / 256 and data.modalities["depth"]["missing"] is None
     assert data.modalities["semseg"]["num_classes"] == 40
-    assert not [line for line in data.assumed if "millimetres" in line or "no label" in line or "classes, as" in line]
+    assert not [line for line in data.assumed if "millimeters" in line or "no label" in line or "classes, as" in line]
     assert "depth,channels=1,metres_per_count=1/256" in data.commands[-1]
 
 
@@ -168,7 +168,7 @@ def test_other_modalities(here):
     data = look_at("own", "data", "own", {})
     assert data.modalities["thermal"]["channels"] == 1 and data.modalities["thermal"]["scale"] == 1 / 65535
     assert data.modalities["normals"]["mirrored_channels"] == (0,) and data.modalities["normals"]["mean"] == (0.5,)
-    assert data.modalities["depth"]["metres_per_count"] == 1 / 512 and any("its numbers are metres" in line for line in data.assumed)
+    assert data.modalities["depth"]["metres_per_count"] == 1 / 512 and any("its numbers are meters" in line for line in data.assumed)
     objective = build_objective(recipe(data, None, None).config)
     assert objective.model.inputs == ("rgb", "depth", "normals", "thermal")
     assert build(shlex.split(data.commands[-1].replace("\\\n", " ").removeprefix("python -m maskvit data "))) == 0
@@ -214,7 +214,7 @@ def test_the_list_of_commands(capsys):
     assert main([]) == 0 and main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"python -m maskvit {name} {usage}" in said and what in said for name, (_, what, usage) in COMMANDS.items())
-    assert main(["initialise"]) == 2 and "has no command 'initialise'" in capsys.readouterr().err
+    assert main(["initialize"]) == 2 and "has no command 'initialize'" in capsys.readouterr().err
 
 
 def test_it_starts_as_a_module(here):

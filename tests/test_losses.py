@@ -1,4 +1,4 @@
-"""Losses and target normalisations against float64 numpy, and their gradients where there is nothing to predict."""
+"""Losses and target normalizations against float64 numpy, and their gradients where there is nothing to predict."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_sample_with_nothing_to_predict_has_a_finite_zero_gradient(everywhere)
     assert np.asarray(gradient[0]).any() != everywhere
 
 
-def test_patch_normalisation_divides_by_the_unbiased_deviation():
+def test_patch_normalization_divides_by_the_unbiased_deviation():
     target = 3 + 2 * array(2, 4, 16, 3)
     result, mean, deviation = normalize_patches(jnp.asarray(target))
     exact = target.astype(float)
@@ -77,7 +77,7 @@ def test_patch_normalisation_divides_by_the_unbiased_deviation():
     np.testing.assert_allclose(result * deviation + mean, target, rtol=1e-5, atol=1e-5)
 
 
-def test_patch_normalisation_over_valid_pixels_alone():
+def test_patch_normalization_over_valid_pixels_alone():
     target, valid = array(1, 3, 16, 2), np.ones((1, 3, 16), np.float32)
     valid[0, 1, 5:], valid[0, 2] = 0, 0
     junk = np.where(valid[..., None] > 0, target, 1e6)
@@ -104,7 +104,7 @@ def exact_standard(values: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 @pytest.mark.parametrize("side", [32, 224, 30])
-def test_depth_standardisation(side):
+def test_depth_standardization(side):
     values = (20000 + 8000 * array(2, side, side, 1)) / np.float32(65536)
     result, mean, deviation = standardize_trimmed(jnp.asarray(values))
     for i in range(2):
@@ -123,7 +123,7 @@ def test_outliers_are_transformed_but_not_counted():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.97])
-def test_standardising_with_missing_is_standardising_the_rest(share):
+def test_standardizing_with_missing_is_standardizing_the_rest(share):
     values = 0.3 + 0.01 * array(3, 40, 40, 1)
     valid = RNG.random((3, 40, 40, 1)) < share
     result, mean, deviation = standardize_trimmed(jnp.asarray(np.where(valid, values, np.nan)), jnp.asarray(valid))
@@ -134,7 +134,7 @@ def test_standardising_with_missing_is_standardising_the_rest(share):
     assert not np.asarray(result)[~valid].any()
 
 
-def test_nothing_missing_is_the_plain_standardisation():
+def test_nothing_missing_is_the_plain_standardization():
     values = jnp.asarray(array(2, 32, 32, 1))
     for ours, theirs in zip(standardize_trimmed(values), standardize_trimmed(values, jnp.ones(values.shape, bool)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Accumulation, files that survive a resume, throughput and utilisation, progress."""
+"""Accumulation, files that survive a resume, throughput and utilization, progress."""
 
 import io
 import json
@@ -165,12 +165,12 @@ def test_throughput_leaves_pauses_out():
     assert throughput.read() == {}
 
 
-def test_utilisation_is_known_or_absent_and_never_above_one(monkeypatch):
+def test_utilization_is_known_or_absent_and_never_above_one(monkeypatch):
     h200 = dict(device_kind="NVIDIA H200", device_count=2)
-    assert throughput.flops_utilisation(989e12, 1.0, **h200) == pytest.approx(0.5)
-    assert throughput.flops_utilisation(1e12, 1.0, device_kind="cpu") is None
+    assert throughput.flops_utilization(989e12, 1.0, **h200) == pytest.approx(0.5)
+    assert throughput.flops_utilization(1e12, 1.0, device_kind="cpu") is None
     with pytest.raises(throughput.MeasurementError, match="clock"):
-        throughput.flops_utilisation(989e12, 3.0, **h200)
+        throughput.flops_utilization(989e12, 3.0, **h200)
     monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e3)
     clock = Clock()
     measured = Throughput(global_batch=8, flops_per_step=1e9, clock=clock)

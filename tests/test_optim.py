@@ -99,7 +99,7 @@ def test_schedules_that_cannot_be_are_errors(arguments, message):
         Cosine(peak=1.0, **arguments)
 
 
-# The optimiser
+# The optimizer
 
 TREE = {
     "layer": {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full((2,), 0.3)},
@@ -206,7 +206,7 @@ def test_moments_that_do_not_fit_are_errors():
         with_adam_moments(fresh, given)
 
 
-# What self-distillation asks of the optimiser
+# What self-distillation asks of the optimizer
 
 DISTILLED = {
     "inputs": {"rgb": {"proj": {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full((2,), 0.3)}, "mask_embed": jnp.full((2,), 0.2)}},

@@ -53,7 +53,7 @@ def test_resampling_is_torchs(method, source, goal):
 
 
 def test_resampling_known_weights():
-    # Doubling, second point: centre 0.25; cubic kernel with a = -0.75 at distances 1.25, 0.25, 0.75, 1.75.
+    # Doubling, second point: center 0.25; cubic kernel with a = -0.75 at distances 1.25, 0.25, 0.75, 1.75.
     weights = resampling_matrix(8, 16, "bicubic")[5]
     np.testing.assert_allclose(weights[1:5], [-0.10546875, 0.87890625, 0.26171875, -0.03515625], atol=1e-7)
     np.testing.assert_allclose(resampling_matrix(8, 16, "bilinear")[5, 2:4], [0.75, 0.25], atol=1e-7)

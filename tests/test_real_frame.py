@@ -24,7 +24,7 @@ def run_on_real_frame(directory: pathlib.Path, steps: int, **sizes: dict) -> tup
     missing = write_frame_folder(directory / "pictures")
     config = common.attention_guided(common.scenes())
     config.modalities.semseg.num_classes = FRAME_CLASSES
-    config.modalities.depth.metres_per_count = 1 / 2000  # the frame lies within two metres
+    config.modalities.depth.metres_per_count = 1 / 2000  # the frame lies within two meters
     with config.unlocked():
         config.objective.update(sizes)
         config.data.train = dict(source="tfds", name="frame", data_dir=str(directory / "data"), split="train")

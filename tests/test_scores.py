@@ -296,7 +296,7 @@ def test_gumbel_tends_to_top_k_and_to_random():
     for temperature in (1e-7, 1e-30):
         cold = hidden(draw("gumbel", guidance, temperature=temperature), 98)
         agreement = (cold == hidden(np.asarray(guidance), 98)).mean()
-        assert agreement > 0.9999  # equal logarithms of neighbouring float32 values are drawn at random
+        assert agreement > 0.9999  # equal logarithms of neighboring float32 values are drawn at random
     for temperature in (1e7, float("inf")):
         scores = draw("gumbel", guidance, temperature=temperature)
         assert np.isfinite(scores).all() and abs(spearman(scores, np.asarray(guidance))) < 0.015
@@ -314,8 +314,8 @@ def test_gumbel_draws_zeros_last_and_among_themselves_at_random():
 # Rectangles
 
 
-def agreeing_neighbours(masks: np.ndarray) -> float:
-    """Share of pairs of neighbouring cells that are both hidden or both shown."""
+def agreeing_neighbors(masks: np.ndarray) -> float:
+    """Share of pairs of neighboring cells that are both hidden or both shown."""
     return float(((masks[:, 1:] == masks[:, :-1]).mean() + (masks[:, :, 1:] == masks[:, :, :-1]).mean()) / 2)
 
 
@@ -340,7 +340,7 @@ def is_rectangle(mask: np.ndarray) -> bool:
 @pytest.mark.parametrize("share", [0.4, 0.83])
 def test_blocks_are_connected_where_random_masks_are_not(share):
     masks = {name: hidden(draw(name)[:200], int(196 * share)).reshape(-1, 14, 14) for name in ("block", "random")}
-    assert agreeing_neighbours(masks["block"]) > 0.85 > 0.75 > agreeing_neighbours(masks["random"])
+    assert agreeing_neighbors(masks["block"]) > 0.85 > 0.75 > agreeing_neighbors(masks["random"])
     parts = {name: np.mean([components(mask) for mask in masks[name][:60]]) for name in masks}
     # Blocks: a rectangle or two, and the scattered cells of the last one.
     assert parts["block"] < {0.4: 6, 0.83: 3}[share]
@@ -390,7 +390,7 @@ def test_multi_block_hides_targets_then_the_surroundings_then_the_context():
     assert (first[(classes == 2).reshape(2000, -1)].mean()) > 0.85
 
 
-# Colours
+# Colors
 
 
 def test_colors_have_the_bands_of_their_filters():
@@ -409,7 +409,7 @@ def test_colors_have_the_bands_of_their_filters():
 
 
 @pytest.mark.parametrize("kind,signs", [("red", (1, 1, 1)), ("green", (1, -1, -1)), ("blue", (-1, 1, 0)), ("purple", (-1, 1, 1))])
-def test_colors_correlate_neighbours_as_their_filters_do(kind, signs):
+def test_colors_correlate_neighbors_as_their_filters_do(kind, signs):
     noise = draw("color", kind=kind).reshape(-1, 14, 14)
     offsets = np.arange(-8, 9)
     blur = {s: np.exp(-(offsets**2) / (2 * s**2)) / np.exp(-(offsets**2) / (2 * s**2)).sum() for s in (0.5, 2.0)}

@@ -171,7 +171,7 @@ def plain() -> tuple[TrainState, float, dict[str, np.ndarray]]:
     return state, *gradients_of(objective, state)
 
 
-def test_rematerialisation_changes_no_number(plain):
+def test_rematerialization_changes_no_number(plain):
     state, loss, grads = plain
     loss_remat, grads_remat = gradients_of(small_objective(remat=True), state)
     np.testing.assert_allclose(loss_remat, loss, rtol=1e-6)

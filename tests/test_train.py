@@ -339,7 +339,7 @@ def change(config, path, value):
         ("objective.scores", {"name": "loud"}, "config.objective.scores.name is 'loud'; known: random"),
         ("objective.num_visible", 48, "num_visible is 48, but an image of .* has 48 tokens"),
         ("objective.inputs", ("rgb", "thermal"), "config.objective.inputs names 'thermal'; declared"),
-        ("objective.outputs", ("norm_semseg",), "cannot be normalised per patch"),
+        ("objective.outputs", ("norm_semseg",), "cannot be normalized per patch"),
         ("objective.scores", {"name": "attention_high"}, "needs config.objective.guidance"),
         ("objective.budget", {"name": "dirichlet", "alphas": (1.0, 2.0)}, "alphas has 2 values for 3 modalities"),
         ("image_size", (36, 32), "image height 36 is not a multiple of modality 'rgb'"),

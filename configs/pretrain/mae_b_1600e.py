@@ -1,4 +1,4 @@
-"""MAE-B from scratch by the published recipe: 1600 epochs, batch 4096, 147 of 196 tokens hidden, normalised pixels rebuilt.
+"""MAE-B from scratch by the published recipe: 1600 epochs, batch 4096, 147 of 196 tokens hidden, normalized pixels rebuilt.
 
     python main.py --config=configs/pretrain/mae_b_1600e.py --workdir=runs/mae_b_1600e
 

@@ -1,4 +1,4 @@
-"""MAE-H from scratch by the published recipe: 1600 epochs, batch 4096, 192 of 256 tokens of 14 pixels hidden, normalised pixels rebuilt.
+"""MAE-H from scratch by the published recipe: 1600 epochs, batch 4096, 192 of 256 tokens of 14 pixels hidden, normalized pixels rebuilt.
 
     python main.py --config=configs/pretrain/mae_h_1600e.py --workdir=runs/mae_h_1600e
 

@@ -24,7 +24,7 @@ def get_config():
         config.objective.scores = dict()
         config.objective.masking = dict()
         config.objective.guidance = dict(name="block_mask", ratio=(0.0, 0.3), ratio_var=(0.0, 0.2))
-        # A few hundred steps take a teacher that follows fast, and that one a centre which does not lag behind it: with the
+        # A few hundred steps take a teacher that follows fast, and that one a center which does not lag behind it: with the
         # published 0.9 every image is told the same, and at the published temperature of 0.04 the teacher ended uniform.
         config.objective.teacher_momentum = 0.95
         config.objective.center_momentum = 0.0

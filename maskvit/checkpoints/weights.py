@@ -73,7 +73,7 @@ def load_objective_state(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
-    """`objective_state` with teacher and centres of the checkpoint at `path`, where both have them and all are of the same shapes.
+    """`objective_state` with teacher and centers of the checkpoint at `path`, where both have them and all are of the same shapes.
 
     Otherwise (another model, or one without a teacher) as it is: the teacher starts as the student.
     """
@@ -84,7 +84,7 @@ def with_stored_teacher(objective_state: Any, path: str | os.PathLike) -> Any:
     if shapes(stored) != shapes(objective_state):
         logging.info("the teacher starts as the student: %s holds %s", path, "another one" if stored else "none")
         return objective_state
-    logging.info("teacher and centres taken from %s", path)
+    logging.info("teacher and centers taken from %s", path)
     return stored
 
 
@@ -115,7 +115,7 @@ def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     adam = read_state_part(step_dir, part)
     if np.shape(adam["count"]) or not np.issubdtype(np.asarray(adam["count"]).dtype, np.integer):
-        raise CheckpointError(f"the checkpoint {path} holds optimiser moments whose count is no whole number")
+        raise CheckpointError(f"the checkpoint {path} holds optimizer moments whose count is no whole number")
     return adam
 
 
@@ -147,7 +147,7 @@ def init_from(
     """Start a model from a checkpoint of the same or a similar model.
 
     Args:
-      initial: freshly initialised parameters, a nested dict of numpy or jax arrays.
+      initial: freshly initialized parameters, a nested dict of numpy or jax arrays.
       path: as in `find_checkpoint`.
       fresh: regular expressions, each matched against the *whole* path ("outputs/semseg/head/.*") of the model's
         tensors: those keep their fresh values.

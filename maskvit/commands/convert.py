@@ -2,12 +2,12 @@
 
 Read are .pth, .safetensors, folders and shards of Hugging Face, and ViTs exported to ONNX:
 
-  MultiMAE           its pretraining files, with optimiser; MultiViT, its encoder alone, with --allow 'outputs/.*' (fresh decoders)
+  MultiMAE           its pretraining files, with optimizer; MultiViT, its encoder alone, with --allow 'outputs/.*' (fresh decoders)
   MAE, CrossMAE      with their decoders; Hugging Face's ViTMAEForPreTraining. --target says raw or normalized where the file does not;
                      MAE's encoder alone, with --target and --allow 'outputs/.*' (a fresh decoder)
   plain ViTs         timm (with or without class token, LayerScale), MAE's encoder and its fine-tuned forms, DINO, DINOv2, iBOT and
                      AttMask (backbones, or one of two models), Hugging Face's ViTModel, ViTMAEModel, ViTForImageClassification, Dinov2Model
-  DINO, iBOT         --model both keeps student, teacher, their heads and the loss's centres, to train on
+  DINO, iBOT         --model both keeps student, teacher, their heads and the loss's centers, to train on
   ResNets            torchvision's keys, for Grad-CAM
 
 What shapes do not show (heads, a grid that is not square, mean and deviation of the input) is read where the file or the config files
@@ -61,7 +61,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="REGEX",
-        help="keys or paths that may be left out or stay at their initialisation, and classes in a .pth that stand-ins may take the "
+        help="keys or paths that may be left out or stay at their initialization, and classes in a .pth that stand-ins may take the "
         "place of; may be given several times",
     )
     found.add_argument(

@@ -49,7 +49,7 @@ def held_out_losses(objective: Any, params: Params, batches: Sequence[Batch], pl
 
 def mean_patches(objective: Any, batches: Sequence[Batch]) -> dict[str, Float[Array, "n p c"]]:
     """What a model without eyes predicts: the mean over images of every output at every place; for classes, the
-    logarithm of their frequency there. For an output of normalised patches that is each patch's own mean: zero."""
+    logarithm of their frequency there. For an output of normalized patches that is each patch's own mean: zero."""
 
     def of_batch(batch: Batch) -> dict[str, Array]:
         prepared, result = objective.prepare(batch), {}
@@ -225,7 +225,7 @@ def build_page(
             S("Did it work", [T(("check", "result"), [(name, "pass" if passed else "FAIL") for name, passed in checks])]),
             S("Held-out loss", [
                 P("Over held-out scenes at fixed masks: those that the imported checkpoint's own attention asks for. A mean patch "
-                  "predicts, at every place, the training set's mean there (class frequencies for the semantic map; for normalised "
+                  "predicts, at every place, the training set's mean there (class frequencies for the semantic map; for normalized "
                   "patches each patch's own mean)."),
                 T(("output", "imported", "continued", "mean patch"), loss_rows),
             ]),
@@ -235,7 +235,7 @@ def build_page(
             ]),
             S("Training", [F(curves.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps.")]),
             S("k-NN on frozen features", [
-                P("Top-1 on the kind of the nearest object. Mean colour and raw pixels are baselines without a model."),
+                P("Top-1 on the kind of the nearest object. Mean color and raw pixels are baselines without a model."),
                 F(curves.bars(groups, references={"chance": 100 / len(KIND_NAMES)}), "Top-1 accuracy, k = 20, before and after."),
                 T(("feature", "imported", "continued"), knn_rows),
             ]),

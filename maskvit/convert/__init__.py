@@ -83,7 +83,7 @@ def understand(
     What the shapes do not show is decided by these, else by what stands in the file or beside it, else by what is usual, which
     is logged: `num_heads`, `decoder_num_heads`; `target` "raw" or "normalized", what a masked autoencoder predicts (never assumed);
     `grid`, rows and columns of a plain ViT's position table; `rgb`, "mean", "std" and "scale" of its input.
-    `allow`: regular expressions of our paths that may stay at their initialisation and of keys that may be left out. `model` as
+    `allow`: regular expressions of our paths that may stay at their initialization and of keys that may be left out. `model` as
     in `open_checkpoint`.
     """
     where, allowed = str(checkpoint.path), allow if isinstance(allow, Allowed) else Allowed(allow)
@@ -124,7 +124,7 @@ def convert(
 ) -> dict[str, Any]:
     """Write a PyTorch or ONNX checkpoint as one of ours, which `config.init_from.path` and `maskvit.load` open. Returns its metadata.
 
-    Optimiser moments and the number of finished epochs come along when the file has them. What became of every tensor is
+    Optimizer moments and the number of finished epochs come along when the file has them. What became of every tensor is
     written to `dst`/conversion.txt. Arguments as in `understand`.
     """
     started = time.monotonic()
@@ -139,7 +139,7 @@ def convert(
     rows = _rows(plan, "student." if model == "both" else "")
     objective_state, checked = None, names_of(plan)
     if model == "both":
-        objective_state, more_rows, more_names = _teacher_and_centres(checkpoint, plan.config, where, allowed)
+        objective_state, more_rows, more_names = _teacher_and_centers(checkpoint, plan.config, where, allowed)
         rows, checked = rows + more_rows, checked + more_names
     allowed.check_use(checked, where)
     if plan.fresh:
@@ -164,7 +164,7 @@ def convert(
     report.write(Path(dst) / report.FILE, title, rows, plan.said)
     LOG.info("%s: %s written to %s in %.0f s", src, plan.family, dst, time.monotonic() - started)
     LOG.info("%s; every one is listed in %s", report.summary(rows), Path(dst) / report.FILE)
-    LOG.info("optimiser moments: %s; epochs done: %s", "imported" if adam else "none imported", checkpoint.epochs_done or "not said")
+    LOG.info("optimizer moments: %s; epochs done: %s", "imported" if adam else "none imported", checkpoint.epochs_done or "not said")
     if public:
         LOG.info("licence of these weights: %s%s", public.licence, " (not for commercial use)" * (public.licence == NON_COMMERCIAL))
     return metadata
@@ -189,21 +189,21 @@ def _rows(plan: Understood, prefix: str = "", path_prefix: str = "") -> list[Row
     return rows + [Row("left out", ((prefix + key, shape),), (), why) for key, (shape, why) in plan.left_out.items()]
 
 
-def _teacher_and_centres(
+def _teacher_and_centers(
     checkpoint: Checkpoint, config: Mapping[str, Any], where: str, allowed: Allowed
 ) -> tuple[dict[str, Any], list[Row], list[str]]:
-    """(what the objective keeps beside the student, its rows, the names in it). Centres that are allowed to be missing are zero."""
+    """(what the objective keeps beside the student, its rows, the names in it). Centers that are allowed to be missing are zero."""
     rules = distillation.rules(config, teacher=True)
     teacher = understand_state(checkpoint.parts["teacher"], DISTILLED, f"{where} (teacher)", Hints(), allowed, rules)
     found = checkpoint.parts.get("loss", {})
     source = Source(f"{where} (its loss)", dict(found), {key: key for key in found}, {}, "the loss of self-distillation")
-    centres = matched(DISTILLED, {}, distillation.centre_rules(config), source, allowed, [])
+    centers = matched(DISTILLED, {}, distillation.center_rules(config), source, allowed, [])
     state: dict[str, Any] = {"teacher": to_ours(teacher.rules, _float32(teacher.source.tensors), teacher.source.where)}
-    state |= to_ours(centres.rules, _float32(centres.source.tensors), source.where)
-    state |= {path: np.zeros(shape, np.float32) for path, shape in centres.fresh.items()}
+    state |= to_ours(centers.rules, _float32(centers.source.tensors), source.where)
+    state |= {path: np.zeros(shape, np.float32) for path, shape in centers.fresh.items()}
     rows = _rows(teacher, "teacher.", "objective_state/teacher/")
-    rows += _rows(centres, f"{config['objective']['name']}_loss.", "objective_state/")
-    return state, rows, names_of(teacher) + names_of(centres)
+    rows += _rows(centers, f"{config['objective']['name']}_loss.", "objective_state/")
+    return state, rows, names_of(teacher) + names_of(centers)
 
 
 def _initial(plan: Understood) -> dict[str, np.ndarray]:
@@ -245,7 +245,7 @@ def inspect(
         f"family      {name}" + (f" (cannot be converted: {reason})" if reason else ""),
         f"keys        {', '.join(checkpoint.content)}",
         f"tensors     {len(state)}, {total:,} values of which {total - frozen:,} trained; {types}",
-        f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimiser moments: {'yes' if checkpoint.adam else 'no'}",
+        f"training    epochs done: {checkpoint.epochs_done or 'not said'}; optimizer moments: {'yes' if checkpoint.adam else 'no'}",
     ]
     if checkpoint.parts.keys() >= {"student", "teacher"}:
         lines.append(f"models      student and teacher; this is the {'student' if model != 'teacher' else 'teacher'} (--model)")

@@ -24,7 +24,7 @@ RENAMED = (
     (re.compile(r"(^|\.)blocks\.\d+\.(\d+)\."), r"\1blocks.\2."),
     # transformers 5 writes a decoder's blocks under this name, which none of its versions reads in other files.
     (re.compile(r"(^|\.)decoder\.decoder_encoder\.layer\."), r"\1decoder.decoder_layers."),
-    # Weight normalisation of torch 2: scale and direction.
+    # Weight normalization of torch 2: scale and direction.
     (re.compile(r"\.parametrizations\.weight\.original0$"), ".weight_g"),
     (re.compile(r"\.parametrizations\.weight\.original1$"), ".weight_v"),
 )
@@ -89,7 +89,7 @@ def _roots(prefixes: list[str]) -> dict[str, str]:
 def models_of(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """The models in one flat state dict by what their keys begin with; {"": the whole} where it holds one or none that is known.
 
-    The centres of a loss come under the loss's name. Where there are several, keys lose what they begin with.
+    The centers of a loss come under the loss's name. Where there are several, keys lose what they begin with.
     """
     names = _unwrapped(state)
     prefixes = _prefixes(names.values())

@@ -72,12 +72,12 @@ def rules(config: Mapping[str, Any], teacher: bool = False) -> list[Rule]:
 
 
 def _prototypes(key: str, path: str, bottleneck: int, count: int) -> list[Rule]:
-    """A weight-normalised linear layer without bias."""
+    """A weight-normalized linear layer without bias."""
     scale = reshaped(f"{key}.weight_g", f"{path}/scale", (count, 1), (count,))
     return [scale, transposed(f"{key}.weight_v", f"{path}/kernel", (count, bottleneck))]
 
 
-def centre_rules(config: Mapping[str, Any]) -> list[Rule]:
+def center_rules(config: Mapping[str, Any]) -> list[Rule]:
     """The running means of the teacher's outputs, a part of the loss."""
     projection = config["objective"]["projection"]
     count = projection["num_prototypes"]

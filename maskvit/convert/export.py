@@ -292,17 +292,17 @@ def _wrapped(key: str) -> str:
 def _both(
     student: Mapping[str, np.ndarray], rows: Sequence[Row], model: Model, state: Mapping[str, Any], where: str
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """The student's tensors with the teacher's and the loss's centres, each under its own name, and the rows of all."""
+    """The student's tensors with the teacher's and the loss's centers, each under its own name, and the rows of all."""
     if not state:
         raise ConversionError(f"{where}: holds no teacher: it was not trained or imported with both models")
     name = model.objective["name"]
-    teacher_rules, centre_rules = distillation.rules(model.config, teacher=True), distillation.centre_rules(model.config)
+    teacher_rules, center_rules = distillation.rules(model.config, teacher=True), distillation.center_rules(model.config)
     teacher = to_torch(teacher_rules, state["teacher"], f"{where} (teacher)")
-    centres = to_torch(centre_rules, {key: value for key, value in state.items() if key != "teacher"}, f"{where} (centres)")
-    names = {key: f"teacher.{_wrapped(key)}" for key in teacher} | {key: f"{name}_loss.{key}" for key in centres}
+    centers = to_torch(center_rules, {key: value for key, value in state.items() if key != "teacher"}, f"{where} (centers)")
+    names = {key: f"teacher.{_wrapped(key)}" for key in teacher} | {key: f"{name}_loss.{key}" for key in centers}
     more = [converted(rule, names, "objective_state/teacher/", backwards=True) for rule in teacher_rules]
-    more += [converted(rule, names, "objective_state/", backwards=True) for rule in centre_rules]
-    return {**student, **{names[key]: value for key, value in (teacher | centres).items()}}, [*rows, *more]
+    more += [converted(rule, names, "objective_state/", backwards=True) for rule in center_rules]
+    return {**student, **{names[key]: value for key, value in (teacher | centers).items()}}, [*rows, *more]
 
 
 def _write(dst: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:

@@ -172,7 +172,7 @@ class Understood(NamedTuple):
       config: of the model.
       rules: every tensor that is converted; those of `source`.
       source: the file's tensors.
-      fresh: our paths, with shapes, of what stays at its initialisation.
+      fresh: our paths, with shapes, of what stays at its initialization.
       left_out: the file's keys of what is not read: their shapes, and why.
       said: what was done beside, line by line.
     """
@@ -226,7 +226,7 @@ def matched(family: Family, config: dict[str, Any], rules: list[Rule], source: S
     problems = []
     if missing:
         remedy = allow_flags(covering({path for _, rule in missing for path in rule.paths}, path_shapes(rules)))
-        advice = family.advice or f"{remedy} leaves what they become at its initialisation"
+        advice = family.advice or f"{remedy} leaves what they become at its initialization"
         start = f"is {family.name}, and " if family.advice else ""
         problems.append(f"{start}{len(missing)} tensors are missing: {listed(key for key, _ in missing)}; {advice}")
     surplus = tensors.keys() - key_shapes(rules).keys()

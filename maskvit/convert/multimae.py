@@ -1,4 +1,4 @@
-"""MultiMAE's key layout: recognise a file, read the sizes off its shapes, and the rules to and from our parameters.
+"""MultiMAE's key layout: recognize a file, read the sizes off its shapes, and the rules to and from our parameters.
 
 MultiViT is its encoder with the input adapters, without decoders.
 """
@@ -163,7 +163,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], where: str, others: int = 0) -> dict[str, Any] | None:
     """AdamW's moments of a training checkpoint by tensor name: {"count", "mu", "nu"}; None where no step was taken.
 
-    The optimiser numbers the model's parameters in state-dict order, the frozen position tables left out; `others` more
+    The optimizer numbers the model's parameters in state-dict order, the frozen position tables left out; `others` more
     that are not the model's (learned loss weights) come after them and are left out.
     """
     names = [key for key in state if not key.endswith(".pos_emb")]
@@ -173,16 +173,16 @@ def adam_by_key(optimizer: Mapping[str, Any], state: Mapping[str, np.ndarray], w
         if not entries:
             return None
         if len(numbers) != len(names) + others or set(entries) != set(numbers):
-            raise ConversionError(f"{where}: the optimiser has {len(entries)} states for {len(names)} trained tensors")
+            raise ConversionError(f"{where}: the optimizer has {len(entries)} states for {len(names)} trained tensors")
         numbers = numbers[: len(names)]
         strangers = {kind for number in numbers for kind in entries[number]} - {"step", "exp_avg", "exp_avg_sq"}
         if strangers:
             raise ConversionError(f"{where}: its 'optimizer' is not AdamW's: it also holds {sorted(map(str, strangers))}")
         counts = {float(np.asarray(entries[number]["step"])) for number in numbers}
         if any(not 0 <= count < 2**31 for count in counts):
-            raise ConversionError(f"{where}: the optimiser's step counts are no counts: {sorted(counts)[:4]}")
+            raise ConversionError(f"{where}: the optimizer's step counts are no counts: {sorted(counts)[:4]}")
         if len(counts) != 1:
-            raise ConversionError(f"{where}: the optimiser's tensors have taken different numbers of steps: {sorted(counts)}")
+            raise ConversionError(f"{where}: the optimizer's tensors have taken different numbers of steps: {sorted(counts)}")
         if not all(isinstance(entries[number][kind], np.ndarray) for number in numbers for kind in ("exp_avg", "exp_avg_sq")):
             raise ConversionError(f"{where}: its 'optimizer' is not AdamW's: a moment is no tensor")
         moments = {kind: {name: entries[n][kind] for name, n in zip(names, numbers, strict=True)} for kind in ("exp_avg", "exp_avg_sq")}

@@ -1,4 +1,4 @@
-"""What became of every tensor of a conversion: which key went where, what was left out, what stayed at its initialisation."""
+"""What became of every tensor of a conversion: which key went where, what was left out, what stayed at its initialization."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def summary(rows: Iterable[Row]) -> str:
         counts[row.action] += len(row.target if row.action == "fresh" else row.source)
         counts["result"] += len(row.target) * (row.action == "converted")
     result = f" to {counts['result']}" if counts["result"] != counts["converted"] else ""
-    return f"{counts['converted']} tensors converted{result}, {counts['left out']} left out, {counts['fresh']} at their initialisation"
+    return f"{counts['converted']} tensors converted{result}, {counts['left out']} left out, {counts['fresh']} at their initialization"
 
 
 def write(path: Path, title: str, rows: Sequence[Row], said: Sequence[str]) -> None:

@@ -98,13 +98,13 @@ class Hints:
         return self._heads(width, self.decoder_num_heads, stated, usual, "decoder", "--decoder-num-heads", where)
 
     def normalized(self, where: str) -> bool:
-        """Whether a masked autoencoder predicts per-patch normalised pixels, which nothing in its tensors shows."""
+        """Whether a masked autoencoder predicts per-patch normalized pixels, which nothing in its tensors shows."""
         if self.target is not None:
             return self.target == "normalized"
         if type(self.args.get("norm_pix_loss")) is bool:
             return self.args["norm_pix_loss"]
         raise ConversionError(
-            f"{where}: does not say whether its decoder predicts raw pixels (MAE's mae_visualize_* files) or pixels normalised per "
+            f"{where}: does not say whether its decoder predicts raw pixels (MAE's mae_visualize_* files) or pixels normalized per "
             "patch (its *_full files): give --target raw or --target normalized"
         )
 

@@ -98,7 +98,7 @@ def layout_of(keys: Any) -> Names | None:
 
 
 def is_vit(keys: Any) -> bool:
-    """Whether these are the keys of an encoder alone: a patch projection and blocks, and no decoder of masked modelling."""
+    """Whether these are the keys of an encoder alone: a patch projection and blocks, and no decoder of masked modeling."""
     return layout_of(keys) is not None and not any("decoder_pos_embed" in key or "cross_attn" in key for key in keys)
 
 

@@ -36,7 +36,7 @@ class Modality:
         (MultiMAE's depth), after `scale`.
       missing: the stored value that means "no measurement" (NaN always does), None where every value counts; for
         categorical the id that means "no label".
-      metres_per_count: what one stored unit is in metres where the modality is a distance; for pictures and metrics.
+      metres_per_count: what one stored unit is in meters where the modality is a distance; for pictures and metrics.
       embed_dim: width of the class embedding, categorical only.
       mirrored_channels: channels that point to the left or right (of surface normals the x channel): where a picture is mirrored
         their model value changes its sign, so `mean` must be the value (after `scale`) of no direction. Continuous only.

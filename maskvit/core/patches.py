@@ -47,25 +47,25 @@ def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 def resampling_matrix(size_in: int, size_out: int, method: str, offset: float = 0.0) -> Float[np.ndarray, "o i"]:
     """Rows of weights that resample `size_in` points to `size_out`, as `torch.nn.functional.interpolate` does with
-    `align_corners=False` and no antialiasing: half-pixel centres, border index clamped. `method`: "bicubic" or "bilinear".
+    `align_corners=False` and no antialiasing: half-pixel centers, border index clamped. `method`: "bicubic" or "bilinear".
 
     `offset` moves the sample points as the scale factor (size_out + offset) / size_in does: DINO and what descends from it
     add 0.1 so that rounding cannot lose a row, and thereby read their tables at slightly other places.
     """
-    centre = (np.arange(size_out) + 0.5) * size_in / (size_out + offset) - 0.5
+    center = (np.arange(size_out) + 0.5) * size_in / (size_out + offset) - 0.5
     taps: tuple[int, ...]
     if method == "bilinear":
-        centre = np.maximum(centre, 0.0)
+        center = np.maximum(center, 0.0)
         taps, kernel = (0, 1), lambda x: np.maximum(1 - np.abs(x), 0.0)
     elif method == "bicubic":
         taps, kernel = (-1, 0, 1, 2), _cubic
     else:
         raise ValueError(f"unknown resampling {method!r}; known: bicubic, bilinear")
-    first = np.floor(centre)
+    first = np.floor(center)
     matrix = np.zeros((size_out, size_in))
     for tap in taps:
         index = np.clip(first + tap, 0, size_in - 1).astype(int)
-        np.add.at(matrix, (np.arange(size_out), index), kernel(centre - (first + tap)))
+        np.add.at(matrix, (np.arange(size_out), index), kernel(center - (first + tap)))
     return matrix.astype(np.float32)
 
 

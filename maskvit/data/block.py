@@ -30,9 +30,9 @@ def draw_ratio(rng: UniformSource, ratio: float | Sequence[float], ratio_var: fl
     variations = tuple(ratio_var) if isinstance(ratio_var, Sequence) else (ratio_var,) * len(ratios)
     if not ratios or len(ratios) != len(variations):
         raise ValueError(f"ratio has {len(ratios)} values and ratio_var {len(variations)}: give as many of each, at least one")
-    for centre, variation in zip(ratios, variations, strict=True):
-        if not 0 <= centre - variation <= centre + variation <= 1:
-            raise ValueError(f"ratio {centre} -+ ratio_var {variation} must be in 0 ... 1")
+    for center, variation in zip(ratios, variations, strict=True):
+        if not 0 <= center - variation <= center + variation <= 1:
+            raise ValueError(f"ratio {center} -+ ratio_var {variation} must be in 0 ... 1")
     drawn = [_uniform(rng, c - v, c + v) if v > 0 else float(c) for c, v in zip(ratios, variations, strict=True)]
     return drawn[_integer(rng, len(drawn) - 1)] if len(drawn) > 1 else drawn[0]
 

@@ -102,6 +102,6 @@ def _unpack(data: bytes) -> np.ndarray:
     values <<= 8
     values |= planes[0]
     values = values.reshape(shape)
-    for row in range(1, shape[0]):  # vectorised along the row; `np.add.accumulate` over axis 0 is slower
+    for row in range(1, shape[0]):  # vectorized along the row; `np.add.accumulate` over axis 0 is slower
         values[row] += values[row - 1]
     return values.view(dtype)

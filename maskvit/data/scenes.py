@@ -1,9 +1,9 @@
 """`scenes`, the embedded data: ray-cast textured solids on textured ground, with exact depth, classes and label.
 
-Sample i of a seed is a pure function of (seed, i). Colours and textures are drawn independently of the kinds of the
-objects, so a mean colour tells nothing of the label: it takes shape.
+Sample i of a seed is a pure function of (seed, i). Colors and textures are drawn independently of the kinds of the
+objects, so a mean color tells nothing of the label: it takes shape.
 
-World frame: x right, y forward, z up, metres, ground at z = 0. Camera rays are scaled to a forward component of 1, so
+World frame: x right, y forward, z up, meters, ground at z = 0. Camera rays are scaled to a forward component of 1, so
 the ray parameter *is* the depth along the optical axis. Solids are unions of canonical ones (unit ball, cube, cylinder,
 cone, pyramid, torus) under affine maps, which leave the ray parameter as it is.
 """
@@ -35,10 +35,10 @@ PATTERNS = ("plain", "checks", "stripes", "dots", "clouds", "waves")
 
 @dataclasses.dataclass(frozen=True)
 class Texture:
-    """Two colours mixed by a pattern; `direction` orients stripes and waves, `frequency` is in cycles per unit."""
+    """Two colors mixed by a pattern; `direction` orients stripes and waves, `frequency` is in cycles per unit."""
 
     pattern: str
-    colours: Float32[np.ndarray, "2 3"]
+    colors: Float32[np.ndarray, "2 3"]
     frequency: float
     direction: Float32[np.ndarray, " xyz"]
     phase: float
@@ -46,10 +46,10 @@ class Texture:
 
 @dataclasses.dataclass(frozen=True)
 class Solid:
-    """An object: world point = rotation @ (scale * local point) + centre."""
+    """An object: world point = rotation @ (scale * local point) + center."""
 
     kind: int
-    centre: Float32[np.ndarray, " xyz"]
+    center: Float32[np.ndarray, " xyz"]
     rotation: Float32[np.ndarray, "xyz uvw"]
     scale: Float32[np.ndarray, " xyz"]
     texture: Texture
@@ -61,13 +61,13 @@ class Solid:
 
     @property
     def radius(self) -> float:
-        """Radius of a ball about `centre` that holds it."""
-        return max(float(np.linalg.norm(self.scale * (np.abs(part.centre) + part_extent(part)))) for part in self.parts)
+        """Radius of a ball about `center` that holds it."""
+        return max(float(np.linalg.norm(self.scale * (np.abs(part.center) + part_extent(part)))) for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wall:
-    """A vertical wall: points with normal . point = offset, up to `height` metres."""
+    """A vertical wall: points with normal . point = offset, up to `height` meters."""
 
     normal: Float32[np.ndarray, " xyz"]
     offset: float
@@ -89,9 +89,9 @@ class Scene:
     ground: Texture
     walls: tuple[Wall, ...]
     sun: Float32[np.ndarray, " xyz"]
-    sun_colour: Float32[np.ndarray, " xyz"]
+    sun_color: Float32[np.ndarray, " xyz"]
     fill: Float32[np.ndarray, " xyz"]  # direction of a second light without shadow
-    fill_colour: Float32[np.ndarray, " xyz"]
+    fill_color: Float32[np.ndarray, " xyz"]
     ambient: Float32[np.ndarray, " xyz"]
     sky: Float32[np.ndarray, "2 3"]
 
@@ -112,18 +112,18 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return (vector / np.linalg.norm(vector)).astype(F32)
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
+def _color(rng: np.random.Generator) -> np.ndarray:
     hue, saturation, value = rng.random() * 6, rng.uniform(0.1, 0.9), rng.uniform(0.3, 1.0)
     ramp = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return (value * (1 - saturation + saturation * ramp)).astype(F32)
 
 
 def _texture(rng: np.random.Generator, frequency: tuple[float, float], strength: tuple[float, float]) -> Texture:
-    first, second = _colour(rng), _colour(rng)
+    first, second = _color(rng), _color(rng)
     share = rng.uniform(*strength)
-    colours = np.stack([first, first + share * (second - first)]).astype(F32)
+    colors = np.stack([first, first + share * (second - first)]).astype(F32)
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
-    return Texture(pattern, colours, float(rng.uniform(*frequency)), _unit(rng.normal(size=3)), float(rng.random()))
+    return Texture(pattern, colors, float(rng.uniform(*frequency)), _unit(rng.normal(size=3)), float(rng.random()))
 
 
 def _turn(yaw: float) -> np.ndarray:
@@ -139,9 +139,9 @@ def _solid(rng: np.random.Generator, kind: int, place: np.ndarray, size: float) 
     yaw = towards + rng.uniform(-0.9, 0.9) + np.pi * rng.integers(2) if name in FLAT else rng.uniform(0, 2 * np.pi)
     if name == "stairs":  # seen from behind they are a box
         yaw = towards + rng.uniform(-1.0, 1.0) + np.pi * rng.integers(2)
-    bottom = min(part.centre[2] - part_extent(part)[2] for part in KINDS[name])
-    centre = np.array([place[0], place[1], -bottom * scale[2]])
-    return Solid(kind, centre.astype(F32), _turn(yaw), scale.astype(F32), _texture(rng, (0.8, 2.2), (0.3, 1.0)))
+    bottom = min(part.center[2] - part_extent(part)[2] for part in KINDS[name])
+    center = np.array([place[0], place[1], -bottom * scale[2]])
+    return Solid(kind, center.astype(F32), _turn(yaw), scale.astype(F32), _texture(rng, (0.8, 2.2), (0.3, 1.0)))
 
 
 def sample_scene(seed: int, index: int) -> Scene:
@@ -191,11 +191,11 @@ def sample_scene(seed: int, index: int) -> Scene:
         ground=_texture(rng, (0.3, 1.0), (0.2, 0.9)),
         walls=tuple(walls),
         sun=direction(0.5, 1.2),
-        sun_colour=rng.uniform(0.65, 0.85) * rng.uniform(0.85, 1.0, 3).astype(F32),
+        sun_color=rng.uniform(0.65, 0.85) * rng.uniform(0.85, 1.0, 3).astype(F32),
         fill=direction(0.2, 1.2),
-        fill_colour=(0.3 if two else 0.0) * rng.uniform(0.7, 1.0, 3).astype(F32),
+        fill_color=(0.3 if two else 0.0) * rng.uniform(0.7, 1.0, 3).astype(F32),
         ambient=rng.uniform(0.2, 0.34) * rng.uniform(0.85, 1.0, 3).astype(F32),
-        sky=np.stack([_colour(rng), _colour(rng)]),
+        sky=np.stack([_color(rng), _color(rng)]),
     )
 
 
@@ -204,13 +204,13 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 def _hit_solid(solid: Solid, origin: Vectors, direction: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(indices of the rays that meet the ball about the solid, their nearest t, the part that was hit)."""
-    centre = solid.centre[:, None] - origin
-    along = (centre * direction).sum(0)
+    center = solid.center[:, None] - origin
+    along = (center * direction).sum(0)
     squared = (direction * direction).sum(0)
-    near = ((centre * centre).sum(0) - along**2 / squared < solid.radius**2) & (along > 0)
+    near = ((center * center).sum(0) - along**2 / squared < solid.radius**2) & (along > 0)
     rays = np.nonzero(near)[0]
     frame = (solid.rotation / solid.scale).T
-    o = frame @ ((origin[:, rays] if origin.shape[1] > 1 else origin) - solid.centre[:, None])
+    o = frame @ ((origin[:, rays] if origin.shape[1] > 1 else origin) - solid.center[:, None])
     d = frame @ direction[:, rays]
     best, which = np.full(rays.size, np.inf, F32), np.zeros(rays.size, np.int8)
     for number, part in enumerate(solid.parts):
@@ -258,10 +258,10 @@ def _clouds(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _paint(texture: Texture, p: Vectors) -> Vectors:
-    """Colours of surface points `p`, given in the texture's own units."""
+    """Colors of surface points `p`, given in the texture's own units."""
     p = p * F32(texture.frequency) + F32(texture.phase)
     if texture.pattern == "plain":
-        return np.repeat(texture.colours[0][:, None], p.shape[1], axis=1)
+        return np.repeat(texture.colors[0][:, None], p.shape[1], axis=1)
     if texture.pattern == "checks":
         share = (np.floor(p).sum(0).astype(np.int32) & 1).astype(F32)
     elif texture.pattern == "stripes":
@@ -273,7 +273,7 @@ def _paint(texture: Texture, p: Vectors) -> Vectors:
     else:
         bend = np.sin(F32(5) * p[1]) + np.sin(F32(4) * p[2] + F32(3) * p[0])
         share = 0.5 + 0.5 * np.sin(F32(9) * (texture.direction @ p) + bend)
-    first, second = texture.colours[:, :, None]
+    first, second = texture.colors[:, :, None]
     return first + (second - first) * share
 
 
@@ -307,7 +307,7 @@ def render_scene(scene: Scene, size: tuple[int, int] = (64, 64)) -> Sample:
 
     Returns:
       rgb: UInt8 "h w 3", the mean of 2 x 2 rays per pixel.
-      depth: Float32 "h w", metres along the optical axis through the middle of the pixel; NaN in the sky.
+      depth: Float32 "h w", meters along the optical axis through the middle of the pixel; NaN in the sky.
       semseg: UInt8 "h w", class of that same ray: 0 walls and sky, 1 ground, 2 + kind for objects (`CLASS_NAMES`).
       label: kind of the nearest object (`KIND_NAMES`).
     """
@@ -338,36 +338,36 @@ def render_scene(scene: Scene, size: tuple[int, int] = (64, 64)) -> Sample:
 
     t, surface, part, direction = t[:drawn], surface[:drawn], part[:drawn], direction[:, :drawn]
     points = origin + np.where(np.isfinite(t), t, 0) * direction
-    normals, colours = np.zeros((3, drawn), F32), np.empty((3, drawn), F32)
+    normals, colors = np.zeros((3, drawn), F32), np.empty((3, drawn), F32)
     seen = {number: np.nonzero(surface == number)[0] for number in range(first_solid + len(scene.solids))}
     for number, rays in seen.items():
         if not rays.size:
             continue
         if number == 0:
             up = np.clip(direction[2, rays] * 2, 0, 1)
-            colours[:, rays] = scene.sky[0][:, None] * (1 - up) + scene.sky[1][:, None] * up
+            colors[:, rays] = scene.sky[0][:, None] * (1 - up) + scene.sky[1][:, None] * up
         elif number == 1:
             normals[:, rays] = np.array([[0], [0], [1]], F32)
-            colours[:, rays] = _paint(scene.ground, points[:, rays])
+            colors[:, rays] = _paint(scene.ground, points[:, rays])
         elif number < first_solid:
             wall = scene.walls[number - 2]
             normals[:, rays] = wall.normal[:, None]
-            colours[:, rays] = _paint(wall.texture, points[:, rays])
+            colors[:, rays] = _paint(wall.texture, points[:, rays])
         else:
             solid = scene.solids[number - first_solid]
-            local = (solid.rotation / solid.scale).T @ (points[:, rays] - solid.centre[:, None])
+            local = (solid.rotation / solid.scale).T @ (points[:, rays] - solid.center[:, None])
             normals[:, rays] = _solid_normal(solid, local, part[rays])
-            colours[:, rays] = _paint(solid.texture, local)
+            colors[:, rays] = _paint(solid.texture, local)
 
     # The sky shines by itself and is never shaded.
     bodies = np.nonzero(surface != 0)[0]
     at, facing = points[:, bodies], normals[:, bodies]
     sunlit = np.maximum(scene.sun @ facing, 0) * ~_shadow(scene, at, facing)
     light = scene.ambient[:, None] * (F32(0.75) + F32(0.25) * facing[2])
-    light = light + scene.sun_colour[:, None] * sunlit + scene.fill_colour[:, None] * np.maximum(scene.fill @ facing, 0)
-    colours[:, bodies] *= light
+    light = light + scene.sun_color[:, None] * sunlit + scene.fill_color[:, None] * np.maximum(scene.fill @ facing, 0)
+    colors[:, bodies] *= light
     # 2 x 2 rays per pixel are averaged as light, then coded with the usual gamma.
-    linear = np.clip(colours, 0, 1).reshape(3, size[0], 2, size[1], 2).mean((2, 4))
+    linear = np.clip(colors, 0, 1).reshape(3, size[0], 2, size[1], 2).mean((2, 4))
     rgb = np.clip(255 * np.sqrt(linear) + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
     return {"rgb": np.ascontiguousarray(rgb), "depth": depth, "semseg": semseg, "label": scene.solids[0].kind}
 

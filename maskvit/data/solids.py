@@ -14,15 +14,15 @@ from jaxtyping import Float32
 
 F32 = np.float32
 Vectors = Float32[np.ndarray, "3 _"]  # one column per ray; a camera's rays share one origin, a single column
-TUBE = F32(0.36)  # radius of the torus's tube where that of its centre line is 1
+TUBE = F32(0.36)  # radius of the torus's tube where that of its center line is 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One canonical solid of an object: its shape, centre and half extents in the object's frame, and the axis it turns about."""
+    """One canonical solid of an object: its shape, center and half extents in the object's frame, and the axis it turns about."""
 
     shape: str
-    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     half: tuple[float, float, float] = (1.0, 1.0, 1.0)
     axis: int = 2
 
@@ -197,4 +197,4 @@ def into_part(part: Part, points: Vectors, is_direction: bool) -> Vectors:
     half = np.asarray(part.half, F32)[axes, None]
     if is_direction:
         return points[axes] / half
-    return (points[axes] - np.asarray(part.centre, F32)[axes, None]) / half
+    return (points[axes] - np.asarray(part.center, F32)[axes, None]) / half

@@ -361,7 +361,7 @@ def resize_continuous(
     """Resize numbers to `size` (height, width), bicubic and antialiased.
 
     A pixel is missing where a channel is NaN or all channels equal `missing`. Values and validity are resized apart and
-    divided, so that the stored value of "missing" never bleeds into its neighbours; where less than half of a result's
+    divided, so that the stored value of "missing" never bleeds into its neighbors; where less than half of a result's
     support is valid it is NaN, in all channels. Integer types are clipped to their range.
 
     Returns: uint8 for uint8 with `missing` None (Pillow's own result, or OpenCV's), else float32.

@@ -1,7 +1,7 @@
-"""Several views of one record, as self-distillation wants them: two large crops, many small ones, colours changed.
+"""Several views of one record, as self-distillation wants them: two large crops, many small ones, colors changed.
 
-Crop, then flip, then colours in the order of DINO: jitter, grey, blur, solarisation; all on 8-bit values, as Pillow computes them
-and torchvision uses it. Modalities that are no 8-bit colour picture follow the crop and the flip alone.
+Crop, then flip, then colors in the order of DINO: jitter, grey, blur, solarisation; all on 8-bit values, as Pillow computes them
+and torchvision uses it. Modalities that are no 8-bit color picture follow the crop and the flip alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MultiCrop:
       local_crops: number of small views.
       local_size: their (height, width).
       local_scale: range of their share of the picture's area.
-      jitter: probability of changed colours.
+      jitter: probability of changed colors.
       brightness, contrast, saturation, hue: how far; factors are uniform in 1 -+ it, the hue's shift in -+ it (0.5: the circle).
       grey: probability of a grey picture.
       blur: probability of a Gaussian blur of the first large, the second large and the small views.
@@ -79,7 +79,7 @@ def _pair(name: str, value: tuple[float, ...]) -> tuple[float, float]:
 
 
 class Colors(NamedTuple):
-    """What is done to the colours of one view; drawn once, the same for all its colour modalities.
+    """What is done to the colors of one view; drawn once, the same for all its color modalities.
 
     `jitter`: (operation, amount) in the order in which they are applied; `blur`: the radius, 0 for none.
     """
@@ -104,7 +104,7 @@ def draw_colors(rng: np.random.Generator, kind: int, settings: MultiCrop) -> Col
 
 
 def apply_colors(picture: UInt8[np.ndarray, "h w 3"], colors: Colors) -> UInt8[np.ndarray, "h w 3"]:
-    """Change the colours of a picture."""
+    """Change the colors of a picture."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     for name, amount in colors.jitter:
         image = JITTER[name](image, amount)

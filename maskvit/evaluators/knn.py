@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features: the quickest honest look at a representation.
+"""Weighted k-nearest-neighbor classification of frozen features: the quickest honest look at a representation.
 
 The protocol is that of DINO (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021), after
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018).
@@ -87,7 +87,7 @@ def weighted_knn(
 ) -> dict[str, float]:
     """Classify by the k most similar training examples: {"top1_k20": percent right, "top5_k20": ...} for every k.
 
-    Similarity is the cosine; a neighbour votes for its class with exp(similarity / temperature). Exact. Ties: the training
+    Similarity is the cosine; a neighbor votes for its class with exp(similarity / temperature). Exact. Ties: the training
     example stored earlier is the nearer one, the class with the lower id ranks first. Classes without a vote are ranked
     too, and top-5 counts the first min(5, k) classes, both as DINO's protocol has it.
 
@@ -132,7 +132,7 @@ class Examples(NamedTuple):
 
 
 def pixel_features(images: Num[Array, "b h w c"]) -> dict[str, Num[Array, "b d"]]:
-    """What any representation must beat: the mean colour, and the pixels themselves. Missing pixels count as 0."""
+    """What any representation must beat: the mean color, and the pixels themselves. Missing pixels count as 0."""
     known = jnp.nan_to_num(images) if jnp.issubdtype(images.dtype, jnp.floating) else images
     return {"mean_colour": known.astype(jnp.float32).mean(axis=(1, 2)), "raw_pixels": known.reshape(len(known), -1)}
 
@@ -158,13 +158,13 @@ class Knn:
     Args:
       train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "val".
       limit_train, limit_test: only so many examples, evenly spread over the data (which may be stored class by class); None for all.
-      ks: numbers of neighbours.
+      ks: numbers of neighbors.
       temperature: of the votes.
       batch_size: images at once over all devices, rounded up to a multiple of them; the figures do not depend on it.
       crop: image side over the side of the resized picture it is cut from; 1.0 where pictures come in the model's size.
-      baselines: also classify by mean colour and raw pixels, centred on the training examples; for small images.
+      baselines: also classify by mean color and raw pixels, centered on the training examples; for small images.
 
-    Raises ValueError for data without labels or with fewer training examples than neighbours.
+    Raises ValueError for data without labels or with fewer training examples than neighbors.
     """
 
     def __init__(
@@ -259,9 +259,9 @@ class Knn:
         for feature, train_features in train.features.items():
             test_features = test.features[feature]
             baseline = feature in ("mean_colour", "raw_pixels")
-            if baseline:  # all colours lie in one octant: the cosine must see how they differ
-                centre = train_features.mean(axis=0, dtype=np.float32)
-                train_features, test_features = train_features - centre, test_features - centre
+            if baseline:  # all colors lie in one octant: the cosine must see how they differ
+                center = train_features.mean(axis=0, dtype=np.float32)
+                train_features, test_features = train_features - center, test_features - center
             figures = weighted_knn(train_features, train.labels, test_features, test.labels, self._ks, num_classes, self._temperature)
             for name, value in figures.items():
                 if baseline:

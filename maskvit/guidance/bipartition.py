@@ -21,19 +21,19 @@ def relevance(tokens: Float[Array, "n d"], there: Bool[Array, " n"]) -> Float[Ar
     Tokens are compared after their mean is taken out: what all have in common says nothing of groups. 0 for absent tokens.
     """
     weight = there.astype(jnp.float32)[:, None]
-    centred = (tokens - (tokens * weight).sum(axis=0) / jnp.maximum(weight.sum(), 1.0)) * weight
-    unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    centered = (tokens - (tokens * weight).sum(axis=0) / jnp.maximum(weight.sum(), 1.0)) * weight
+    unit = centered / jnp.maximum(jnp.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
     x = second_eigenvector(jnp.maximum(unit @ unit.T, 0.0)[None], there[None])[0]
     above = x > (x * weight[:, 0]).sum() / jnp.maximum(weight.sum(), 1.0)
     strongest = jnp.argmax(jnp.abs(x))
     same_half = (above == above[strongest]) & there
-    centre = (unit * same_half[:, None]).sum(axis=0)
-    return unit @ (centre / jnp.maximum(jnp.linalg.norm(centre), 1e-12))
+    center = (unit * same_half[:, None]).sum(axis=0)
+    return unit @ (center / jnp.maximum(jnp.linalg.norm(center), 1e-12))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bipartition(Source):
-    """How much each token belongs to the object, by a normalised cut of the model's own tokens in each modality.
+    """How much each token belongs to the object, by a normalized cut of the model's own tokens in each modality.
 
     `block`: the tokens that leave this block (negative counts from the last). With scores `attention_hint` it is the masking of
     "Self-Guided Masked Autoencoder" (Shin et al., 2024), which hides the object but for a few hints.

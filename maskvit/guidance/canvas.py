@@ -1,8 +1,8 @@
 """A map of every record's whole picture, on the device: read and written under the crop that a training step sees.
 
 Geometry: a crop is `box` (top, left, height, width as shares of the whole picture), mirrored afterwards where `flip`. Tokens of the
-crop and cells of the map are points at their centres; values pass between them with triangle kernels as wide as the coarser of
-the two grids (bilinear where the map is the coarser one), normalised over what is known. NaN stands for what is not known.
+crop and cells of the map are points at their centers; values pass between them with triangle kernels as wide as the coarser of
+the two grids (bilinear where the map is the coarser one), normalized over what is known. NaN stands for what is not known.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def blank(num_records: int, layout: TokenLayout, grid: int) -> Maps:
     return jnp.full((num_records, len(layout.names), grid, grid), jnp.nan, jnp.float16)
 
 
-def _centres(count: int) -> Float[Array, " k"]:
+def _centers(count: int) -> Float[Array, " k"]:
     return (jnp.arange(count) + 0.5) / count
 
 
 def _axis_weights(first: Float[Array, ""], length: Float[Array, ""], tokens: int, cells: int) -> Float[Array, "t c"]:
     """Nearness in [0, 1] of the tokens of a crop's axis to the cells of the map's; every token has a cell at 1/2 or nearer."""
-    cell_centres = _centres(cells)
-    token_centres = jnp.clip(first + length * _centres(tokens), cell_centres[0], cell_centres[-1])
+    cell_centers = _centers(cells)
+    token_centers = jnp.clip(first + length * _centers(tokens), cell_centers[0], cell_centers[-1])
     width = jnp.maximum(1.0 / cells, length / tokens)
-    return jnp.maximum(1.0 - jnp.abs(token_centres[:, None] - cell_centres[None, :]) / width, 0.0)
+    return jnp.maximum(1.0 - jnp.abs(token_centers[:, None] - cell_centers[None, :]) / width, 0.0)
 
 
 def _box_weights(
@@ -52,7 +52,7 @@ def _box_weights(
     return rows, jnp.where(flip, columns[::-1], columns)
 
 
-def _normalised(rows: Float[Array, "o i"], values: Float[Array, "i j"], columns: Float[Array, "p j"]) -> Float[Array, "o p"]:
+def _normalized(rows: Float[Array, "o i"], values: Float[Array, "i j"], columns: Float[Array, "p j"]) -> Float[Array, "o p"]:
     """Values weighted by rows x columns, divided by the weight of those that are known; NaN where none is."""
     known = ~jnp.isnan(values)
     total = rows @ jnp.where(known, values, 0.0) @ columns.T
@@ -67,7 +67,7 @@ def read(maps: Float[Array, "b m g g"], box: Float[Array, "b 4"], flip: Bool[Arr
         parts = []
         for modality, grid in zip(own.astype(jnp.float32), layout.grids, strict=True):
             rows, columns = _box_weights(own_box, own_flip, grid, modality.shape)
-            parts.append(_normalised(rows, modality, columns).reshape(-1))
+            parts.append(_normalized(rows, modality, columns).reshape(-1))
         return jnp.concatenate(parts)
 
     return jax.vmap(one_sample)(maps, box, flip)
@@ -81,7 +81,7 @@ def write(
     layout: TokenLayout,
     momentum: float,
 ) -> Float[Array, "b m g g"]:
-    """The maps after each sample's crop was seen: in cells whose centre lies in the crop, momentum * old + (1 - momentum) * new.
+    """The maps after each sample's crop was seen: in cells whose center lies in the crop, momentum * old + (1 - momentum) * new.
 
     A cell's first value is taken as it is; NaN among `values` is no observation.
     """
@@ -92,10 +92,10 @@ def write(
         parts = []
         for modality, grid, span in zip(own.astype(jnp.float32), layout.grids, layout.spans(), strict=True):
             rows, columns = _box_weights(own_box, own_flip, grid, modality.shape)
-            new = _normalised(rows.T, seen[span].reshape(grid), columns.T)
+            new = _normalized(rows.T, seen[span].reshape(grid), columns.T)
             inside = [
-                (centres >= start) & (centres <= start + length)
-                for centres, start, length in zip(map(_centres, modality.shape), own_box[:2], own_box[2:], strict=True)
+                (centers >= start) & (centers <= start + length)
+                for centers, start, length in zip(map(_centers, modality.shape), own_box[:2], own_box[2:], strict=True)
             ]
             new = jnp.where(inside[0][:, None] & inside[1][None, :], new, jnp.nan)
             mixed = jnp.where(jnp.isnan(modality), new, momentum * modality + (1 - momentum) * new)
@@ -177,13 +177,13 @@ CHUNK = 64  # samples whose attention is held at once
 
 
 def standard_logs(source: SelfAttention, request: Request) -> Float[Array, "b n"]:
-    """The exact scores, as `standardise` gives them, with at most `CHUNK` samples in memory at once where their number allows."""
+    """The exact scores, as `standardize` gives them, with at most `CHUNK` samples in memory at once where their number allows."""
     layout = request.tokens.layout
 
     def one_chunk(part: tuple[Any, Any, Any]) -> Float[Array, "b n"]:
         tokens, present, keys = part
         scores = source(request._replace(tokens=TokenBatch(tokens, layout, present), keys=keys))
-        return standardise(jnp.log(jnp.maximum(scores, 1e-12)), layout, present)
+        return standardize(jnp.log(jnp.maximum(scores, 1e-12)), layout, present)
 
     parts = (request.tokens.tokens, request.tokens.present, request.keys)
     rows = request.keys.shape[0]
@@ -195,16 +195,16 @@ def standard_logs(source: SelfAttention, request: Request) -> Float[Array, "b n"
     return jnp.moveaxis(jax.lax.map(one_chunk, split), 0, 1).reshape(rows, -1)
 
 
-def standardise(values: Float[Array, "b n"], layout: TokenLayout, present: Bool[Array, "b n"] | None = None) -> Float[Array, "b n"]:
+def standardize(values: Float[Array, "b n"], layout: TokenLayout, present: Bool[Array, "b n"] | None = None) -> Float[Array, "b n"]:
     """Mean 0 and deviation 1 over each modality's known tokens (present, not NaN); NaN for the others."""
     parts = []
     for span in layout.spans():
         here = values[:, span]
         known = ~jnp.isnan(here) if present is None else ~jnp.isnan(here) & present[:, span]
         count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
-        centred = here - jnp.where(known, here, 0.0).sum(axis=1, keepdims=True) / count
-        deviation = jnp.sqrt((jnp.where(known, centred, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
-        parts.append(jnp.where(known, centred / jnp.maximum(deviation, 1e-6), jnp.nan))
+        centered = here - jnp.where(known, here, 0.0).sum(axis=1, keepdims=True) / count
+        deviation = jnp.sqrt((jnp.where(known, centered, 0.0) ** 2).sum(axis=1, keepdims=True) / count)
+        parts.append(jnp.where(known, centered / jnp.maximum(deviation, 1e-6), jnp.nan))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -336,5 +336,5 @@ class AverageError(Source):
     def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
         if errors is None:
             raise ValueError("average_error needs the errors of the step")
-        index, rows = averaged_rows(request, standardise(errors, request.tokens.layout), self.momentum)
+        index, rows = averaged_rows(request, standardize(errors, request.tokens.layout), self.momentum)
         return store(request.state, index, rows, request.accepted)

@@ -226,8 +226,8 @@ def merge_tokens(
     while tokens.shape[0] > count:
         n = tokens.shape[0]
         gone = min(n // 2, n - count)
-        centred = tokens - (tokens * weights[:, None]).sum(axis=0) / jnp.maximum(weights.sum(), 1e-6)
-        unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+        centered = tokens - (tokens * weights[:, None]).sum(axis=0) / jnp.maximum(weights.sum(), 1e-6)
+        unit = centered / jnp.maximum(jnp.linalg.norm(centered, axis=1, keepdims=True), 1e-6)
         similar = unit[1::2] @ unit[0::2].T
         similar = jnp.where(weights[None, 0::2] > 0, similar, -2.0)
         similar = jnp.where(weights[1::2, None] > 0, similar, 3.0)

@@ -32,7 +32,7 @@ def attention_map(
 
     Args:
       head: one head; None for the mean over all.
-      mass: keep only the smallest set of patches that holds this share of the attention, as in the visualisation of Caron et
+      mass: keep only the smallest set of patches that holds this share of the attention, as in the visualization of Caron et
         al., "Emerging Properties in Self-Supervised Vision Transformers", 2021; background is then exactly 0. None keeps all,
         and the least attended patch becomes 0.
     """

@@ -40,7 +40,7 @@ from maskvit.optim.transforms import guarded
 class PredictedAttention(SelfAttention):
     """The scores as a linear function of early tokens and of the scores of earlier visits, fitted as training goes on.
 
-    One sample in `every` gets an exact pass. Its scores (logarithms, standardised per sample and modality) are the targets of a
+    One sample in `every` gets an exact pass. Its scores (logarithms, standardized per sample and modality) are the targets of a
     ridge regression per modality on `token_features` and `map_features`, and go into the record's map as in `reused_attention`. The
     normal equations are moving averages, so the fit follows the model. Before the first update scores are random.
 
@@ -188,7 +188,7 @@ class PredictedAttention(SelfAttention):
 def all_features(
     normed: Float[Array, "b h w d"], context: Float[Array, "b c d"], maps: Float[Array, "b h w f"] | None
 ) -> Float[Array, "b k e"]:
-    """Layer-normalised tokens, their means over 3 x 3 tokens, their products with the contexts (the modality's mean, the global token),
+    """Layer-normalized tokens, their means over 3 x 3 tokens, their products with the contexts (the modality's mean, the global token),
     and a constant; where the record's map is known also the tokens times its relative value, and `map_features`.
     """
     parts = [normed, box_mean(normed, 3), *(normed * context[:, i, None, None] for i in range(context.shape[1]))]
@@ -238,7 +238,7 @@ def box_mean(maps: Float[Array, "b h w c"], side: int) -> Float[Array, "b h w c"
 
 
 def ridge_solution(gram: Float[Array, "f f"], moment: Float[Array, " f"], ridge: float) -> Float[Array, " f"]:
-    """Weights of the regression whose normal equations these are, penalised by `ridge` times each feature's mean square.
+    """Weights of the regression whose normal equations these are, penalized by `ridge` times each feature's mean square.
 
     Solved for features of mean square 1, which is what float32 needs; features that were never seen get weight 0.
     """

@@ -26,7 +26,7 @@ class Network(Backbone):
     """A backbone, one decoder per output (parameters "outputs/NAME") and heads by name (parameters "NAME").
 
     Attributes:
-      outputs: a modality's name, or "norm_<name>" for its per-patch normalised form.
+      outputs: a modality's name, or "norm_<name>" for its per-patch normalized form.
       error_outputs: inputs with a further decoder, "error_<name>", that predicts one number per token: how hard it is.
       decoder_name, decoder: the row of `DECODERS` that every output has, and its sizes and options as pairs.
       heads: (row of `HEADS`, its options as pairs).
@@ -84,7 +84,7 @@ class Network(Backbone):
         return HEADS[name].module(dtype=self._dtype(), **dict(dict(self.heads)[name]))
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters, initialised as the reference does."""
+        """Fresh parameters, initialized as the reference does."""
         params = super().init(key)
         for name, _ in self.heads:
             row = HEADS[name]

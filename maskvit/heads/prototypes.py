@@ -19,7 +19,7 @@ from maskvit.nn.layers import Dense, uniform_by_fan_in
 
 
 class Prototypes(nn.Module):
-    """A linear layer without bias whose columns have a length of their own: kernel / |kernel| * scale (weight normalisation).
+    """A linear layer without bias whose columns have a length of their own: kernel / |kernel| * scale (weight normalization).
 
     `kernel` (in, out) and `scale` (out,); a fixed scale gets no gradient. float32.
     """
@@ -39,7 +39,7 @@ class Prototypes(nn.Module):
 
 
 class Projection(nn.Module):
-    """Three linear layers with GELU, L2 normalisation, prototypes: those of the class token, and those of the patches.
+    """Three linear layers with GELU, L2 normalization, prototypes: those of the class token, and those of the patches.
 
     Attributes:
       hidden, bottleneck: widths of the layers.
@@ -77,7 +77,7 @@ class Projection(nn.Module):
         return self(x), self.patches(x)
 
     def bottlenecked(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
-        """Up to the normalised bottleneck, float32."""
+        """Up to the normalized bottleneck, float32."""
         x = jax.nn.gelu(self.fc1(x), approximate=False)
         x = jax.nn.gelu(self.fc2(x), approximate=False)
         x = self.fc3(x).astype(jnp.float32)

@@ -26,7 +26,7 @@ def at_masked_tokens(
     targets: Float[Array, "r n k"], logits: Float[Array, "r n k"], masked: Bool[Array, "r n"], temperature: float
 ) -> Float[Array, " r"]:
     """Per view, mean cross-entropy over its masked tokens; 0 where none is masked (iBOT, 2022)."""
-    # The softmax of the student is over logits / temperature: its normaliser apart from the product saves an array of all logits.
+    # The softmax of the student is over logits / temperature: its normalizer apart from the product saves an array of all logits.
     scaled = logits / temperature
     losses = jax.nn.logsumexp(scaled, axis=-1) - jnp.einsum("rnk,rnk->rn", targets, scaled)
     return jnp.where(masked, losses, 0.0).sum(axis=1) / jnp.maximum(masked.sum(axis=1), 1)

@@ -1,4 +1,4 @@
-"""Reconstruction losses over patch vectors, the normalisations of their targets, and the losses of self-distillation.
+"""Reconstruction losses over patch vectors, the normalizations of their targets, and the losses of self-distillation.
 
 Every masked loss is a mean over samples of per-sample means, over the pixels of hidden tokens that have a value. It
 comes as (sum of the per-sample means, number of samples that have one), so that micro-batches and devices add exactly.
@@ -46,7 +46,7 @@ def normalize_patches(
 ) -> tuple[Float[Array, "b n p c"], Float[Array, "b n 1 1"], Float[Array, "b n 1 1"]]:
     """Each patch minus its mean, over its deviation: (t - mean) / sqrt(var + eps), unbiased, pixels and channels together.
 
-    Returns (normalised target, mean, deviation); the latter two undo it for pictures.
+    Returns (normalized target, mean, deviation); the latter two undo it for pictures.
     """
     weights = jnp.ones(target.shape[:3], target.dtype) if valid is None else valid
     weights = jnp.broadcast_to(weights[..., None], target.shape)
@@ -60,10 +60,10 @@ def normalize_patches(
 def standardize_trimmed(
     values: Float[Array, "b h w c"], valid: Bool[Array, "b h w 1"] | None = None, trim: float = 0.1, eps: float = 1e-6
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
-    """MultiMAE's depth standardisation: mean and unbiased variance of the sorted valid values between the positions
+    """MultiMAE's depth standardization: mean and unbiased variance of the sorted valid values between the positions
     floor(trim * n) and floor((1 - trim) * n); the whole map is transformed, outliers included.
 
-    Returns (standardised values, 0 where invalid; mean; deviation). A sample with fewer than two kept values keeps
+    Returns (standardized values, 0 where invalid; mean; deviation). A sample with fewer than two kept values keeps
     deviation sqrt(eps).
     """
     b = values.shape[0]

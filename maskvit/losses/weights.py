@@ -35,7 +35,7 @@ def guidance_weights(
     gamma: float = 1.0,
     present: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b n"]:
-    """gamma * exp(g / tau) with g normalised to [0, 1]: background weighs exactly gamma, the most important exp(1 / tau) of it.
+    """gamma * exp(g / tau) with g normalized to [0, 1]: background weighs exactly gamma, the most important exp(1 / tau) of it.
 
     The temperature stands inside the exponential. Source: AttG (Attention-Guided Masked Autoencoders, 2024), whose text gives
     gamma no value.

@@ -69,7 +69,7 @@ def block(
     return _each_modality(one, keys, layout)
 
 
-# A colour is a sum of signed Gaussian blurs of one white noise; deviation None stands for the unfiltered noise.
+# A color is a sum of signed Gaussian blurs of one white noise; deviation None stands for the unfiltered noise.
 COLORS = {
     "red": lambda fine, coarse: ((1, coarse),),
     "green": lambda fine, coarse: ((1, fine), (-1, coarse)),

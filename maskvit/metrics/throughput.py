@@ -73,7 +73,7 @@ def peak_flops(device_kind: str) -> float | None:
     return None if rest and rest[0] in _VARIANTS else PEAK_FLOPS[start]
 
 
-def flops_utilisation(
+def flops_utilization(
     flops_per_step: float, steps_per_second: float, *, device_kind: str | None = None, device_count: int | None = None
 ) -> float | None:
     """MFU: the share of all devices' dense bfloat16 peak that the model's arithmetic uses; None where the peak is unknown.
@@ -157,10 +157,10 @@ class Throughput:
         figures = {"images_per_second": rate * self._global_batch, "steps_per_second": rate, "data_wait": waited / seconds}
         if self._flops_per_step is not None:
             try:
-                utilisation = flops_utilisation(self._flops_per_step, rate)
+                utilization = flops_utilization(self._flops_per_step, rate)
             except MeasurementError as error:
                 logging.error("throughput not reported: %s", error)
                 return {}
-            if utilisation is not None:
-                figures["mfu"] = utilisation
+            if utilization is not None:
+                figures["mfu"] = utilization
         return figures

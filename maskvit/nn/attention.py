@@ -40,7 +40,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Fused q | k | v projection (initialised as `qkv_parts` kernels), attention, output projection."""
+    """Fused q | k | v projection (initialized as `qkv_parts` kernels), attention, output projection."""
 
     width: int
     heads: int
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of queries over a context; fused k | v projection, initialised as `kv_parts` kernels."""
+    """Attention of queries over a context; fused k | v projection, initialized as `kv_parts` kernels."""
 
     width: int
     heads: int

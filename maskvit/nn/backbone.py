@@ -53,7 +53,7 @@ class Backbone:
       pool: what a classifier and the norm read: "global" is the last global token out of the normed tokens (DINO, timm), "mean"
         the norm of the mean of all other tokens (fine-tuned MAE).
       mask_embed: whether hidden tokens may stay in the sequence, as a learned vector in place of their content (iBOT).
-      qkv_parts: how many kernels a fused qkv of the encoder is initialised as: 3 (MultiMAE) or 1 (MAE).
+      qkv_parts: how many kernels a fused qkv of the encoder is initialized as: 3 (MultiMAE) or 1 (MAE).
       compute_dtype: "float32" or "bfloat16".
       remat: recompute the encoder's blocks in the backward pass.
     """
@@ -124,7 +124,7 @@ class Backbone:
     # The pure functions.
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters, initialised as the reference does."""
+        """Fresh parameters, initialized as the reference does."""
         layout = self.layout
         input_key, global_key, encoder_key, _ = jax.random.split(key, 4)  # the last one is the heads'
         params: Params = {"inputs": {}}

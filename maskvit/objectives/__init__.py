@@ -1,4 +1,4 @@
-"""Objectives: what training minimises, as pure functions with the state outside."""
+"""Objectives: what training minimizes, as pure functions with the state outside."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Objective(Protocol):
     `keys` are the samples', `shared_key` the step's; `observed` has one row per sample, or is None;
     `recall(state, index) -> (state, kept)`: what holds for every sample, and what is kept of the records `index`, which comes to all
     others as `batch.kept`; `summarize(metrics, step) -> metrics`: scalars out of the sums that `loss` returned;
-    `after_update(state, params, batch, keys, step, observed, metrics, accepted) -> state`: what follows the optimiser, on the whole
-    batch (a teacher's average, what is learnt of the samples); where `accepted` is False the state stays bit for bit;
+    `after_update(state, params, batch, keys, step, observed, metrics, accepted) -> state`: what follows the optimizer, on the whole
+    batch (a teacher's average, what is learned of the samples); where `accepted` is False the state stays bit for bit;
     `predict(params, state, batch) -> {feature: "b d"}`; `visualize(params, state, batch, keys) -> pictures' arrays`.
     """
 

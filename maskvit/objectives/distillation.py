@@ -36,7 +36,7 @@ from maskvit.optim.transforms import guarded
 GLOBAL_VIEWS = 2
 STUDENT_TEMPERATURE = 0.1
 
-# A collapsed teacher says the same of every image: all prototypes alike, one prototype at a time (the centre, which lags behind,
+# A collapsed teacher says the same of every image: all prototypes alike, one prototype at a time (the center, which lags behind,
 # then hands the role on, and the loss looks splendid), or features without spread. The untrained network looks like that too, so
 # the alarm waits for a tenth of the run.
 UNIFORM, SAME, NO_SPREAD = 0.999, 0.01, 0.01
@@ -113,8 +113,8 @@ class Distillation:
       guidance: the exact block masks of the loader, which then take the place of masking and scores.
       teacher_momentum: share of the teacher that stays at the first step; it rises to 1 on half a cosine.
       momentum_over: duration of that way. A run that may stop early and go on needs it in epochs or steps.
-      center_momentum: share of a centre that stays at a step; 0: it is the mean over the batch before. Beside a fast teacher a slow
-        centre lags behind, and every image is told the same, one prototype after the other.
+      center_momentum: share of a center that stays at a step; 0: it is the mean over the batch before. Beside a fast teacher a slow
+        center lags behind, and every image is told the same, one prototype after the other.
       teacher_temperature, patch_temperature: of the targets, from the first to the second value.
       temperature_warmup: duration of that way, which is gone in whole epochs.
       drop_path: share of the last block's branches that the student leaves out (stochastic depth).
@@ -257,7 +257,7 @@ class Distillation:
         self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], observed: Any, metrics: Metrics,
         accepted: Bool[Array, ""] | bool = True,
     ) -> Any:  # fmt: skip
-        """The teacher moves towards the updated student, the centres towards the whole batch's mean logits, in an accepted step."""
+        """The teacher moves towards the updated student, the centers towards the whole batch's mean logits, in an accepted step."""
         # What is left to 1 and not the momentum itself, which float32 rounds to 1 long before the end.
         moves = cosine_between(1 - self.teacher_momentum, 0.0, step / resolved(self.momentum_over))
         new = dict(state, teacher=jax.tree.map(lambda old, x: old + moves * (x - old), state["teacher"], teacher_params(params)))

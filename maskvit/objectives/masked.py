@@ -99,7 +99,7 @@ class MaskedAutoencoder:
         self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""], errors: Any, metrics: Metrics,
         accepted: Bool[Array, ""] | bool = True,
     ) -> Any:  # fmt: skip
-        """What follows the optimiser: the source's memory and the averages of the losses; nothing changes unless `accepted`.
+        """What follows the optimizer: the source's memory and the averages of the losses; nothing changes unless `accepted`.
 
         `params`: the updated ones; `errors` per token "b n" where the source observes them; `metrics`: those of this step.
         """
@@ -114,7 +114,7 @@ class MaskedAutoencoder:
         return state
 
     def _own_output(self, name: str) -> str:
-        """The output that stands for an input modality: its own, else its normalised form."""
+        """The output that stands for an input modality: its own, else its normalized form."""
         return name if name in self.model.outputs else f"norm_{name}"
 
     # What training asks
@@ -413,8 +413,8 @@ class MaskedAutoencoder:
         """What a picture of the method needs.
 
         "inputs": stored values; "masked": bool "b h w" per input; "guidance": "b h w" per input (empty where unguided);
-        "reconstructions": predictions in stored units, class ids for categorical outputs. Normalised outputs borrow the
-        mean and deviation of the target's own patch, standardised ones those of the target map.
+        "reconstructions": predictions in stored units, class ids for categorical outputs. Normalized outputs borrow the
+        mean and deviation of the target's own patch, standardized ones those of the target map.
         """
         prepared = self.prepare(batch)
         check_targets(self.model, prepared)

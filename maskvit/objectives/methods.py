@@ -56,7 +56,7 @@ def masked_autoencoder(
 ) -> MaskedAutoencoder:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
-    `inputs`, `outputs`: names; "norm_rgb" rebuilds pixels normalised per patch. How many tokens are shown: `num_visible`, or
+    `inputs`, `outputs`: names; "norm_rgb" rebuilds pixels normalized per patch. How many tokens are shown: `num_visible`, or
     int(tokens * (1 - mask_ratio)) in methods that go `by_ratio`. `kept_mask_ratio`, `predict_by`: `rebuilt_share`.
     `decoder`: each output's, {"name": "spatial" (MultiMAE's, by default 256 wide with 2 blocks and 8 heads), "mae" (512, 8, 16) or
     "crossmae" (512, 12, 16), and width, depth, heads, mlp_ratio}; "crossmae" takes `features` (encoder blocks read: "all" or a
@@ -104,7 +104,7 @@ def check_outputs(modalities: Mapping[str, Modality], outputs: tuple[str, ...]) 
             known = ", ".join(modalities) + ", or norm_<name> of a continuous one"
             raise ValueError(f"config.objective.outputs names {name!r}; known: {known}")
         if name != base and modalities[base].kind == "categorical":
-            raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalised per patch")
+            raise ValueError(f"config.objective.outputs names {name!r}, but classes of {base!r} cannot be normalized per patch")
 
 
 def check_visible(model: Network, num_visible: int) -> None:
@@ -218,7 +218,7 @@ def _method(fixed: Mapping[str, Any], without: tuple[str, ...] = (), **defaults:
 _RATIOS = ("mask_ratio", "kept_mask_ratio", "predict_by")
 _ENCODERS = ("num_visible", "num_classes", "pool")
 _PIXELS: dict[str, Any] = dict(inputs=("rgb",), outputs=("norm_rgb",))
-# Fused qkv kernels are initialised as one matrix in MAE, narrower than MultiMAE's three.
+# Fused qkv kernels are initialized as one matrix in MAE, narrower than MultiMAE's three.
 _MAE = dict(by_ratio=True, positions="columns_first", qkv_parts=1)
 
 multimae = _method(dict(by_ratio=False, decoder_name="spatial", qkv_parts=3), _RATIOS)

@@ -1,4 +1,4 @@
-"""From what the loader delivers to what a model reads: numbers normalised, holes filled, tokens that exist."""
+"""From what the loader delivers to what a model reads: numbers normalized, holes filled, tokens that exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prepared(NamedTuple):
 
     `values`: model input per modality (continuous float32 with 0 where invalid, categorical int with -1 where unknown);
     `valid`: pixels that have a value, per modality that can lack some; `restore`: (mean, deviation) that undo a
-    modality's standardisation; `present`: tokens that exist, None where all do.
+    modality's standardization; `present`: tokens that exist, None where all do.
     """
 
     values: dict[str, Num[Array, "b h w *c"]]
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: Network, batch: Batch) -> Prepared:
-    """Normalise what the loader delivers; depth is standardised per sample over its valid pixels.
+    """Normalize what the loader delivers; depth is standardized per sample over its valid pixels.
 
     Raises ValueError for arrays of another form than the modality's, and for a batch that has none of the model's modalities.
     """

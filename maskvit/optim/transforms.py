@@ -86,7 +86,7 @@ def adamw(
 ) -> Optimizer:
     """AdamW with decoupled decay: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps).
 
-    `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimiser state.
+    `params` (arrays or shapes) and `frozen` (True = never trained) fix what decays and what has optimizer state.
     `weight_decay`: a pair goes from the first to the second on half a cosine over `schedule`.
     Every trainable tensor decays, norms and biases included, as in the MultiMAE reference, but those whose path matches one of
     the regular expressions `no_decay`.
@@ -103,7 +103,7 @@ def adamw(
     decays = decay_mask(params, frozen, no_decay)
 
     def adam(members: Any) -> optax.GradientTransformation:
-        """The optimiser of the tensors that `members` marks."""
+        """The optimizer of the tensors that `members` marks."""
         # Inside `optax.masked` all others are `MaskedNode`s, and a mask must have the same holes.
         mask = lambda _: jax.tree.map(lambda d, m: d if m else optax.MaskedNode(), decays, members)  # noqa: E731
         if isinstance(weight_decay, Sequence):
@@ -139,7 +139,7 @@ def _check_patterns(params: Params, no_decay: Sequence[str], freeze: Mapping[str
 
 
 def with_adam_moments(opt_state: Any, moments: dict[str, Any]) -> Any:
-    """Put imported moments {"count", "mu", "nu"} (parameter trees without frozen tensors) into a fresh optimiser state."""
+    """Put imported moments {"count", "mu", "nu"} (parameter trees without frozen tensors) into a fresh optimizer state."""
 
     def merge(template: Any, given: Any, path: str) -> Any:
         if isinstance(template, dict):
@@ -148,7 +148,7 @@ def with_adam_moments(opt_state: Any, moments: dict[str, Any]) -> Any:
         if isinstance(template, optax.MaskedNode):
             return template
         if getattr(given, "shape", None) != template.shape:
-            raise ValueError(f"imported optimiser moments lack {path[1:]!r} of shape {template.shape}")
+            raise ValueError(f"imported optimizer moments lack {path[1:]!r} of shape {template.shape}")
         return jnp.asarray(given, template.dtype)
 
     def replace(state: Any) -> Any:

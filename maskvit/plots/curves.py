@@ -61,7 +61,7 @@ def curves(series: Mapping[str, tuple[Numbers, Numbers]], title: str = "") -> by
     return _save(figure)
 
 
-# Colours that people with any colour vision tell apart (Okabe and Ito, 2008), then the same dashed and dotted.
+# Colors that people with any color vision tell apart (Okabe and Ito, 2008), then the same dashed and dotted.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 
 
@@ -69,7 +69,7 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def line_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str = "epoch") -> bytes:
-    """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one colour throughout.
+    """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one color throughout.
 
     The mean is over the runs that have a finite value at an x; runs are logged at the same steps. Raises ValueError without a panel.
     """
@@ -127,9 +127,9 @@ def points(panels: Mapping[str, Mapping[str, Numbers]], baseline: str) -> bytes:
             if not finite:
                 continue
             height, mean = labels.index(label), sum(finite) / len(finite)
-            colour = ORANGE if label == baseline else BLUE
-            axes.plot(finite, [height] * len(finite), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
-            axes.plot([mean, mean], [height - 0.32, height + 0.32], color=colour, linewidth=2.2)
+            color = ORANGE if label == baseline else BLUE
+            axes.plot(finite, [height] * len(finite), "o", color=color, alpha=0.55, markersize=5, markeredgewidth=0)
+            axes.plot([mean, mean], [height - 0.32, height + 0.32], color=color, linewidth=2.2)
             if label == baseline:
                 axes.axvline(mean, color=ORANGE, linestyle="--", linewidth=1, zorder=0)
         axes.set_title(name, loc="left", fontsize=11)
@@ -148,14 +148,14 @@ def bars(
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    colours = ["#9fb6d0", BLUE, ORANGE, "#5a9a6b", "#8a63a8"]
+    colors = ["#9fb6d0", BLUE, ORANGE, "#5a9a6b", "#8a63a8"]
     references = references or {}
     figure = Figure(figsize=(max(4.8, 1.6 + 0.75 * len(names) * len(groups)) + (1.6 if references else 0), 3.4), layout="constrained")
     axes = figure.add_subplot()
     for index, name in enumerate(names):
         places = [place + (index - (len(names) - 1) / 2) * 0.8 / len(names) for place, group in enumerate(groups.values()) if name in group]
         heights = [group[name] for group in groups.values() if name in group]
-        drawn = axes.bar(places, heights, width=0.74 / len(names), color=colours[index % len(colours)], label=name)
+        drawn = axes.bar(places, heights, width=0.74 / len(names), color=colors[index % len(colors)], label=name)
         axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=9)
     for index, (name, value) in enumerate(references.items()):
         axes.axhline(value, color="#555b63", linestyle=("--", ":", "-.")[index % 3], linewidth=1.2, label=f"{name} {value:.3g}")

@@ -16,7 +16,7 @@ from maskvit.plots.pictures import (
     INK,
     PAPER,
     Picture,
-    _colour_map,
+    _color_map,
     _to_pixels,
     heat_overlay,
     mask_overlay,
@@ -29,7 +29,7 @@ Tile = tuple[UInt8[np.ndarray, "_ _ 3"], str]  # a picture of any size, and the 
 
 
 class _Sheet:
-    """A white page to place labelled tiles on."""
+    """A white page to place labeled tiles on."""
 
     def __init__(self, width: int, height: int) -> None:
         from PIL import Image, ImageDraw
@@ -37,8 +37,8 @@ class _Sheet:
         self.image = Image.new("RGB", (width, height), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, xy: tuple[float, float], text: str, size: int = 15, colour: tuple[int, int, int] = INK, anchor: str = "la") -> None:
-        self.draw.text(xy, text, fill=colour, font=_font(size), anchor=anchor)
+    def text(self, xy: tuple[float, float], text: str, size: int = 15, color: tuple[int, int, int] = INK, anchor: str = "la") -> None:
+        self.draw.text(xy, text, fill=color, font=_font(size), anchor=anchor)
 
     def tile(self, xy: tuple[int, int], picture: Picture, size: tuple[int, int]) -> None:
         """Place `picture` enlarged without smoothing (or averaged down) to `size` = (width, height), with a hairline frame."""
@@ -50,8 +50,8 @@ class _Sheet:
         self.draw.rectangle((xy[0] - 1, xy[1] - 1, xy[0] + size[0], xy[1] + size[1]), outline=(190, 194, 200))
 
     def heat_bar(self, xy: tuple[int, int], width: int, low: str, high: str) -> None:
-        """A colour bar with words at both ends."""
-        bar = _colour_map("inferno")[np.linspace(0, 255, width).astype(int)][None].repeat(10, 0)
+        """A color bar with words at both ends."""
+        bar = _color_map("inferno")[np.linspace(0, 255, width).astype(int)][None].repeat(10, 0)
         self.text((xy[0] - 6, xy[1] + 5), low, 13, FAINT, "rm")
         self.tile(xy, bar, (width, 10))
         self.text((xy[0] + width + 6, xy[1] + 5), high, 13, FAINT, "lm")
@@ -75,7 +75,7 @@ def _tile_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
 
 
 def tile_grid(tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "", heat_bar: bool = False) -> bytes:
-    """Labelled pictures in rows of `columns`, as PNG; with `heat_bar` the legend of `heat_overlay` below them."""
+    """Labeled pictures in rows of `columns`, as PNG; with `heat_bar` the legend of `heat_overlay` below them."""
     wide, tall = _tile_size([picture.shape for _, picture in tiles])
     rows, gap, label, top = math.ceil(len(tiles) / columns), 12, 24, 44 if title else 12
     width = max(columns * (wide + gap) + gap, 420)
@@ -90,7 +90,7 @@ def tile_grid(tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "
     return sheet.png()
 
 
-def labelled_grid(
+def labeled_grid(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Tile | None]]],
     title: str = "",
@@ -102,7 +102,7 @@ def labelled_grid(
     Args:
       columns: the names above.
       rows: (name, one (picture, words below it) per column, or None where there is nothing).
-      heat: words at both ends of the colour bar of `heat_overlay`; None leaves it out.
+      heat: words at both ends of the color bar of `heat_overlay`; None leaves it out.
       side: height of a tile in pixels.
 
     Raises ValueError for a row of another length than `columns`.
@@ -148,7 +148,7 @@ def masking_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality],
     Args:
       arrays: what an objective's `visualize` gives: "inputs" {modality: stored values "b h w c" or ids "b h w"}, "masked"
         {modality: bool "b gh gw", True = hidden}, "guidance" {modality: "b gh gw"} (empty where masks are random), "reconstructions"
-        {output: stored values or ids, shaped like the input}. An output "norm_X" is X rebuilt from normalised patches.
+        {output: stored values or ids, shaped like the input}. An output "norm_X" is X rebuilt from normalized patches.
       modalities: the specs by name.
       samples: at most so many of the batch are shown.
 
@@ -179,16 +179,16 @@ def masking_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality],
     if guidance:
         sheet.heat_bar((left + wide + gap + 30, top - 20), wide - 120, "low", "high, each tile")
     for sample in range(samples):
-        for line, (_, normalised, name, base) in enumerate(rows):
+        for line, (_, normalized, name, base) in enumerate(rows):
             y = top + sample * block + line * (tall + gap)
             if line == 0:
                 sheet.draw.line((gap, y - 6, sheet.image.width - gap, y - 6), fill=(220, 223, 228))
                 sheet.text((gap + 4, y + 2), f"sample {sample}", 13, FAINT)
             values, masked = inputs[base][sample], np.asarray(masks[base][sample]) if base in masks else None
             words = (
-                [_legend(modalities[base], values)] if not normalised else ["shown with the", "target's own patch", "mean and deviation"]
+                [_legend(modalities[base], values)] if not normalized else ["shown with the", "target's own patch", "mean and deviation"]
             )
-            if masked is not None and not normalised:
+            if masked is not None and not normalized:
                 words.append(f"{masked.size - masked.sum()} of {masked.size} visible")
             middle = y + tall // 2
             sheet.text((left - 12, middle - 4), name, 18, INK, "rs")
@@ -198,7 +198,7 @@ def masking_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality],
                 modalities[base],
                 values,
                 masked,
-                np.asarray(guidance[base][sample]) if base in guidance and not normalised else None,
+                np.asarray(guidance[base][sample]) if base in guidance and not normalized else None,
                 np.asarray(rebuilt[name][sample]) if name in rebuilt else None,
             )
             for place, index in enumerate(shown):
@@ -222,7 +222,7 @@ def _row_pictures(
 
 
 def _legend(modality: Modality, values: np.ndarray) -> str:
-    """What the colours of a one-channel modality mean."""
+    """What the colors of a one-channel modality mean."""
     if modality.kind == "categorical" or modality.channels != 1:
         return f"{modality.num_classes} classes" if modality.kind == "categorical" else ""
     low, high = value_range(modality, values)

@@ -34,14 +34,14 @@ def png_bytes(picture: Picture) -> bytes:
 
 @functools.lru_cache(maxsize=16)
 def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
-    """`num_classes` colours, each as far as can be from all before it (greedy, in OKLab distance), none of them grey.
+    """`num_classes` colors, each as far as can be from all before it (greedy, in OKLab distance), none of them grey.
 
-    The first colours do not depend on `num_classes` as long as that is at most 500.
+    The first colors do not depend on `num_classes` as long as that is at most 500.
     """
     side = max(14, math.ceil((6 * num_classes) ** (1 / 3)))
     axis = np.linspace(0, 255, side).round()
-    colours = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    unit = colours / 255
+    colors = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    unit = colors / 255
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
     # sRGB to OKLab (B. Ottosson, 2020): equal distances look about equally different.
     cones = linear @ np.array(
@@ -52,17 +52,17 @@ def palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
     )
     chroma = np.hypot(lab[:, 1], lab[:, 2])
     usable = (lab[:, 0] > 0.38) & (lab[:, 0] < 0.93) & (chroma > 0.05) & (chroma < 0.25)
-    colours, lab = colours[usable], lab[usable] * [0.8, 1.0, 1.0]  # hue tells classes apart better than lightness, which is also shading
-    chosen = [int(np.argmin(np.abs(colours - [40, 110, 200]).sum(-1)))]
+    colors, lab = colors[usable], lab[usable] * [0.8, 1.0, 1.0]  # hue tells classes apart better than lightness, which is also shading
+    chosen = [int(np.argmin(np.abs(colors - [40, 110, 200]).sum(-1)))]
     distance = np.full(len(lab), np.inf)
     while len(chosen) < num_classes:
         distance = np.minimum(distance, ((lab - lab[chosen[-1]]) ** 2).sum(-1))
         chosen.append(int(distance.argmax()))
-    return colours[chosen[:num_classes]].astype(np.uint8)
+    return colors[chosen[:num_classes]].astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=8)
-def _colour_map(name: str) -> UInt8[np.ndarray, "256 3"]:
+def _color_map(name: str) -> UInt8[np.ndarray, "256 3"]:
     import matplotlib
 
     return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -90,9 +90,9 @@ def value_range(modality: Modality, array: Shaped[np.ndarray, "h w *c"]) -> tupl
 def to_picture(modality: Modality, array: Shaped[np.ndarray, "h w *c"], like: Shaped[np.ndarray, "h w *c"] | None = None) -> Picture:
     """Picture of one stored map ("h w" or "h w c"; class ids for a categorical modality).
 
-    One channel: a perceptual colour map; three: as colours; other counts: the three main components of the channels.
+    One channel: a perceptual color map; three: as colors; other counts: the three main components of the channels.
     Class ids: `palette`. Pixels without measurement (NaN, the declared missing value, a negative id) are hatched dark.
-    `like`: the array whose scale of colours is used; give the input for a reconstruction of it.
+    `like`: the array whose scale of colors is used; give the input for a reconstruction of it.
     Raises ValueError for a class id out of range or a channel count that the modality does not declare.
     """
     array = array if array.ndim == 3 else array[..., None]
@@ -117,7 +117,7 @@ def to_picture(modality: Modality, array: Shaped[np.ndarray, "h w *c"], like: Sh
         low, high = value_range(modality, like)
         unit = np.clip((np.where(missing[..., None], low, values) - low) / (high - low), 0, 1)
         levels = (unit * 255).round().astype(np.uint8)
-        picture = _colour_map("viridis")[levels[..., 0]] if modality.channels == 1 else levels
+        picture = _color_map("viridis")[levels[..., 0]] if modality.channels == 1 else levels
     if missing.any():
         rows, columns = np.indices(missing.shape)
         period = max(3, missing.shape[0] // 16)
@@ -157,7 +157,7 @@ def heat_overlay(picture: Picture, guidance: Float[np.ndarray, "gh gw"], limits:
     finite = np.isfinite(guidance)
     low, high = limits or ((guidance[finite].min(), guidance[finite].max()) if finite.any() else (0.0, 1.0))
     unit = np.clip((np.where(finite, guidance, low) - low) / max(high - low, 1e-12), 0, 1)
-    heat = _colour_map("inferno")[(unit * 255).round().astype(np.uint8)].astype(np.float64)
+    heat = _color_map("inferno")[(unit * 255).round().astype(np.uint8)].astype(np.float64)
     heat = np.stack([_to_pixels(heat[..., i], picture.shape[:2]) for i in range(3)], -1)
     grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, -1)
     # Light and dark of the picture modulate the heat, so both shapes and levels can be read.
@@ -166,10 +166,10 @@ def heat_overlay(picture: Picture, guidance: Float[np.ndarray, "gh gw"], limits:
 
 
 def heat_map(values: Float[np.ndarray, "gh gw"], size: tuple[int, int], limits: tuple[float, float]) -> Picture:
-    """`values` alone as colours (those of `heat_overlay`) on the scale `limits`, for reading them off; (height, width) = `size`."""
+    """`values` alone as colors (those of `heat_overlay`) on the scale `limits`, for reading them off; (height, width) = `size`."""
     unit = np.clip((np.where(np.isfinite(values), values, limits[0]) - limits[0]) / max(limits[1] - limits[0], 1e-12), 0, 1)
     levels = _to_pixels((unit * 255).round().astype(np.uint8), size)
-    return _colour_map("inferno")[levels]
+    return _color_map("inferno")[levels]
 
 
 def attention_rollout(attention: Float[np.ndarray, "l a n n"]) -> Float[np.ndarray, "n n"]:

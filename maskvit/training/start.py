@@ -56,7 +56,7 @@ def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records
 def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, moments).
 
-    Imported optimiser moments come along only where every trained tensor was loaded as it is.
+    Imported optimizer moments come along only where every trained tensor was loaded as it is.
     """
     params = fresh_params(objective, jax.random.key(seed))
     if not init_from["path"]:
@@ -66,10 +66,10 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
     changed = [row for row in rows if row.action in ("fresh", "dropped")]
     moments = checkpoints.load_adam(init_from["path"])
     if moments is not None and changed:
-        LOG.info("the checkpoint's optimiser moments are not used: its parameters do not map one to one to this model's")
+        LOG.info("the checkpoint's optimizer moments are not used: its parameters do not map one to one to this model's")
         moments = None
     if moments is not None:
-        LOG.info("optimiser moments imported, at update %d", int(moments["count"]))
+        LOG.info("optimizer moments imported, at update %d", int(moments["count"]))
     return params, moments
 
 

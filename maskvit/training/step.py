@@ -25,7 +25,7 @@ def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_record
 
 
 def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -> TrainState:
-    """Step 0 with given parameters and fresh optimiser moments."""
+    """Step 0 with given parameters and fresh optimizer moments."""
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: a step gives each away
     return TrainState(step, params, optimizer.tx.init(params), objective_state, skipped)
 
@@ -97,7 +97,7 @@ def train_step(
     void: Bool[Array, ""] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update. A non-finite loss or gradient leaves parameters, optimiser and objective state as they are.
+    """One update. A non-finite loss or gradient leaves parameters, optimizer and objective state as they are.
 
     `batch`: a global batch. Step, data position and schedule advance on skipped steps too. `loss_limit`: a loss above it is
     skipped like one that is not finite. `void`: where it is True the state comes back unchanged, its step and count included.

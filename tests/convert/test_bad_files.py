@@ -63,7 +63,7 @@ def test_multivit_with_fresh_decoders(multivit, tmp_path):
     np.testing.assert_array_equal(params["global_tokens"], multivit["global_tokens"][0])
     assert params["outputs"]["semseg"]["head"]["kernel"].shape == (256, 7 * 4)
     report = (tmp_path / "ours" / "conversion.txt").read_text()
-    assert "47 tensors converted, 0 left out, 147 at their initialisation" in report
+    assert "47 tensors converted, 0 left out, 147 at their initialization" in report
     assert "fresh     outputs/rgb/mask_token (256,)" in report
     # The encoder goes back as it came.
     convert.export(tmp_path / "ours", tmp_path / "back.safetensors", "multimae")
@@ -170,7 +170,7 @@ def test_the_encoder_out_of_a_whole_mae(mae, fixtures, tmp_path):
 def test_report_lists_every_tensor_of_both_sides(mae, fixtures, tmp_path):
     convert.convert(fixtures / "mae_tiny_full.pth", tmp_path / "ours", 3, 4, target="raw")
     lines = (tmp_path / "ours" / "conversion.txt").read_text().splitlines()
-    assert lines[1] == "74 tensors converted, 0 left out, 0 at their initialisation"
+    assert lines[1] == "74 tensors converted, 0 left out, 0 at their initialization"
     text = "\n".join(lines)
     assert "cls_token (1, 1, 48) + pos_embed (1, 17, 48) -> global_tokens (1, 48) + inputs/rgb/pos_embed (4, 4, 48)" in text
     assert "patch_embed.proj.weight (48, 3, 8, 8) -> inputs/rgb/proj/kernel (192, 48)" in text

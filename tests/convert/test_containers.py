@@ -425,7 +425,7 @@ def test_what_is_allowed_to_be_left_out_needs_no_floating_point(tmp_path):
 # ------------------------------------------------------------------------------------------ self-distillation, exports, digests
 
 
-def test_centres_may_be_missing_where_that_is_allowed(fixtures, tmp_path):
+def test_centers_may_be_missing_where_that_is_allowed(fixtures, tmp_path):
     whole = read_checkpoint(fixtures / "ibot_tiny.pth")
     flat = {f"{part}.{key}": np.ascontiguousarray(value) for part in ("student", "teacher") for key, value in whole[part].items()}
     save_file(flat, tmp_path / "x.safetensors")

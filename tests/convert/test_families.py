@@ -111,7 +111,7 @@ def test_every_key_is_used_once_at_full_size(name, objective, trained, tensors, 
     ],
 )
 def test_the_tree_is_that_of_the_objective(file, options, fixtures, tmp_path):
-    """Nothing of a model is left to its initialisation unsaid."""
+    """Nothing of a model is left to its initialization unsaid."""
     metadata = convert.convert(fixtures / file, tmp_path / "ours", num_heads=3, **options)
     objective = build_objective(metadata["config"])
     params, state = jax.eval_shape(objective.init, jax.random.key(0))

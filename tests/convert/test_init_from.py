@@ -1,4 +1,4 @@
-"""A converted checkpoint as the start of a run: other classes, other modalities, other sizes, imported optimiser."""
+"""A converted checkpoint as the start of a run: other classes, other modalities, other sizes, imported optimizer."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def optimizer(state, **change):
         (dict(max_exp_avg_sq=3), "also holds .'max_exp_avg_sq'"),
     ],
 )
-def test_optimisers_that_are_not_adamw(change, message, state):
+def test_optimizers_that_are_not_adamw(change, message, state):
     with pytest.raises(ConversionError, match=message):
         multimae.adam_by_key(optimizer(state, **change), state, "file")
 

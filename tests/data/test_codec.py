@@ -57,10 +57,10 @@ def test_images():
     decoded = decode(image_bytes(frame, "PNG"))
     assert decoded.dtype == np.uint16
     np.testing.assert_array_equal(decoded, frame)
-    colour = np.random.default_rng(2).integers(0, 256, (20, 30, 3), np.uint8)
-    np.testing.assert_array_equal(decode(image_bytes(colour, "PNG")), colour)
-    assert decode(image_bytes(colour, "JPEG")).shape == (20, 30, 3)
-    assert decode(image_bytes(colour, "PNG", "RGBA")).shape == (20, 30, 3)
+    color = np.random.default_rng(2).integers(0, 256, (20, 30, 3), np.uint8)
+    np.testing.assert_array_equal(decode(image_bytes(color, "PNG")), color)
+    assert decode(image_bytes(color, "JPEG")).shape == (20, 30, 3)
+    assert decode(image_bytes(color, "PNG", "RGBA")).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("make", [encode_array, lambda a: image_bytes(a, "PNG")], ids=["packed", "png"])

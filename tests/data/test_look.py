@@ -48,9 +48,9 @@ def test_the_facts_of_every_modality(tmp_path):
             exif = Image.Exif()
             exif[0x0112] = 6 if i == 0 else 1
             save(top / "rgb" / kind / f"{i}.jpg", rng.integers(0, 256, (20, 30, 3), np.uint8), exif=exif)
-            metres = rng.uniform(1, 9, (20, 30)).astype(np.float32)
-            metres[:2] = np.nan
-            save(top / "depth" / kind / f"{i}.npy", metres)
+            meters = rng.uniform(1, 9, (20, 30)).astype(np.float32)
+            meters[:2] = np.nan
+            save(top / "depth" / kind / f"{i}.npy", meters)
             save(top / "parts" / kind / f"{i}.png", (np.arange(600).reshape(20, 30) % 7).astype(np.uint8))
             save(top / "range" / kind / f"{i}.png", np.full((20, 30), 400 + i, np.uint16))
     (tmp_path / "val" / "depth" / "a" / "4.npy").unlink()

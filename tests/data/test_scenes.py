@@ -1,4 +1,4 @@
-"""`scenes`: seeded, exact depth and classes, a label that the colours do not give away."""
+"""`scenes`: seeded, exact depth and classes, a label that the colors do not give away."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def drawn():
 
 def only(scene: scenes.Scene, kind: str, at=(0.0, 5.0), size: float = 1.0) -> scenes.Scene:
     """The scene with one untilted object of a kind and nothing else on the ground, seen level from 1.5 m."""
-    bottom = min(part.centre[2] - scenes.part_extent(part)[2] for part in scenes.KINDS[kind])
+    bottom = min(part.center[2] - scenes.part_extent(part)[2] for part in scenes.KINDS[kind])
     solid = dataclasses.replace(
         scene.solids[0],
         kind=scenes.KIND_NAMES.index(kind),
-        centre=np.array([*at, -bottom * size], np.float32),
+        center=np.array([*at, -bottom * size], np.float32),
         rotation=np.eye(3, dtype=np.float32),
         scale=np.full(3, size, np.float32),
     )
@@ -79,11 +79,11 @@ def test_ground_depth_is_that_of_the_plane(drawn):
 def test_depth_of_a_ball_is_analytic():
     scene = only(scenes.sample_scene(0, 0), "ball")
     sample = scenes.render_scene(scene, (65, 65))
-    centre, radius = scene.solids[0].centre.astype(np.float64), 0.95
+    center, radius = scene.solids[0].center.astype(np.float64), 0.95
     checked = 0
     for row, column in np.argwhere(sample["semseg"] == scenes.FIRST_KIND)[::7]:
         ray = np.array([((column + 0.5) / 65 * 2 - 1) * scene.tangent, 1.0, -((row + 0.5) / 65 * 2 - 1) * scene.tangent])
-        offset = np.array([0, 0, 1.5]) - centre
+        offset = np.array([0, 0, 1.5]) - center
         a, b, c = ray @ ray, ray @ offset, offset @ offset - radius**2
         np.testing.assert_allclose(sample["depth"][row, column], (-b - np.sqrt(b * b - a * c)) / a, rtol=1e-4)
         checked += 1
@@ -93,7 +93,7 @@ def test_depth_of_a_ball_is_analytic():
 def distance_from(part: scenes.Part, local: np.ndarray) -> np.ndarray:
     """An implicit function of a part at points of the object's frame: 0 on its surface, negative inside."""
     axes = [(part.axis + 1) % 3, (part.axis + 2) % 3, part.axis]
-    x, y, z = ((local - np.array(part.centre)[:, None]) / np.array(part.half)[:, None])[axes]
+    x, y, z = ((local - np.array(part.center)[:, None]) / np.array(part.half)[:, None])[axes]
     radial = np.hypot(x, y)
     if part.shape == "ball":
         return np.hypot(radial, z) - 1
@@ -117,7 +117,7 @@ def test_every_visible_point_lies_on_its_solid(kind):
     rows, columns = np.nonzero(sample["semseg"] >= scenes.FIRST_KIND)
     assert rows.size > 60
     ray = np.stack([((columns + 0.5) / 32 - 1) * scene.tangent, np.ones(rows.size), -((rows + 0.5) / 32 - 1) * scene.tangent])
-    local = (np.array([[0], [0], [1.5]]) + sample["depth"][rows, columns] * ray - scene.solids[0].centre[:, None]) / 1.1
+    local = (np.array([[0], [0], [1.5]]) + sample["depth"][rows, columns] * ray - scene.solids[0].center[:, None]) / 1.1
     gaps = [distance_from(part, local) for part in scenes.KINDS[kind]]
     assert abs(np.min(gaps, axis=0)).max() < 3e-3
 
@@ -125,11 +125,11 @@ def test_every_visible_point_lies_on_its_solid(kind):
 def test_objects_cast_shadows():
     scene = only(scenes.sample_scene(0, 2), "cube")
     sun = np.array([0.7, -0.3, 0.65], np.float32)
-    plain = dataclasses.replace(scene.ground, pattern="plain", colours=np.full((2, 3), 0.5, np.float32))
-    scene = dataclasses.replace(scene, sun=sun / np.linalg.norm(sun), ground=plain, fill_colour=np.zeros(3, np.float32))
+    plain = dataclasses.replace(scene.ground, pattern="plain", colors=np.full((2, 3), 0.5, np.float32))
+    scene = dataclasses.replace(scene, sun=sun / np.linalg.norm(sun), ground=plain, fill_color=np.zeros(3, np.float32))
     sample = scenes.render_scene(scene, (64, 64))
     ground = sample["rgb"][sample["semseg"] == 1].mean(-1)
-    assert np.ptp(ground) > 40 and 0.02 < (ground < ground.max() - 40).mean() < 0.6  # lit and shaded ground of one colour
+    assert np.ptp(ground) > 40 and 0.02 < (ground < ground.max() - 40).mean() < 0.6  # lit and shaded ground of one color
 
 
 def test_labels_are_balanced_and_mean_colour_is_no_cue():
@@ -149,5 +149,5 @@ def test_labels_are_balanced_and_mean_colour_is_no_cue():
     mean = {k: accuracy(train.mean((1, 2)), test.mean((1, 2)), k) for k in (1, 5, 20)}
     pixels = accuracy(train, test, 20)
     listed = ", ".join(f"k={k}: {value:.1%}" for k, value in mean.items())
-    print(f"\nk-NN on mean colour {listed}; raw pixels {pixels:.1%}; chance {chance:.1%}")
+    print(f"\nk-NN on mean color {listed}; raw pixels {pixels:.1%}; chance {chance:.1%}")
     assert max(mean.values()) <= chance + 0.05

@@ -1,4 +1,4 @@
-"""A small supervised network must read the label of `scenes` from the pixels (the mean colour does not give it away)."""
+"""A small supervised network must read the label of `scenes` from the pixels (the mean color does not give it away)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def supervised_accuracy() -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_small_network_reaches_80_percent():
-    # A process of its own: here the compiler is told not to optimise and every call is type-checked, both too slow for this.
+    # A process of its own: here the compiler is told not to optimize and every call is type-checked, both too slow for this.
     said = subprocess.run([sys.executable, __file__], env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr[-2000:]
     print(said.stdout)

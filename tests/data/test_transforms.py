@@ -144,7 +144,7 @@ def test_crop_sampler_has_the_references_distribution():
     assert abs(logs.mean()) < 0.01 and abs(logs.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.01
 
 
-def test_crop_sampler_falls_back_to_the_centre():
+def test_crop_sampler_falls_back_to_the_center():
     rng = np.random.default_rng(0)
     assert transforms.random_resized_box(rng, 10, 1000, scale=(1.0, 1.0)) == (0, (1000 - 13) // 2, 10, 13)
     assert transforms.random_resized_box(rng, 1000, 10, scale=(1.0, 1.0)) == ((1000 - 13) // 2, 0, 13, 10)
@@ -251,7 +251,7 @@ def test_decode_record():
         transforms.decode_record({"rgb": record["rgb"][:100]}, MODALITIES)
     with pytest.raises(RecordError, match="modality 'depth': has 3 channels .mode RGB., where 1 is expected"):
         transforms.decode_record({"depth": record["rgb"]}, MODALITIES)
-    with pytest.raises(RecordError, match=r"modality 'rgb': has shape \(20, 30, 1\)"):  # 16-bit grey is no colour picture
+    with pytest.raises(RecordError, match=r"modality 'rgb': has shape \(20, 30, 1\)"):  # 16-bit grey is no color picture
         transforms.decode_record({"rgb": record["depth"]}, MODALITIES)
     with pytest.raises(RecordError, match="is JPEG, whose compression changes class ids"):
         transforms.decode_record({"semseg": record["rgb"]}, MODALITIES)
@@ -259,7 +259,7 @@ def test_decode_record():
         transforms.decode_record({"rgb": b""}, MODALITIES)
 
 
-def test_grey_cmyk_and_palette_pictures_become_colour():
+def test_grey_cmyk_and_palette_pictures_become_color():
     grey = np.random.default_rng(0).integers(0, 256, (12, 10), dtype=np.uint8)
     arrays = transforms.decode_record({"rgb": encoded(grey)}, MODALITIES)
     np.testing.assert_array_equal(arrays["rgb"], np.repeat(grey[..., None], 3, 2))

@@ -1,4 +1,4 @@
-"""Several views of a record: sizes, draws that depend on (seed, epoch, record) alone, how often colours change, and how."""
+"""Several views of a record: sizes, draws that depend on (seed, epoch, record) alone, how often colors change, and how."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def test_each_large_view_has_its_own_exact_block_mask(source):
     assert one.shape == (8, 1, 4, 4) and block_mask(np.random.default_rng(0), 4, 4, 4.8).sum() <= 4
 
 
-# Colours
+# Colors
 
 COUNT = 4000
 
 
 @pytest.mark.parametrize(("kind", "blur", "solarize"), [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0)])
-def test_how_often_and_how_far_colours_change(kind, blur, solarize):
+def test_how_often_and_how_far_colors_change(kind, blur, solarize):
     rng = np.random.default_rng(kind)
     drawn = [draw_colors(rng, kind, MultiCrop()) for _ in range(COUNT)]
     close = dict(atol=4 * np.sqrt(0.25 / COUNT))
@@ -119,7 +119,7 @@ def colors(**changes) -> Colors:
     return Colors(jitter=(), grey=False, blur=0.0, solarize=False)._replace(**changes)
 
 
-def test_colours_change_as_pillow_changes_them():
+def test_colors_change_as_pillow_changes_them():
     array = picture(0)
     image = Image.fromarray(array)
     np.testing.assert_array_equal(apply_colors(array, colors()), array)

@@ -34,7 +34,7 @@ def classify(recorded, **changed):
 
 def test_percentages_equal_the_recorded_ones(recorded):
     figures = classify(recorded)
-    # The recorded protocol did not cut top-5 at k yet: of one neighbour it counted classes without any vote.
+    # The recorded protocol did not cut top-5 at k yet: of one neighbor it counted classes without any vote.
     assert figures == {name: float(recorded[name if name != "top5_k1" else "top1_k1"]) for name in figures}
     assert len(figures) == 2 * len(KS)
 
@@ -60,7 +60,7 @@ def test_ties_go_to_the_earlier_example_and_the_lower_class():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_top5_of_few_neighbours_counts_no_more_classes_than_neighbours(k):
+def test_top5_of_few_neighbors_counts_no_more_classes_than_neighbors(k):
     rng = np.random.default_rng(0)
     train, test = rng.standard_normal((40, 8)), rng.standard_normal((400, 8))  # features that say nothing of the ten classes
     figures = weighted_knn(train, np.arange(40) % 10, test, np.arange(400) % 10, (k,), 10)
@@ -89,8 +89,8 @@ def png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def records(count: int, seed: int, labelled: bool = True):
-    """Class = stripes across or along, class + 2 = broad stripes; colours and phase at random: mean colour tells nothing."""
+def records(count: int, seed: int, labeled: bool = True):
+    """Class = stripes across or along, class + 2 = broad stripes; colors and phase at random: mean color tells nothing."""
     rng = np.random.default_rng(seed)
     rows, columns = np.indices(SIZE)
     result = []
@@ -100,14 +100,14 @@ def records(count: int, seed: int, labelled: bool = True):
         stripes = ((axis + rng.integers(period)) % period < period // 2)[..., None]
         low, high = rng.integers(0, 100, 3), rng.integers(150, 256, 3)
         image = (stripes * high + ~stripes * low).astype(np.uint8)
-        result.append({"rgb": png(image)} | ({"label": label} if labelled else {}))
+        result.append({"rgb": png(image)} | ({"label": label} if labeled else {}))
     return result
 
 
 class Stripes(ListSource):
-    def __init__(self, modalities, *, split="train", labelled=True):
+    def __init__(self, modalities, *, split="train", labeled=True):
         assert tuple(modalities) == ("rgb",)  # what is not read is not asked for
-        super().__init__(records(*{"train": (90, 0), "val": (37, 1)}[split], labelled), ("a", "b", "c", "d"))
+        super().__init__(records(*{"train": (90, 0), "val": (37, 1)}[split], labeled), ("a", "b", "c", "d"))
 
 
 @pytest.fixture
@@ -176,4 +176,4 @@ def test_config_mistakes_are_named_before_any_work(objective):
 
 def test_data_without_labels_are_refused_before_any_work(objective):
     with pytest.raises(ValueError, match="k-NN needs labels, but the test data have none: 37 records in memory"):
-        evaluator(objective, 1, test=dict(source="stripes", split="val", labelled=False))
+        evaluator(objective, 1, test=dict(source="stripes", split="val", labeled=False))

@@ -51,7 +51,7 @@ def test_mean_averages_over_all_queries_the_global_one_too(params, tokens):
     maps = last_maps(params, tokens)
     result = guide(params, tokens, "mean", None)
     np.testing.assert_allclose(result, maps.mean(axis=(1, 2))[:, :48], rtol=1e-4, atol=1e-7)
-    # The global column is dropped and the rest is not renormalised.
+    # The global column is dropped and the rest is not renormalized.
     np.testing.assert_allclose(np.asarray(result).sum(axis=1), 1 - maps.mean(axis=(1, 2))[:, 48], rtol=1e-5)
     assert (np.asarray(result).std(axis=1) > 1e-5).all()
 

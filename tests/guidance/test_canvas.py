@@ -17,7 +17,7 @@ from maskvit.guidance.canvas import (
     fill_unknown,
     read,
     rows_of,
-    standardise,
+    standardize,
     store,
     stride,
     write,
@@ -100,12 +100,12 @@ def test_padding_rows_leave_every_record_alone():
     assert np.isnan(rows_of(maps, jnp.array([-1]))).all() and (np.asarray(rows_of(maps, jnp.array([2]))) == 1).all()
 
 
-def test_standardise_counts_known_tokens_alone():
+def test_standardize_counts_known_tokens_alone():
     values = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32) * 5 + 3
     values[0, :10] = np.nan
     present = np.ones((2, 64), bool)
     present[1, 30:] = False
-    found = np.asarray(standardise(jnp.asarray(values), ONE, jnp.asarray(present)))
+    found = np.asarray(standardize(jnp.asarray(values), ONE, jnp.asarray(present)))
     for row, known in zip(found, (~np.isnan(values[0]), present[1]), strict=True):
         assert np.isnan(row[~known]).all()
         np.testing.assert_allclose([row[known].mean(), row[known].std()], [0, 1], atol=1e-5)
@@ -176,7 +176,7 @@ def test_whole_pictures_replace_the_map(objective, request_of):
     whole = {name: batch.values[name][::4] for name in objective.model.inputs}
     request = request_of(source, batch._replace(whole=whole), jnp.zeros((16, 3, 4, 4), jnp.float16))
     maps = np.asarray(source.update(request, jnp.zeros((), jnp.int32), None))
-    exact = standardise(jnp.log(objective.guidance(request)), objective.model.layout)
+    exact = standardize(jnp.log(objective.guidance(request)), objective.model.layout)
     for row in (0, 4):
         np.testing.assert_allclose(maps[int(batch.record.index[row])].reshape(-1), exact[row], atol=2e-3, rtol=2e-3)
     others = sorted(set(range(16)) - set(np.asarray(batch.record.index)[::4].tolist()))
@@ -194,7 +194,7 @@ def test_average_error_remembers_what_was_hard(objective, request_of):
     maps = source.update(request, jnp.zeros((), jnp.int32), jnp.asarray(errors))
     found = np.asarray(source(source.remind(request, maps)))
     known = ~np.isnan(errors)
-    expected = np.asarray(standardise(jnp.asarray(errors), objective.model.layout))
+    expected = np.asarray(standardize(jnp.asarray(errors), objective.model.layout))
     np.testing.assert_allclose(found[known], expected[known], atol=2e-3)
     assert np.isfinite(found).all()
     with pytest.raises(ValueError, match="needs the errors of the step"):

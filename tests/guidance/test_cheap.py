@@ -119,7 +119,7 @@ def test_values_are_resized_by_kind():
     np.testing.assert_array_equal(found, np.asarray(ids)[:, 1::2][:, :, [2, 6]])
 
 
-def test_scores_spread_to_the_neighbours():
+def test_scores_spread_to_the_neighbors():
     scores = np.arange(1.0, 26.0).astype(np.float32)
     ids = np.array([0, 6, 12, 18, 24])
     spread = np.asarray(spread_scores(jnp.asarray(scores[ids]), jnp.asarray(ids), jnp.ones(5, bool), (5, 5), 0.2))
@@ -135,9 +135,9 @@ def test_scores_spread_to_the_neighbours():
 @pytest.mark.parametrize("count", [10, 6, 3, 1])
 def test_merging_keeps_sums_and_puts_equals_together(count):
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((3, 16)) * 4
+    centers = rng.standard_normal((3, 16)) * 4
     kind = np.tile([0, 1, 2, 0], 5)[rng.permutation(20)]
-    tokens = (centres[kind] + 0.05 * rng.standard_normal((20, 16))).astype(np.float32)
+    tokens = (centers[kind] + 0.05 * rng.standard_normal((20, 16))).astype(np.float32)
     merged, held, owner = map(np.asarray, merge_tokens(jnp.asarray(tokens), jnp.ones(20), count))
     assert merged.shape == (count, 16) and held.sum() == 20 and (np.bincount(owner, minlength=count) == held).all()
     for i in range(count):

@@ -38,7 +38,7 @@ def test_random_head_subsets_cover_all_heads_and_sizes():
     assert len(np.unique(chosen, axis=0)) == 7
 
 
-def test_heads_blocks_and_renormalisation():
+def test_heads_blocks_and_renormalization():
     objective = tiny_objective()
     params = fresh_params(objective)
     values = objective.prepare(on_device(tiny_batch(4))).values_of(objective.model.inputs)
@@ -110,7 +110,7 @@ def test_the_adaptive_budget_follows_the_losses():
     np.testing.assert_allclose([a["weight"] for a in averages], [0.0, 0.5, 0.75, 0.875])
 
 
-def test_a_predicted_error_is_learnt_by_ranking():
+def test_a_predicted_error_is_learned_by_ranking():
     objective, states = run_steps(2, scores=dict(name="attention_high"), guidance=dict(name="predicted_error", momentum=0.9))
     heads = states[-1].params["outputs"]
     assert {"error_rgb", "error_depth", "error_semseg"} <= set(heads)
@@ -182,7 +182,7 @@ def test_a_random_map_has_the_same_values_elsewhere():
 # Groups of tokens
 
 
-def test_the_normalised_cut_is_the_second_eigenvector():
+def test_the_normalized_cut_is_the_second_eigenvector():
     rng = np.random.default_rng(0)
     group = np.arange(30) < 11
     affinity = np.where(group[:, None] == group[None, :], 1.0, 0.05) * rng.uniform(0.8, 1.2, (30, 30))
@@ -197,8 +197,8 @@ def test_the_normalised_cut_is_the_second_eigenvector():
 def test_relevance_is_high_on_one_group_of_tokens():
     rng = np.random.default_rng(1)
     inside = np.arange(40) < 8
-    centres = rng.standard_normal((2, 32))
-    tokens = centres[inside.astype(int)] + 0.3 * rng.standard_normal((40, 32)) + 50.0  # a large common part must not matter
+    centers = rng.standard_normal((2, 32))
+    tokens = centers[inside.astype(int)] + 0.3 * rng.standard_normal((40, 32)) + 50.0  # a large common part must not matter
     there = np.ones(40, bool)
     there[[3, 20]] = False
     scores = np.asarray(relevance(jnp.asarray(tokens, jnp.float32), jnp.asarray(there)))

@@ -306,7 +306,7 @@ def test_every_variant_has_published_sizes():
     assert set(VARIANTS) - {"Ti"} == set(CROSSMAE_PINNED)
 
 
-# The optimiser
+# The optimizer
 
 
 def test_weights_and_tokens_decay_as_in_the_references():

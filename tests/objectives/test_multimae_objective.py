@@ -257,7 +257,7 @@ def test_pictures_are_in_stored_units(params):
         np.testing.assert_array_equal(value, batch.values[name])
     shapes = {name: value.shape for name, value in seen["reconstructions"].items()}
     assert shapes == {"rgb": (2, 32, 32, 3), "norm_rgb": (2, 32, 32, 3), "depth": (2, 32, 32, 1), "semseg": (2, 8, 8)}
-    # Normalised outputs borrow mean and deviation of their target: even an untrained one is in its range.
+    # Normalized outputs borrow mean and deviation of their target: even an untrained one is in its range.
     for name in ("norm_rgb", "depth"):
         stored = np.asarray(batch.values[name.removeprefix("norm_")], float)
         assert abs(np.asarray(seen["reconstructions"][name]).mean() - stored.mean()) < 2 * stored.std(), name
@@ -271,7 +271,7 @@ MISTAKES = [
     (dict(num_visibel=3), "config.objective has unknown key 'num_visibel'"),
     (dict(inputs=("rgb", "thermal")), "inputs names 'thermal'; declared in config.modalities: rgb, depth, semseg"),
     (dict(outputs=("thermal",)), "outputs names 'thermal'; known: rgb, depth, semseg, or norm_"),
-    (dict(outputs=("norm_semseg",)), "classes of 'semseg' cannot be normalised"),
+    (dict(outputs=("norm_semseg",)), "classes of 'semseg' cannot be normalized"),
     (dict(inputs=()), "must name at least one modality"),
     (dict(encoder="XL"), "config.objective.encoder is 'XL'"),
     (dict(encoder=dict(width=50, depth=2, heads=5)), "encoder.width 50 must divide by its 5 heads and by 4"),

@@ -18,7 +18,7 @@ GRADIENT = dict(rtol=1e-3, atol=1e-5)
 
 
 def objective(kept: float):
-    """The recorded model; the recorded pictures are already normalised."""
+    """The recorded model; the recorded pictures are already normalized."""
     sizes = dict(encoder=dict(width=48, depth=3, heads=3), decoder=dict(width=32, depth=2, heads=4))
     block = dict(name="crossmae", kept_mask_ratio=kept, **sizes)
     return build_objective(dict(image_size=(32, 32), modalities=dict(rgb=dict(channels=3, patch=8)), objective=block))

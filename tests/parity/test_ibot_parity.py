@@ -1,4 +1,4 @@
-"""iBOT against numbers recorded from the PyTorch reference: teacher, student, both losses, centres, gradients (no torch here)."""
+"""iBOT against numbers recorded from the PyTorch reference: teacher, student, both losses, centers, gradients (no torch here)."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def evaluate(params, batch):
     return lambda state, step: grad(params, state, jnp.int32(step))
 
 
-def test_losses_and_centres_over_two_steps(evaluate, params, batch, start, golden):
+def test_losses_and_centers_over_two_steps(evaluate, params, batch, start, golden):
     state = start
     for number in range(2):
         step = int(golden[f"step{number}_epoch"]) * EPOCH_STEPS

@@ -19,12 +19,12 @@ GRADIENT = dict(rtol=1e-3, atol=1e-5)
 
 
 def objective(output: str):
-    """The recorded model; the recorded pictures are already normalised."""
+    """The recorded model; the recorded pictures are already normalized."""
     block = dict(name="mae", outputs=(output,), encoder=dict(width=48, depth=3, heads=3), decoder=dict(width=32, depth=2, heads=4))
     return build_objective(dict(image_size=(32, 32), modalities=dict(rgb=dict(channels=3, patch=8)), objective=block))
 
 
-NORMALISED, RAW = objective("norm_rgb"), objective("rgb")
+NORMALIZED, RAW = objective("norm_rgb"), objective("rgb")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,12 @@ def params(state):
 
 
 def test_the_model_has_the_files_parameters(params):
-    ours = tree_paths(jax.eval_shape(lambda key: NORMALISED.init(key)[0], jax.random.key(0)))
+    ours = tree_paths(jax.eval_shape(lambda key: NORMALIZED.init(key)[0], jax.random.key(0)))
     assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in tree_paths(params).items()}
 
 
 def test_position_tables_are_the_files(params):
-    fresh = fresh_params(NORMALISED)
+    fresh = fresh_params(NORMALIZED)
     tables = [name for name in tree_paths(params) if name.endswith("pos_embed")]
     assert len(tables) == 2
     for name in tables:
@@ -77,14 +77,14 @@ def test_position_tables_are_the_files(params):
 
 def test_predictions(params, batch, plan, golden):
     def predict(params, batch, plan):
-        prepared = NORMALISED.prepare(batch)
-        return NORMALISED.reconstruct(params, NORMALISED.model.embed(params, prepared.values), plan)["norm_rgb"]
+        prepared = NORMALIZED.prepare(batch)
+        return NORMALIZED.reconstruct(params, NORMALIZED.model.embed(params, prepared.values), plan)["norm_rgb"]
 
     np.testing.assert_allclose(jax.jit(predict)(params, batch, plan).reshape(4, 16, 192), golden["pred"], **FORWARD)
 
 
 def test_loss_and_gradients(params, batch, plan, golden):
-    (value, metrics), gradients = jax.jit(jax.value_and_grad(lambda p: loss(NORMALISED, p, batch, plan), has_aux=True))(params)
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(lambda p: loss(NORMALIZED, p, batch, plan), has_aux=True))(params)
     np.testing.assert_allclose(value, golden["loss_norm_pix"], **FORWARD)
     loss_sum, count = metrics["loss/norm_rgb"]
     np.testing.assert_allclose(loss_sum / count, golden["loss_norm_pix"], **FORWARD)

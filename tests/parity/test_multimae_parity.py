@@ -23,7 +23,7 @@ NAMES = ("rgb", "depth", "semseg")
 OUTPUTS = (*NAMES, "norm_rgb")
 FORWARD = dict(rtol=1e-4, atol=1e-5)
 GRADIENT = dict(rtol=1e-3, atol=1e-5)
-# The recorded rgb is already normalised and the depth already divided.
+# The recorded rgb is already normalized and the depth already divided.
 MODALITIES = dict(
     rgb=dict(channels=3, patch=8, loss="mse"),
     depth=dict(channels=1, patch=8, loss="l1", standardize=True),
@@ -127,7 +127,7 @@ def test_position_tables_are_the_files(params):
         np.testing.assert_allclose(table, sincos_position_table((4, 4), table.shape[-1]), atol=7e-7, err_msg=name)
 
 
-def test_depth_standardisation(prepared, golden):
+def test_depth_standardization(prepared, golden):
     np.testing.assert_allclose(np.asarray(prepared.values["depth"]).transpose(0, 3, 1, 2), golden["depth_standardized"], **FORWARD)
 
 
@@ -176,7 +176,7 @@ def test_gradients_of_every_parameter(gradients, golden, rules, params):
 
 @pytest.fixture(scope="module")
 def after_step(golden, rules, params):
-    """(parameters, optimiser state) after the reference's first AdamW step, from its gradients."""
+    """(parameters, optimizer state) after the reference's first AdamW step, from its gradients."""
     optimizer = adamw(params, frozen_mask(params), Cosine(peak=1e-3, total=10), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
     grads = jax.tree.map(jnp.asarray, of_names(golden, "grad/", rules, params))
     updates, state = jax.jit(optimizer.tx.update)(grads, optimizer.tx.init(params), params)

@@ -191,8 +191,8 @@ def bench_guidance(
             keep(agreements(name, loaded.objective, params, chosen(loaded.model), *data))
     if checkpoint:
         loaded = load(checkpoint)
-        learnt, measured = (pictures(folder, first_input(loaded.model).name) for folder in (learn_from, images))
-        keep(agreements(Path(checkpoint).name, loaded.objective, loaded.params, chosen(loaded.model), learnt, measured))
+        learned, measured = (pictures(folder, first_input(loaded.model).name) for folder in (learn_from, images))
+        keep(agreements(Path(checkpoint).name, loaded.objective, loaded.params, chosen(loaded.model), learned, measured))
     return records
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from maskvit.commands.bench.timing import compiled_gb, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilisation
+from maskvit.commands.bench.timing import compiled_gb, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilization
 
 SIZES = ("Ti", "S", "B", "L", "H")
 DTYPES = ("float32", "bfloat16")
@@ -78,7 +78,7 @@ def bench_step(
     """Time the steps of `STEPS`, and torch's, in turns: one record per measurement, see `step_record`.
 
     `batch` is the global batch over all devices; `size` a name of `SIZES` or a block of encoder sizes; `sizes` as `step_config`.
-    One state, donated from step to step, goes through all of them: they are the same model and optimiser, so memory holds one copy.
+    One state, donated from step to step, goes through all of them: they are the same model and optimizer, so memory holds one copy.
     """
     import jax
 
@@ -168,7 +168,7 @@ def bench_objectives(
     """Time the train steps of `OBJECTIVES` in turns: one record each, as of `bench_step`, with the arithmetic of the decoder.
 
     `size`, `batch`: as there; `decoder`: sizes for all, by default each objective's own. Every objective has its own
-    parameters and optimiser state on the devices. A peak of memory belongs to the process, and is read after the first rounds
+    parameters and optimizer state on the devices. A peak of memory belongs to the process, and is read after the first rounds
     of each objective in this order of planned memory, least first: the first and every higher one are that objective's own, on
     top of the states of those before it.
     """
@@ -223,7 +223,7 @@ def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, f
     times = summary(seconds[name], batch)
     per_second = flops * times["images_per_s"]
     record = dict(measurement=name, **times, gflop_per_image=flops / 1e9, tflops_per_s=per_second / 1e12)
-    record["mfu"] = utilisation(per_second, device.device_kind, devices)
+    record["mfu"] = utilization(per_second, device.device_kind, devices)
     record |= {f"ratio_to_{other}": ratio(seconds[name], seconds[other]) for other in seconds if other != name}
     return record
 

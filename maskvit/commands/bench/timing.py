@@ -55,11 +55,11 @@ def compiled_gb(compiled: Any) -> float | None:
     return (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes) / 1e9
 
 
-def utilisation(flops_per_s: float, device_kind: str, devices: int) -> float | None:
+def utilization(flops_per_s: float, device_kind: str, devices: int) -> float | None:
     """Share of the devices' dense bfloat16 peak; None where the peak is not known."""
-    from maskvit.metrics.throughput import flops_utilisation
+    from maskvit.metrics.throughput import flops_utilization
 
-    return flops_utilisation(flops_per_s, 1.0, device_kind=device_kind, device_count=devices)
+    return flops_utilization(flops_per_s, 1.0, device_kind=device_kind, device_count=devices)
 
 
 def cpu_threads() -> int:

@@ -98,7 +98,7 @@ def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
 
     The yardstick of this benchmark, not a port: embedded patches of all modalities of which the first `num_visible` count
     as visible, the encoder with `scaled_dot_product_attention`, a decoder per output, squared errors (cross-entropy for
-    classes) over all tokens. What it leaves out (drawing masks, gathering, normalising targets) is to its advantage.
+    classes) over all tokens. What it leaves out (drawing masks, gathering, normalizing targets) is to its advantage.
     """
     model, sizes = objective.model, patch_sizes(objective.model)
     cuda = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()

@@ -359,13 +359,13 @@ def _distance(seen: Seen, given: Mapping[str, Any], guesses: list[tuple[str, str
         if seen.fractions:
             fields["metres_per_count"] = 1 / 512 if seen.high <= 127 else 1 / 64
             unit = "1/512" if seen.high <= 127 else "1/64"
-            guesses.append((f"its numbers are metres; they are packed as counts of {unit} m", "metres_per_count=1/1000 for finer counts"))
+            guesses.append((f"its numbers are meters; they are packed as counts of {unit} m", "metres_per_count=1/1000 for finer counts"))
         elif seen.bits > 8:
             fields["metres_per_count"] = 1 / 1000
-            guesses.append(("its whole numbers are millimetres", "metres_per_count=1/256 or what the sensor has"))
+            guesses.append(("its whole numbers are millimeters", "metres_per_count=1/256 or what the sensor has"))
         else:
             fields |= dict(metres_per_count=None, scale=1 / 255)
-            guesses.append(("its 8 bits are depth without a unit", "metres_per_count=METRES"))
+            guesses.append(("its 8 bits are depth without a unit", "metres_per_count=METERS"))
     if "missing" not in given and (seen.zeros > 0 or seen.no_value > 0):
         fields["missing"] = 0.0
         guesses.append((f"0 (on {seen.zeros:.1%} of the pixels) and NaN mean that nothing was measured", "missing=None"))

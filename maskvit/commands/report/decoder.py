@@ -118,7 +118,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
                     "visible patches as they are."
                 )
                 if output != spec.name:
-                    caption += " Predictions of normalised patches borrow mean and deviation of the true patch."
+                    caption += " Predictions of normalized patches borrow mean and deviation of the true patch."
                 sections.append(page.Section(path.name, [page.Figure(panels.tile_grid(tiles, 5), caption)]))
     if not sections:
         raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")

@@ -59,7 +59,7 @@ def one_per_source(config: Mapping[str, Any], strategies: Mapping[str, Mapping[s
 
 
 def weights_of(values: Float[np.ndarray, "b gh gw"], tau: float | None) -> Float[np.ndarray, "b gh gw"]:
-    """The maps normalised to [0, 1] per image, or, with `tau`, the loss weights exp(g / tau)."""
+    """The maps normalized to [0, 1] per image, or, with `tau`, the loss weights exp(g / tau)."""
     layout = TokenLayout(("map",), (values.shape[1:],))
     flat = jnp.asarray(values.reshape(len(values), -1))
     result = normalize_guidance(flat, layout) if tau is None else guidance_weights(flat, layout, tau)
@@ -67,7 +67,7 @@ def weights_of(values: Float[np.ndarray, "b gh gw"], tau: float | None) -> Float
 
 
 def weight_sheet(shows: Shows, name: str, modality: str, taus: Sequence[float]) -> bytes:
-    """One map set as PNG, every tile on one colour scale: raw, normalised, and for every temperature g / tau and exp(g / tau)."""
+    """One map set as PNG, every tile on one color scale: raw, normalized, and for every temperature g / tau and exp(g / tau)."""
     shown = shows.shown[name]
     raw = shown.guidance[modality]
     unit = weights_of(raw, None)
@@ -82,7 +82,7 @@ def weight_sheet(shows: Shows, name: str, modality: str, taus: Sequence[float]) 
             here = values[index]
             tiles.append((pictures.heat_map(here, picture.shape[:2], limits), f"{here.min():.3g} to {here.max():.3g}"))
         rows.append((shows.ids[index], tiles))
-    return panels.labelled_grid(["image", *steps], rows, heat=("0", f"{limits[1]:.2f}, all tiles"))
+    return panels.labeled_grid(["image", *steps], rows, heat=("0", f"{limits[1]:.2f}, all tiles"))
 
 
 def map_sets_sheet(shows: Shows, modality: str, tau: float) -> bytes:
@@ -96,7 +96,7 @@ def map_sets_sheet(shows: Shows, modality: str, tau: float) -> bytes:
             weight = weights_of(shown.guidance[modality], tau)[index]
             tiles.append((pictures.heat_overlay(picture, weight, limits), f"mean {weight.mean():.2f}"))
         rows.append((shows.ids[index], tiles))
-    return panels.labelled_grid(["image", *(n.replace("_", "\n") for n in shows.shown)], rows, heat=("1", f"{limits[1]:.2f}, all tiles"))
+    return panels.labeled_grid(["image", *(n.replace("_", "\n") for n in shows.shown)], rows, heat=("1", f"{limits[1]:.2f}, all tiles"))
 
 
 def schedule_plot(taus: Sequence[float], ends: tuple[float, float]) -> bytes:
@@ -129,12 +129,12 @@ def run(
     pair = (plain["objective"].get("loss_weight") or {}).get("tau")
     ends = tuple(schedule or (pair if isinstance(pair, (list, tuple)) else (max(tau), min(tau))))
     middle = sorted(tau)[len(tau) // 2]
-    words = "g is the map normalised to [0, 1] per image, so the background weighs exactly 1 and the most important token exp(1 / tau)."
+    words = "g is the map normalized to [0, 1] per image, so the background weighs exactly 1 and the most important token exp(1 / tau)."
     sections = [
         notes(shows, sources, checkpoint),
         page.Section(
             "Map sets side by side",
-            [page.Figure(map_sets_sheet(shows, modality, middle), f"Loss weights exp(g / {middle:g}) over {modality}, one colour scale.")],
+            [page.Figure(map_sets_sheet(shows, modality, middle), f"Loss weights exp(g / {middle:g}) over {modality}, one color scale.")],
         ),
         page.Section(
             "Temperature",
@@ -146,7 +146,7 @@ def run(
         ),
     ]
     for name in shows.shown:
-        caption = f"{name} on {modality}, every tile on the colour scale of the weights. {words}"
+        caption = f"{name} on {modality}, every tile on the color scale of the weights. {words}"
         sections.append(page.Section(name, [page.Figure(weight_sheet(shows, name, modality, tau), caption)]))
     write(out, page.html_page("Guidance as loss weight", sections, "From the raw map to the weight of a token's loss."))
     print(f"{len(shows.shown)} map set(s) on {len(shows.ids)} image(s) in {out}")

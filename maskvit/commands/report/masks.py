@@ -37,7 +37,7 @@ def strategy_sheet(shows: Shows, shown: Shown, modality: str) -> bytes:
         tiles.append((pictures.mask_overlay(picture, masked), f"{masked.sum()} of {masked.size} hidden"))
         tiles += [(pictures.heat_overlay(picture, shown.heads[modality][index, head]), "") for head in range(heads)]
         rows.append((shows.ids[index], tiles))
-    return panels.labelled_grid(columns, rows, heat=("least", "most (each tile for itself)") if shown.guidance else None)
+    return panels.labeled_grid(columns, rows, heat=("least", "most (each tile for itself)") if shown.guidance else None)
 
 
 def comparison_sheet(shows: Shows, index: int) -> bytes:
@@ -55,7 +55,7 @@ def comparison_sheet(shows: Shows, index: int) -> bytes:
                 else (pictures.mask_overlay(picture, masked[index]), f"{masked[index].sum()} of {masked[index].size} hidden")
             )
         rows.append((modality, tiles))
-    return panels.labelled_grid(["image", *(name.replace("_", "\n") for name in shows.shown)], rows)
+    return panels.labeled_grid(["image", *(name.replace("_", "\n") for name in shows.shown)], rows)
 
 
 def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, images: int, split: str | None, crop: float) -> int:

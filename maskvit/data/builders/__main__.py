@@ -29,7 +29,7 @@ kept; what is passed over (hidden files, other suffixes) is counted and named. d
 EXAMPLES = """
 examples of --modalities:
   rgb                                             pictures of 3 channels and 8 bits
-  depth,metres_per_count=1/1000,missing=0         16-bit PNG in millimetres, 0 where nothing was measured; .npy and float .tif hold metres
+  depth,metres_per_count=1/1000,missing=0         16-bit PNG in millimeters, 0 where nothing was measured; .npy and float .tif hold meters
   semseg,num_classes=40,missing=255               class ids 0 ... 39, 255 = no label; PNG or other files without loss in one channel
   normals,channels=3                              any other name: kind=continuous, channels=3 unless stated
   parts,kind=categorical,num_classes=7

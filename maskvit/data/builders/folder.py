@@ -76,7 +76,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
     Args:
       root: the folder; a tree without split folders is the split "train".
       data_dir, name: where TFDS stores it.
-      modalities: what to read, by folder name. A modality with `metres_per_count` may be stored as float metres (.npy, .npz, .tif).
+      modalities: what to read, by folder name. A modality with `metres_per_count` may be stored as float meters (.npy, .npz, .tif).
       val_fraction: share of the samples of a tree without split folders that becomes the split "val", drawn by `seed`.
       allow_missing: modalities that a sample may lack; any other absence is an error.
       short_side: make larger pictures smaller, so that the shorter side has this many pixels.
@@ -294,7 +294,7 @@ class Folder(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
 def _asks_for_unit(spec: Modality, found: Found) -> str:
     return (
         f"holds whole numbers ({found.low:.0f} ... {found.high:.0f}), and their unit was not stated: give "
-        f"--modalities {spec.name},metres_per_count=1/1000 for millimetres (most sensors), 1/512 for Omnidata's, or what they are"
+        f"--modalities {spec.name},metres_per_count=1/1000 for millimeters (most sensors), 1/512 for Omnidata's, or what they are"
     )
 
 
@@ -305,8 +305,8 @@ def describe(spec: Modality, totals: Totals) -> list[str]:
         ids = f"{name} has class ids {totals.low:.0f} ... {totals.high:.0f} of {spec.num_classes}"
         lines.append(f"{ids}; --modalities {name},num_classes=N changes that")
     elif spec.metres_per_count:
-        unit, some = spec.metres_per_count, f"whole numbers in {totals.whole} files, else float metres"
-        how = "whole numbers" if totals.whole == totals.files else some if totals.whole else "float metres"
+        unit, some = spec.metres_per_count, f"whole numbers in {totals.whole} files, else float meters"
+        how = "whole numbers" if totals.whole == totals.files else some if totals.whole else "float meters"
         reach = f"{name} reaches from {totals.low * unit:.4g} to {totals.high * unit:.4g} m"
         lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m; --modalities {name},metres_per_count=X changes that")
         if spec.missing is None and totals.low == 0:

@@ -1,6 +1,6 @@
 """One sample of a folder: its files read, checked against what the modalities declare, and encoded for the record.
 
-JPEG and PNG pictures keep their bytes; everything else is packed without loss. Distances in metres (float arrays) become counts.
+JPEG and PNG pictures keep their bytes; everything else is packed without loss. Distances in meters (float arrays) become counts.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _load(path: str, modality: Modality) -> _Loaded:
 
 
 def _check_distances(picture: Picture, name: str, unit: float) -> None:
-    """Raise for pictures that cannot be counts of a distance, `unit` metres each."""
+    """Raise for pictures that cannot be counts of a distance, `unit` meters each."""
     if picture.header.lossy:
         form = picture.header.format
         raise _Unfit(CONTENT, f"is {form}, whose compression changes distances: store them as 16-bit PNG, float .tif or .npy")
@@ -161,18 +161,18 @@ def _numbers(loaded: _Loaded, modality: Modality) -> tuple[np.ndarray, int]:
     return array.astype(np.float32), 0
 
 
-def _counts(metres: np.ndarray, modality: Modality, unit: float) -> tuple[np.ndarray, int]:
-    """Metres to uint16 counts of `unit` metres; NaN, infinity, values <= 0 and what the counts cannot hold become the code for missing.
+def _counts(meters: np.ndarray, modality: Modality, unit: float) -> tuple[np.ndarray, int]:
+    """Meters to uint16 counts of `unit` meters; NaN, infinity, values <= 0 and what the counts cannot hold become the code for missing.
 
     Returns: (counts, how many distances they cannot hold).
     """
     code = 0 if modality.missing is None else modality.missing
     if not 0 <= code <= 65535 or code != int(code):
         raise _Unfit(CONTENT, f"modality {modality.name!r} has missing = {code}, which uint16 cannot hold")
-    metres = metres.astype(np.float64)  # half precision would round the counts, and overflow
+    meters = meters.astype(np.float64)  # half precision would round the counts, and overflow
     with np.errstate(invalid="ignore", over="ignore"):
-        counts = np.rint(metres / unit)
-        measured = np.isfinite(counts) & (metres > 0)
+        counts = np.rint(meters / unit)
+        measured = np.isfinite(counts) & (meters > 0)
     valid = measured & (counts <= 65535)
     if modality.missing is not None:
         valid &= counts != code
@@ -180,8 +180,8 @@ def _counts(metres: np.ndarray, modality: Modality, unit: float) -> tuple[np.nda
     if 2 * beyond > measured.sum():
         raise _Unfit(
             CONTENT,
-            f"has distances from {metres[measured].min():.6g} to {metres[measured].max():.6g}; float arrays are read as metres, and counts "
-            f"of {unit:.6g} m end at {65535 * unit:.6g} m: if these are millimetres divide them "
+            f"has distances from {meters[measured].min():.6g} to {meters[measured].max():.6g}; float arrays are read as meters, and counts "
+            f"of {unit:.6g} m end at {65535 * unit:.6g} m: if these are millimeters divide them "
             f"by 1000, else give {modality.name},metres_per_count another unit",
         )
     if modality.missing is None and not valid.all():
@@ -193,7 +193,7 @@ def _counts(metres: np.ndarray, modality: Modality, unit: float) -> tuple[np.nda
 
 
 def _shrink(array: np.ndarray, modality: Modality, size: tuple[int, int]) -> np.ndarray:
-    """Resize to `size` (height, width): nearest for class ids; missing values do not bleed into their neighbours."""
+    """Resize to `size` (height, width): nearest for class ids; missing values do not bleed into their neighbors."""
     if modality.kind == "categorical":
         return array[np.ix_(*(nearest_indices(old, new) for old, new in zip(array.shape[:2], size, strict=True)))]
     bands = array if array.ndim == 3 else array[..., None]
