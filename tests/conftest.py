@@ -78,7 +78,7 @@ def fixtures() -> pathlib.Path:
 
 
 # Linux allows a process 65,530 memory maps, and each compiled program holds several: past that XLA dies of a segmentation fault.
-MAPS_BETWEEN_FILES = 10_000
+MAPS_BETWEEN_FILES = 20_000
 
 
 def memory_maps() -> int:

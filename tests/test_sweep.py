@@ -245,7 +245,7 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         (["--grid", "objective.scores.nam=a"], "config.objective.scores has unknown key 'nam'; known"),
         (["--grid", "optimizer.base_rl=1"], "config.optimizer has unknown key 'base_rl'; known: base_lr"),
         (["--grid", "schedule.warmup=1"], "config.schedule has unknown key 'warmup'; known: total_epochs"),
-        (["--grid", "optimizer.base_lr=1"], "config has unknown key 'optimizer'; known"),
+        (["--grid", "optimzer.base_lr=1"], "config has unknown key 'optimzer'; known"),
         (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
         (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),

@@ -69,6 +69,7 @@ def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objec
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
     counts = counts if total is None else total(counts)
 
+    @jax.jit  # its shapes are asked for first, and the scan then takes the same trace
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
         result = value_and_grad(params, state, micro_batch, micro_keys, step, plan, counts, shared_key)
