@@ -29,6 +29,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs need not know the line of ours that each operation is from
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # with libtpu installed JAX would ask the network for a TPU first
 os.environ.setdefault("MPLBACKEND", "agg")
 # Child processes (worker processes, two-process training, commands) find the package from any directory.
