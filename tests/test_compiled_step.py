@@ -144,7 +144,7 @@ def test_what_is_kept_per_record_lies_spread_and_is_never_copied(name):
 
 
 def test_four_devices_remember_what_one_does():
-    # Means are rounded in another order, and maps are float16. Without masks and records: test_sharding.py.
+    # Sums over devices round differently, and maps are float16. The losses of other guidance: test_sharding.py.
     one, four = Step("predicted_attention", devices=1), compiled("predicted_attention")
     np.testing.assert_allclose(four.losses(6), one.losses(6), rtol=1e-5)
     ours, theirs = (jax.tree.map(np.asarray, step.state.objective_state["guidance"]) for step in (one, four))

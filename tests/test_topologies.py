@@ -80,6 +80,7 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
 
     finish(*start_two(file, workdir))
     np.testing.assert_allclose(losses(workdir), one, rtol=1e-5)
+    assert (workdir / "pictures" / "masking_00000015.png").exists()  # one that cannot be drawn is a warning and no error
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if any(name.startswith("knn/") for name in row)] == [10, 20]
 
