@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskvit.convert.reader import ConversionError
-from maskvit.convert.rules import Rule, linear, same, single
+from maskvit.convert.rules import Rule, convolution, linear
 from maskvit.convert.source import Hints, Source
 from maskvit.core import modalities as known
 
@@ -63,31 +63,19 @@ def infer_config(source: Source, _: Hints) -> dict[str, Any]:
     return dict(image_size=(224, 224), modalities=dict(rgb=known.RGB), classifier=classifier)
 
 
-def _convolution(key: str, path: str, channels_in: int, channels_out: int, side: int) -> list[Rule]:
-    """Weight (out, in, row, column) to kernel (row, column, in, out)."""
-    weight = single(
-        f"{key}.weight",
-        f"{path}/kernel",
-        (channels_out, channels_in, side, side),
-        lambda x: np.ascontiguousarray(x.transpose(2, 3, 1, 0)),
-        lambda x: np.ascontiguousarray(x.transpose(3, 2, 0, 1)),
-    )
-    return [weight, same(f"{key}.bias", f"{path}/bias", (channels_out,))]
-
-
 def rules(config: Mapping[str, Any]) -> list[Rule]:
     """Every one of the `tensors` of the network that `config` describes."""
     block = config["classifier"]
     channels, stem = block["width"], block["width"]
-    found = _convolution("conv1", "stem", 3, stem, 7)
+    found = convolution("conv1", "stem", 3, stem, 7)
     for stage, depth in enumerate(block["depths"]):
         narrow = stem * 2**stage
         for i in range(depth):
             key, path = f"layer{stage + 1}.{i}", f"stage_{stage + 1}/block_{i:02d}"
-            found += _convolution(f"{key}.conv1", f"{path}/conv1", channels, narrow, 1)
-            found += _convolution(f"{key}.conv2", f"{path}/conv2", narrow, narrow, 3)
-            found += _convolution(f"{key}.conv3", f"{path}/conv3", narrow, 4 * narrow, 1)
+            found += convolution(f"{key}.conv1", f"{path}/conv1", channels, narrow, 1)
+            found += convolution(f"{key}.conv2", f"{path}/conv2", narrow, narrow, 3)
+            found += convolution(f"{key}.conv3", f"{path}/conv3", narrow, 4 * narrow, 1)
             if not i:
-                found += _convolution(f"{key}.downsample.0", f"{path}/shortcut", channels, 4 * narrow, 1)
+                found += convolution(f"{key}.downsample.0", f"{path}/shortcut", channels, 4 * narrow, 1)
             channels = 4 * narrow
     return [*found, *linear("fc", "head", channels, block["num_classes"])]

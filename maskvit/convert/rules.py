@@ -139,6 +139,30 @@ def patch_head(key: str, path: str, channels: int, patch: int, width: int) -> li
     return [weight, single(f"{key}.bias", f"{path}/bias", (features,), outputs_last, outputs_first)]
 
 
+def convolution(key: str, path: str, channels_in: int, channels_out: int, side: int, bias: bool = True) -> list[Rule]:
+    """Weight (out, in, row, column) to kernel (row, column, in, out); of a depthwise one `channels_in` is 1."""
+    weight = single(
+        f"{key}.weight",
+        f"{path}/kernel",
+        (channels_out, channels_in, side, side),
+        lambda x: np.ascontiguousarray(x.transpose(2, 3, 1, 0)),
+        lambda x: np.ascontiguousarray(x.transpose(3, 2, 0, 1)),
+    )
+    return [weight, same(f"{key}.bias", f"{path}/bias", (channels_out,))] if bias else [weight]
+
+
+def transposed_conv(key: str, path: str, channels: int, side: int) -> list[Rule]:
+    """Weight (in, out, row, column) to kernel (row, column, in, out), as many channels out as in."""
+    weight = single(
+        f"{key}.weight",
+        f"{path}/kernel",
+        (channels, channels, side, side),
+        lambda x: np.ascontiguousarray(x.transpose(2, 3, 0, 1)),
+        lambda x: np.ascontiguousarray(x.transpose(2, 3, 0, 1)),
+    )
+    return [weight, same(f"{key}.bias", f"{path}/bias", (channels,))]
+
+
 def position_map(key: str, path: str, grid: tuple[int, int], width: int) -> Rule:
     """(1, width, rows, columns) to (rows, columns, width)."""
     return single(

@@ -1,4 +1,4 @@
-"""Linear layers, the MLP and the norm of the Vision Transformer, with their initial values."""
+"""Linear layers, the MLP and the norm of the Vision Transformer; convolutions and batch normalization; with their initial values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def xavier_uniform(parts: int = 1):
 
 
 def uniform_by_fan_in(fan_in: int):
-    """PyTorch's default bias of a convolution, uniform within 1 / sqrt(fan_in); MultiMAE's patch projections keep it."""
+    """PyTorch's default kernel and bias of linear layers and convolutions, uniform within 1 / sqrt(fan_in)."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         bound = 1.0 / math.sqrt(fan_in)
@@ -36,21 +36,38 @@ def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> An
     return module.apply({"params": params}, *arguments, **options)
 
 
+def apply_with_statistics(
+    module: nn.Module, params: Any, statistics: Any, *arguments: Any, train: bool, rngs: dict[str, Array] | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """(The module's result on these parameters and running statistics, the statistics after it).
+
+    In training `BatchNorm` normalizes with the batch and the statistics change; else they are used as they are. A module that has
+    none takes {} and gives {}. `rngs`: {"dropout": key} where the module drops in training.
+    """
+    variables = {"params": params, "statistics": statistics}
+    if not train:
+        return module.apply(variables, *arguments, train=False, rngs=rngs, **options), statistics
+    result, changed = module.apply(variables, *arguments, train=True, rngs=rngs, mutable=["statistics"], **options)
+    return result, changed.get("statistics", statistics)
+
+
 class Dense(nn.Module):
-    """A linear layer (kernel "in out"). `columns` computes only that slice of the outputs."""
+    """A linear layer (kernel "in out"), with a bias unless `use_bias` is False. `columns` computes only that slice of the outputs."""
 
     features: int
     dtype: Any = jnp.float32
     kernel_init: Any = xavier_uniform()
     bias_init: Any = nn.initializers.zeros_init()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-        kernel, bias = kernel[:, columns].astype(self.dtype), bias[columns].astype(self.dtype)
         # One flat matrix product: XLA's CPU backend is slow where a weight gradient contracts two batch axes.
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel + bias
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel[:, columns].astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+            flat = flat + bias[columns].astype(self.dtype)
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
@@ -69,3 +86,95 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         hidden = jax.nn.gelu(Dense(self.hidden, self.dtype, name="fc1")(x), approximate=False)
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
+
+
+def convolve(kernel: Float[Array, "r s i o"], x: Float[Array, "b h w c"], stride: int = 1, groups: int = 1) -> Float[Array, "b u v o"]:
+    """A square convolution (kernel "row column in out"), padded by half its side."""
+    pad = kernel.shape[0] // 2
+    options: dict[str, Any] = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad), (pad, pad)], **options)
+
+
+class Conv(nn.Module):
+    """A square convolution of odd `side`, padded by half of it; `groups` parts of the channels do not see each other.
+
+    Kernel and bias begin as PyTorch's do, or, with a `kernel_init`, the kernel as it says and the bias at 0.
+    """
+
+    features: int
+    side: int = 1
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b u v o"]:
+        shape = (self.side, self.side, x.shape[-1] // self.groups, self.features)
+        default = uniform_by_fan_in(math.prod(shape[:3]))
+        kernel = self.param("kernel", self.kernel_init or default, shape, jnp.float32)
+        y = convolve(kernel.astype(self.dtype), x.astype(self.dtype), self.stride, self.groups)
+        if not self.use_bias:
+            return y
+        bias_init = nn.initializers.zeros_init() if self.kernel_init else default
+        return y + self.param("bias", bias_init, (self.features,), jnp.float32).astype(self.dtype)
+
+
+class TransposedConv(nn.Module):
+    """A transposed convolution (kernel "row column in out") whose stride is its side: one place becomes `side` x `side` ones.
+
+    Initial values as PyTorch's, whose fan-in is that of the outputs here.
+    """
+
+    features: int
+    side: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b u v o"]:
+        (b, h, w, channels), s, o = x.shape, self.side, self.features
+        initial = uniform_by_fan_in(s * s * o)
+        kernel = self.param("kernel", initial, (s, s, channels, o), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", initial, (o,), jnp.float32).astype(self.dtype)
+        # The places do not overlap: a linear layer to all that one place becomes.
+        flat = x.reshape(-1, channels).astype(self.dtype) @ kernel.transpose(2, 0, 1, 3).reshape(channels, s * s * o)
+        return flat.reshape(b, h, w, s, s, o).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * s, w * s, o) + bias
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization of the last axis over all others, in float32, as PyTorch's.
+
+    In training the batch's mean and (biased) variance are used, and the running ones, the collection "statistics" (`mean`,
+    `variance`), move towards the batch's by `momentum`, the weight of the new value; the running variance is unbiased. Else the
+    running ones are used. `affine`: with `scale` and `bias`. `axis_name`: of the device axes whose batches count as one.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    affine: bool = True
+    axis_name: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"], train: bool = False) -> Float[Array, "*b c"]:
+        shape, x = (x.shape[-1],), x.astype(jnp.float32)
+        running = self.variable("statistics", "mean", jnp.zeros, shape), self.variable("statistics", "variance", jnp.ones, shape)
+        mean, variance = (value.value for value in running)
+        if train:
+            # In two passes: the mean of the squares would cancel where the mean is large.
+            mean = self._over_batch(x)
+            variance = self._over_batch(jnp.square(x - mean))
+            count = math.prod(x.shape[:-1]) * (jax.lax.psum(1, self.axis_name) if self.axis_name else 1)
+            if count < 2:
+                raise ValueError("batch normalization needs more than one value per channel to train on: use larger batches per device")
+            for kept, new in zip(running, (mean, variance * (count / (count - 1))), strict=True):
+                kept.value = (1 - self.momentum) * kept.value + self.momentum * jax.lax.stop_gradient(new)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
+            y = y * scale + self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        return y
+
+    def _over_batch(self, x: Float[Array, "*b c"]) -> Float[Array, " c"]:
+        mean = x.mean(axis=tuple(range(x.ndim - 1)))
+        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean

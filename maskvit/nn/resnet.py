@@ -15,24 +15,21 @@ from jaxtyping import Array, Float, Num
 
 from maskvit.core.modalities import Modality, parse_modalities
 from maskvit.core.types import Params
+from maskvit.nn.layers import convolve
 
 STAGES = 4
 
 
-def convolve(params: Params, x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b i j k"]:
-    """A square convolution (kernel "row column in out") padded by half its side, plus bias."""
-    pad = params["kernel"].shape[0] // 2
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    padding = [(pad, pad), (pad, pad)]
-    return jax.lax.conv_general_dilated(x, params["kernel"], (stride, stride), padding, dimension_numbers=dimensions) + params["bias"]
+def _conv(params: Params, x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b i j k"]:
+    return convolve(params["kernel"], x, stride) + params["bias"]
 
 
 def bottleneck(params: Params, x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j k"]:
     """1 x 1, 3 x 3 and 1 x 1 convolution beside the shortcut."""
-    y = jax.nn.relu(convolve(params["conv1"], x))
-    y = jax.nn.relu(convolve(params["conv2"], y, stride))
-    shortcut = convolve(params["shortcut"], x, stride) if "shortcut" in params else x
-    return jax.nn.relu(convolve(params["conv3"], y) + shortcut)
+    y = jax.nn.relu(_conv(params["conv1"], x))
+    y = jax.nn.relu(_conv(params["conv2"], y, stride))
+    shortcut = _conv(params["shortcut"], x, stride) if "shortcut" in params else x
+    return jax.nn.relu(_conv(params["conv3"], y) + shortcut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class ResNet:
 
     def features(self, params: Params, values: Float[Array, "b h w c"], stage: int = STAGES) -> Float[Array, "b i j k"]:
         """The activation behind stage 1 ... 4; at 224 pixels stage 3 is 14 x 14 and stage 4 is 7 x 7."""
-        x = jax.nn.relu(convolve(params["stem"], values, 2))
+        x = jax.nn.relu(_conv(params["stem"], values, 2))
         padding = [(0, 0), (1, 1), (1, 1), (0, 0)]
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
         return self._stages(params, x, 0, stage)
