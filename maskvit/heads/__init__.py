@@ -1,18 +1,24 @@
 """Heads: what reads a backbone's features. `DECODERS` rebuild one modality's patches from the encoded visible tokens; `HEADS` read
-encoded tokens one by one."""
+encoded tokens one by one, or all of a picture's: a class or a value per picture or pixel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from maskvit.core.configuration import check_arguments, hashable, look_up
+from maskvit.core.configuration import check_arguments, hashable, look_up, named_function
+from maskvit.heads.attentive import AttentiveProbe, Probe
+from maskvit.heads.convnext import ConvNextHead
 from maskvit.heads.crossmae import CrossMaeDecoder, crossmae_options
+from maskvit.heads.dense import LinearHead
+from maskvit.heads.dpt import DptHead
 from maskvit.heads.mae import MaeDecoder
 from maskvit.heads.prototypes import Projection
+from maskvit.heads.segmenter import SegmenterHead
 from maskvit.heads.spatial import SpatialDecoder
+from maskvit.heads.upernet import UperNetHead
 from maskvit.nn.encoder import check_sizes
 from maskvit.nn.layers import Dense
 
@@ -36,17 +42,56 @@ class Decoder(NamedTuple):
     decodes_part: bool = False
 
 
+def _last(depth: int) -> tuple[int, ...]:
+    """The end of the last block."""
+    return (depth,)
+
+
+def _spread(*shares: float) -> Callable[[int], tuple[int, ...]]:
+    """The features at these shares of the depth, each of another block."""
+
+    def layers(depth: int) -> tuple[int, ...]:
+        if depth < len(shares):
+            raise ValueError(f"the head reads {len(shares)} blocks, but the encoder has {depth}: take another head or a deeper encoder")
+        found: tuple[int, ...] = ()
+        for share in shares:
+            found += (max(round(share * depth), found[-1] + 1 if found else 1),)
+        return found
+
+    return layers
+
+
 class Head(NamedTuple):
     """A row of `HEADS`: parameters stand under the row's name.
 
-    `module(dtype, **options)`; `stream`: which random stream its initial values are drawn from; `everything`: the method that touches
-    every parameter; `fixed(**options)`: patterns of parameters that are never trained.
+    Attributes:
+      module: `module(dtype, **options)`. Where it reads "maps" or "pooled" its fields are what the head's block of a config may hold
+        (`head_options`), but for what the caller knows: `channels` or `num_classes`, `dtype`, and `axis_name` where it has `statistics`.
+      stream: which random stream its initial values are drawn from.
+      everything: the method that touches every parameter.
+      fixed: `fixed(**options)`: patterns of parameters that are never trained.
+      reads: "tokens": encoded tokens one by one. "maps": `(maps, size, train)`, the token maps of chosen blocks, ascending, and
+        (height, width) in pixels. "pooled": `(patches, global tokens, train)`.
+      layers: `layers(depth)`: the blocks read where the config names none, counted as `Backbone.features` does.
+      statistics: whether it may keep running statistics (`maskvit.nn.layers.apply_with_statistics`).
     """
 
     module: Callable[..., Any]
     stream: int
     everything: str = "__call__"
     fixed: Callable[..., tuple[str, ...]] = lambda **options: ()
+    reads: Literal["tokens", "maps", "pooled"] = "tokens"
+    layers: Callable[[int], tuple[int, ...]] = _last
+    statistics: bool = False
+
+    def example(self, width: int, grid: tuple[int, int], num_global_tokens: int, num_maps: int | None = None) -> tuple[Any, ...]:
+        """Inputs of zeros to initialize with: tokens of `width` on `grid`. `num_maps`: of a head that reads maps, by default its usual."""
+        if self.reads == "tokens":
+            return (jnp.zeros((1, width)),)
+        if self.reads == "pooled":
+            return jnp.zeros((1, grid[0] * grid[1], width)), jnp.zeros((1, num_global_tokens, width))
+        # How many blocks it reads does not depend on the depth.
+        return (jnp.zeros((1, *grid, width)),) * (num_maps or len(self.layers(12))), grid
 
 
 DECODERS = {
@@ -58,7 +103,17 @@ HEADS = {
     # A classifier is float32 whatever the compute type.
     "head": Head(lambda dtype, num_classes: Dense(num_classes, jnp.float32), 1),
     "projection": Head(Projection, 2, "all", lambda fixed_scale=False, **sizes: (r"projection/.*scale",) if fixed_scale else ()),
+    "probe": Head(Probe, 3, reads="pooled", statistics=True),
+    "attentive": Head(AttentiveProbe, 4, reads="pooled", statistics=True),
+    "linear": Head(LinearHead, 5, reads="maps", statistics=True),
+    "convnext": Head(ConvNextHead, 6, reads="maps"),
+    "segmenter": Head(SegmenterHead, 7, reads="maps"),
+    # Of 12 blocks 2, 5, 8 and 11, counted from 0; and 3, 5, 7 and 11.
+    "dpt": Head(DptHead, 8, reads="maps", layers=_spread(1 / 4, 1 / 2, 3 / 4, 1)),
+    "upernet": Head(UperNetHead, 9, reads="maps", layers=_spread(1 / 3, 1 / 2, 2 / 3, 1), statistics=True),
 }
+# Fields of a head's module that are not the config's.
+GIVEN = ("channels", "num_classes", "axis_name", "dtype", "parent", "name")
 
 
 def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str, dict[str, Any]]:
@@ -71,3 +126,16 @@ def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str
     arguments.pop("use_input", None)  # by now a part of `features`
     check_sizes("config.objective.decoder", arguments, least_depth=row.least_depth)
     return name, arguments
+
+
+def head_options(where: str, block: Mapping[str, Any], width: int, num_global_tokens: int) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """A head's block of a config, `{"name": ..., **options}`, to (name, options as pairs), of the rows that read maps or pooled tokens.
+
+    `width` of what the head reads. Raises ValueError, naming keys as `where`.key, for what is unknown or cannot be.
+    """
+    modules = {name: row.module for name, row in HEADS.items() if row.reads != "tokens"}
+    module, options = named_function(where, modules, block, GIVEN)
+    if hasattr(module, "check"):
+        outputs = "num_classes" if HEADS[block["name"]].reads == "pooled" else "channels"
+        module(**{outputs: 1}, **dict(options)).check(where, width, num_global_tokens)
+    return block["name"], options

@@ -86,11 +86,11 @@ class Network(Backbone):
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters, initialized as the reference does."""
         params = super().init(key)
+        layout, output_key = self.layout, jax.random.split(key, 4)[3]
         for name, _ in self.heads:
             row = HEADS[name]
-            values = jax.random.fold_in(key, row.stream), jnp.zeros((1, self.width))
-            params[name] = self._head(name).init(*values, method=row.everything)["params"]
-        layout, output_key = self.layout, jax.random.split(key, 4)[3]
+            example = row.example(self.width, layout.grids[0], self.num_global_tokens)
+            params[name] = self._head(name).init(jax.random.fold_in(key, row.stream), *example, method=row.everything)["params"]
         plan = show_all(layout, 1)
         encoded = jnp.zeros((1, layout.num_tokens + self.num_global_tokens, self.width))
         memory = (encoded,) * len(dict(self.decoder).get("features", (0,)))
