@@ -15,7 +15,7 @@ from maskvit.core import modalities as known
 
 TARGETS = ("normalized", "raw")
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H; all other common sizes have heads of width 64
-HEAD_WIDTHS = {"encoder": 64, "decoder": 32}
+HEAD_WIDTHS = {"encoder": 64, "decoder": 32, "Segmenter": 64}
 STATISTICS = ("mean", "std", "scale")
 NO_STATISTICS = dict(mean=(0.0,), std=(1.0,))
 
@@ -96,6 +96,11 @@ class Hints:
         stated = self.number("decoder_num_heads", "decoder_num_attention_heads")
         usual = None if width % HEAD_WIDTHS["decoder"] else width // HEAD_WIDTHS["decoder"]
         return self._heads(width, self.decoder_num_heads, stated, usual, "decoder", "--decoder-num-heads", where)
+
+    def segmenter_heads(self, width: int, where: str) -> int:
+        """Heads of a Segmenter, a decoder with heads as wide as the encoder's."""
+        usual = None if width % HEAD_WIDTHS["Segmenter"] else width // HEAD_WIDTHS["Segmenter"]
+        return self._heads(width, self.decoder_num_heads, None, usual, "Segmenter", "--decoder-num-heads", where)
 
     def normalized(self, where: str) -> bool:
         """Whether a masked autoencoder predicts per-patch normalized pixels, which nothing in its tensors shows."""
