@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from maskvit.core.modalities import Modality
-from maskvit.data import transforms
+from maskvit.data.augment.resizing import check_resize
+from maskvit.data.augment.settings import parse_augment
 from maskvit.data.order import steps_per_epoch
 from maskvit.data.records import _complaint, _EvalChunks, _TrainChunks
 from maskvit.data.sources import Source
@@ -246,7 +247,7 @@ def train_batches(
 
     Args:
       global_batch: rows over all processes.
-      augment: keys of `transforms.Augment`.
+      augment: keys of `Augment`.
       workers: processes that decode; 0 decodes in threads of this process.
       prefetch: finished batches kept ready.
       timeout: seconds to wait for one batch before LoaderError.
@@ -273,7 +274,7 @@ def train_batches(
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed ({seed}) and start_step ({start_step}) must not be negative")
     steps_per_epoch(len(source), global_batch)
-    settings = transforms.parse_augment(augment)
+    settings = parse_augment(augment)
     chunks = _TrainChunks(
         source, modalities, image_size, rows, augment=settings, seed=int(seed), global_batch=global_batch,
         inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
@@ -320,7 +321,7 @@ def eval_batches(
         raise ValueError(f"crop is {crop}; it must be above 0 and at most 1")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for every record")
-    transforms.check_resize(resize, "resize")
+    check_resize(resize, "resize")
     num_records = len(source) if limit is None else min(limit, len(source))
     chunks = _EvalChunks(
         source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,

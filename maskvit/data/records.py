@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from maskvit.core.modalities import Modality
-from maskvit.data import transforms, views
+from maskvit.data import views
+from maskvit.data.augment.geometry import Geometry, center_geometry, draw_crop, draw_geometry, transform, visible_share, whole_geometry
+from maskvit.data.augment.settings import Augment
 from maskvit.data.block import block_mask, draw_ratio
+from maskvit.data.codec import RecordError
+from maskvit.data.decoding import absent, check_values, decode_record, output_dtype
 from maskvit.data.maps import MapSet
 from maskvit.data.order import _philox, epoch_order, record_rng, steps_per_epoch
 from maskvit.data.sources import Source
@@ -19,7 +23,7 @@ CHUNK = 16  # records that one worker prepares at a time: batches of thousands t
 PROBES = 64  # records looked at, at most, before the first batch
 REPLACEMENTS = 10  # records tried in place of a bad one
 EXTRAS = ("index", "box", "flip")  # keys that a batch holds when asked for
-READ_ERRORS = (transforms.RecordError, OSError)  # a bad sample; anything else is a fault of ours and ends the run
+READ_ERRORS = (RecordError, OSError)  # a bad sample; anything else is a fault of ours and ends the run
 
 
 def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dtype]:
@@ -41,17 +45,17 @@ def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dt
             break
         try:
             record = source[int(index)]
-            arrays = transforms.decode_record(record, modalities)
+            arrays = decode_record(record, modalities)
         except READ_ERRORS as error:
             first_error = first_error or ValueError(f"record {int(index)}: {error}")
             continue
         readable += 1
         for name, array in arrays.items():
             try:
-                transforms.check_values(array, modalities[name])
-            except transforms.RecordError as error:
+                check_values(array, modalities[name])
+            except RecordError as error:
                 raise ValueError(f"record {record['id']!r}: {error}") from error
-            dtype = transforms.output_dtype(array, modalities[name])
+            dtype = output_dtype(array, modalities[name])
             dtypes[name] = np.promote_types(dtypes.get(name, dtype), dtype)
     if not readable:
         raise ValueError(f"none of {len(indices)} records tried is readable ({source.describe()}); the first: {first_error}")
@@ -128,17 +132,17 @@ class _Records:
         return f"rows {self.rows[0] + rows.start} to {self.rows[0] + rows.stop - 1} of batch {step}"
 
     def decode(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        arrays = transforms.decode_record(record, self.modalities)
+        arrays = decode_record(record, self.modalities)
         for name, array in arrays.items():
             if self.dtypes[name] == np.uint8 and array.dtype != np.uint8:
-                raise transforms.RecordError(f"modality {name!r} is {array.dtype} here and uint8 in the other records")
+                raise RecordError(f"modality {name!r} is {array.dtype} here and uint8 in the other records")
         lacking = [name for name in self.modalities if name not in arrays and name not in self.source.may_lack]
         if lacking:
-            raise transforms.RecordError(f"lacks modality {lacking[0]!r}; if that is expected, name the modality in config.data's may_lack")
+            raise RecordError(f"lacks modality {lacking[0]!r}; if that is expected, name the modality in config.data's may_lack")
         return arrays
 
     def example(
-        self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], geometry: transforms.Geometry, resize: str, row: int
+        self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], geometry: Geometry, resize: str, row: int
     ) -> dict[str, Any]:
         """Row `row` of this process's batch out of a record and its decoded arrays."""
         made: dict[str, Any] = self.transformed(arrays, self.modalities, geometry, resize)
@@ -146,26 +150,26 @@ class _Records:
         if self.source.may_lack:
             made["present"] = np.array([name in arrays for name in self.columns])
         height, width = next(iter(arrays.values())).shape[:2]
-        box = transforms.visible_share(geometry, height, width, self.image_size)
+        box = visible_share(geometry, height, width, self.image_size)
         made |= self.chosen(index, box, geometry.flip)
         if self.maps is not None:
             made["guidance"] = self.maps.cropped(index, record["id"], box, geometry.flip)
         if self.gives_whole(row):
-            made["whole"] = self.transformed(arrays, self.inputs, transforms.whole_geometry(height, width, self.image_size), resize)
+            made["whole"] = self.transformed(arrays, self.inputs, whole_geometry(height, width, self.image_size), resize)
         return made
 
     def transformed(
         self,
         arrays: Mapping[str, np.ndarray],
         names: Collection[str],
-        geometry: transforms.Geometry,
+        geometry: Geometry,
         resize: str,
         size: tuple[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
         """The named modalities at the model's size (or another), with a stand-in for those that the record lacks."""
         size = self.image_size if size is None else size
-        made = transforms.transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, size, resize)
-        return {n: made[n] if n in made else transforms.absent(self.modalities[n], size, self.dtypes[n]) for n in names}
+        made = transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, size, resize)
+        return {n: made[n] if n in made else absent(self.modalities[n], size, self.dtypes[n]) for n in names}
 
     def chosen(self, index: int, box: tuple[float, float, float, float], flip: bool) -> dict[str, Any]:
         """The keys of `EXTRAS` that were asked for."""
@@ -189,7 +193,7 @@ class _Records:
         """A row that stands for no example: finite everywhere, so that what is computed from it stays finite."""
         made: dict[str, Any] = {}
         for name, modality in self.modalities.items():
-            empty = transforms.absent(modality, self.image_size, self.dtypes[name])
+            empty = absent(modality, self.image_size, self.dtypes[name])
             made[name] = empty if modality.kind == "categorical" else np.zeros_like(empty)
         whole = {name: made[name] for name in self.modalities}
         made["label"] = np.int32(-1)
@@ -222,7 +226,7 @@ class _Records:
 class _TrainChunks(_Records):
     """Chunk number -> rows of a training batch."""
 
-    def __init__(self, *args: Any, augment: transforms.Augment, seed: int, global_batch: int, **settings: Any):
+    def __init__(self, *args: Any, augment: Augment, seed: int, global_batch: int, **settings: Any):
         super().__init__(*args, **settings)
         self.augment, self.seed, self.global_batch = augment, seed, global_batch
         if augment.views is not None:
@@ -250,7 +254,7 @@ class _TrainChunks(_Records):
                 if self.augment.views is not None:
                     made = self.cut_views(rng, record, arrays, self.augment.views) | self.chosen(index, (0.0, 0.0, 1.0, 1.0), False)
                     return made | self.block_guidance(self.seed, epoch, index, views.GLOBAL_VIEWS)
-                geometry = transforms.draw_geometry(rng, height, width, self.image_size, self.augment)
+                geometry = draw_geometry(rng, height, width, self.image_size, self.augment)
                 made = self.example(index, record, arrays, geometry, self.augment.resize, row)
                 return made | self.block_guidance(self.seed, epoch, index)
             except READ_ERRORS as error:
@@ -266,7 +270,7 @@ class _TrainChunks(_Records):
         for number in range(views.GLOBAL_VIEWS + settings.local_crops):
             large = number < views.GLOBAL_VIEWS
             size, scale = (self.image_size, self.augment.scale) if large else (settings.local_image_size, settings.local_scale)
-            geometry = transforms.draw_crop(rng, height, width, size, scale, self.augment)
+            geometry = draw_crop(rng, height, width, size, scale, self.augment)
             colors = views.draw_colors(rng, min(number, 2), settings)
             view = self.transformed(arrays, self.modalities, geometry, self.augment.resize, size)
             for name, picture in view.items():
@@ -330,9 +334,9 @@ class _EvalChunks(_Records):
             arrays = self.decode(record)
             height, width = next(iter(arrays.values())).shape[:2]
             if self.crop is None:
-                geometry = transforms.whole_geometry(height, width, self.image_size)
+                geometry = whole_geometry(height, width, self.image_size)
             else:
-                geometry = transforms.center_geometry(height, width, self.image_size, self.crop)
+                geometry = center_geometry(height, width, self.image_size, self.crop)
             return identity, self.example(index, record, arrays, geometry, self.resize, row) | self.block_guidance(0, 0, index)
         except READ_ERRORS as error:
             bad.append((identity, str(error)))

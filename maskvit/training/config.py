@@ -12,7 +12,7 @@ from maskvit.core.durations import to_steps
 from maskvit.core.errors import all_mistakes
 from maskvit.core.modalities import Modality
 from maskvit.data import SOURCES
-from maskvit.data.transforms import parse_augment
+from maskvit.data.augment.settings import parse_augment
 from maskvit.evaluators import check_evaluator
 from maskvit.metrics.writers import check_writers
 from maskvit.objectives import OBJECTIVES, build_objective

@@ -11,10 +11,10 @@ from maskvit import checkpoints
 from maskvit.core.durations import to_steps
 from maskvit.core.errors import all_mistakes
 from maskvit.data import open_source
+from maskvit.data.augment.settings import parse_augment
 from maskvit.data.identity import data_identity
 from maskvit.data.maps import open_maps
 from maskvit.data.order import steps_per_epoch as epoch_steps
-from maskvit.data.transforms import parse_augment
 from maskvit.evaluators import build_evaluators
 from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Cosine

@@ -20,8 +20,8 @@ from maskvit.data import codec, open_source, scenes
 from maskvit.data.builders import prepare
 from maskvit.data.builders.__main__ import main, parse_modality
 from maskvit.data.builders.folder import FolderError
+from maskvit.data.decoding import decode_record
 from maskvit.data.pictures import TURNS
-from maskvit.data.transforms import decode_record
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": 0}, "semseg": {**SEMSEG, "num_classes": 5}})
 NAMES = [f"{kind}/n{number}" for kind in ("cat", "dog") for number in range(3)]

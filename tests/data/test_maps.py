@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from maskvit.core.modalities import RGB, SEMSEG, parse_modalities
-from maskvit.data import identity, transforms
+from maskvit.data import identity
 from maskvit.data import maps as stored_maps
+from maskvit.data.augment import geometry
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.builders import prepare
 from maskvit.data.builders.maps import Maps
@@ -119,7 +120,7 @@ def aligned_boxes(monkeypatch):
         top, left = rng.integers(0, (PICTURE - side) // CELL + 1, 2) * CELL
         return int(top), int(left), side, side
 
-    monkeypatch.setattr(transforms, "random_resized_box", draw)
+    monkeypatch.setattr(geometry, "random_resized_box", draw)
 
 
 def test_maps_follow_crop_and_flip_pixel_for_pixel(map_set, monkeypatch):

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
-from maskvit.data import codec, records, transforms
+from maskvit.data import codec, records
+from maskvit.data.augment import geometry
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.order import epoch_order, record_rng
 from maskvit.data.sources import ListSource
@@ -263,14 +264,14 @@ def test_reasons_come_with_an_evaluation_batch():
 
 def test_a_fault_of_ours_is_no_bad_sample(monkeypatch):
     """An error that data cannot cause ends the run; as "bad sample" under 1 % of the records it would go unseen."""
-    real = transforms.apply_geometry
+    real = geometry.apply_geometry
 
     def faulty(array, *arguments, **settings):
         if array.ndim == 3 and array[0, 0, 0] % 17 == 3:
             raise ValueError("an array of the wrong shape")
         return real(array, *arguments, **settings)
 
-    monkeypatch.setattr(transforms, "apply_geometry", faulty)
+    monkeypatch.setattr(geometry, "apply_geometry", faulty)
     with train_batches(corrupted({}), MODALITIES, SIZE, seed=1, global_batch=40, augment=PLAIN) as batches:
         with pytest.raises(ValueError, match="an array of the wrong shape"):
             for _ in range(10):

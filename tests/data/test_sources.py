@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
-from maskvit.data import codec, open_source, transforms
+from maskvit.data import codec, open_source
+from maskvit.data.codec import RecordError
+from maskvit.data.decoding import decode_record
 from maskvit.data.sources import ListSource, Source, TfdsSource
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": DEPTH})
@@ -88,7 +90,7 @@ def test_reads_our_own_form(root):
     for index in range(6):
         record = source[index]
         value = int(record["id"][1:])
-        arrays = transforms.decode_record(record, MODALITIES)
+        arrays = decode_record(record, MODALITIES)
         assert (arrays["rgb"] == value).all() and record["label"] == value % 3
         assert ("depth" in arrays) == (value != 2)
         if value != 2:
@@ -131,7 +133,7 @@ def test_reads_a_third_party_form_by_feature_names(root):
     source = open_source("tfds", MODALITIES, name="third_party", data_dir=str(root), features=names, label="kind")
     record = source[3]
     assert isinstance(record["rgb"], bytes) and record["depth"].dtype == np.float32
-    arrays = transforms.decode_record(record, MODALITIES)
+    arrays = decode_record(record, MODALITIES)
     assert (arrays["rgb"] == arrays["depth"]).all() and record["label"] == arrays["rgb"][0, 0, 0] % 3
     assert record["id"] == "third_party/1.0.0/train/3"
     assert open_source("tfds", MODALITIES, name="third_party", data_dir=str(root), features=names).label is None
@@ -241,8 +243,8 @@ def test_a_damaged_file_is_a_bad_record_and_nothing_worse(root, tmp_path):
             continue
         for index in range(len(source)):
             try:
-                transforms.decode_record(source[index], MODALITIES)
-            except transforms.RecordError:
+                decode_record(source[index], MODALITIES)
+            except RecordError:
                 unread += 1
     assert unread
     source = TfdsSource(MODALITIES, name="packed", data_dir=str(root))
@@ -275,7 +277,7 @@ def test_pictures_of_others_stay_encoded_wherever_they_lie(tmp_path):
     prepare(tmp_path, "others", features, [record])
     modalities = parse_modalities({"rgb": RGB, "semseg": {**SEMSEG, "num_classes": 5}})
     source = TfdsSource(modalities, name="others", data_dir=str(tmp_path))
-    arrays = transforms.decode_record(source[0], modalities)
+    arrays = decode_record(source[0], modalities)
     assert (arrays["rgb"] == 7).all() and arrays["semseg"].max() == 4
     stored = source._open()[0]
     assert {type(value) for value in (stored["parts"][0], stored["objects"]["picture"][0], stored["more"]["picture"])} == {bytes}

@@ -10,10 +10,10 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from maskvit.core.modalities import DEPTH, RGB, parse_modalities
 from maskvit.data import codec
+from maskvit.data.augment.settings import parse_augment
 from maskvit.data.batches import train_batches
 from maskvit.data.block import block_mask
 from maskvit.data.sources import ListSource
-from maskvit.data.transforms import parse_augment
 from maskvit.data.views import Colors, MultiCrop, apply_colors, draw_colors
 
 MODALITIES = parse_modalities({"rgb": {**RGB, "patch": 8}, "depth": {**DEPTH, "patch": 8}})

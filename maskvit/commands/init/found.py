@@ -18,8 +18,8 @@ from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality, parse_modaliti
 from maskvit.data import open_source
 from maskvit.data.builders.layout import SPLITS, folders_in
 from maskvit.data.builders.look import Facts, Look, look
+from maskvit.data.decoding import decode_record
 from maskvit.data.sources import STATED, open_directory
-from maskvit.data.transforms import decode_record
 
 LOOKED_AT = 64  # files or records per modality that are read in full
 MAX_CLASSES = 64  # distinct values up to which whole numbers in one channel are taken for class ids, whatever their name

@@ -15,10 +15,11 @@ from PIL import Image
 
 from maskvit.core.modalities import Modality
 from maskvit.data import codec
+from maskvit.data.augment.resizing import nearest_indices, resize_continuous
 from maskvit.data.builders.layout import Task
+from maskvit.data.decoding import unfit_size
 from maskvit.data.files import ARRAYS
 from maskvit.data.pictures import Picture, PixelError, foreign, misaligned, read_picture
-from maskvit.data.transforms import nearest_indices, resize_continuous, unfit_size
 
 JPEG_QUALITY = 95  # of JPEG pictures that `short_side` makes smaller
 UNREADABLE, SIZE, IDS, CONTENT = "unreadable files", "wrong size", "class ids out of range", "wrong content"
