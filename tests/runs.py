@@ -134,7 +134,7 @@ def share_steps(patch: Any) -> None:
     That is the objective, the optimizer's settings and schedule, the shapes, types and places of all arguments, the mesh and all that
     `compile_step` is told. `patch`: a `pytest.MonkeyPatch`, which ends it.
     """
-    compile_step, adamw = setup.compile_step, setup.adamw
+    compile_step, build_optimizer = setup.compile_step, setup.build_optimizer
     optimizers: dict[Any, Any] = {}
     steps: dict[Any, Any] = {}
 
@@ -148,7 +148,7 @@ def share_steps(patch: Any) -> None:
         # The same functions for the same settings: they are part of the step's signature.
         key = signature(arguments, settings)
         if key not in optimizers:
-            optimizers[key] = adamw(*arguments, **settings)
+            optimizers[key] = build_optimizer(*arguments, **settings)
         return optimizers[key]
 
     def step_of(step: Any, arguments: Any, *, before: int, **settings: Any) -> Any:
@@ -157,7 +157,7 @@ def share_steps(patch: Any) -> None:
             steps[key] = compile_step(step, arguments, before=before, **settings)
         return steps[key]
 
-    patch.setattr(setup, "adamw", optimizer_of)
+    patch.setattr(setup, "build_optimizer", optimizer_of)
     patch.setattr(setup, "compile_step", step_of)
 
 

@@ -14,8 +14,10 @@ from tiny import tiny_objective
 from maskvit.core.types import tree_paths
 from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
-from maskvit.optim.schedules import Cosine
-from maskvit.optim.transforms import adamw, clip_tensors, decay_mask, with_adam_moments
+from maskvit.optim.groups import decay_mask
+from maskvit.optim.schedules import Cosine, CosinePerEpoch, Polynomial
+from maskvit.optim.transforms import adamw, clip_tensors, with_adam_moments
+from maskvit.training.config import make_schedule
 from tests.runs import get_config
 
 EPOCH = 625  # steps of the 1600-epoch run
@@ -97,6 +99,74 @@ def test_without_warm_up_the_peak_comes_first_and_after_the_end_the_floor_stays(
 def test_schedules_that_cannot_be_are_errors(arguments, message):
     with pytest.raises(ValueError, match=f"config.schedule.*{message}"):
         Cosine(peak=1.0, **arguments)
+
+
+def mmengine_rates(peak: float, total: int, warmup: int, power: float, floor: float, factor: float) -> list[float]:
+    """LinearLR to `warmup`, then PolyLR, by the recursions they are computed with."""
+    rates = [peak * factor]
+    for t in range(1, warmup):
+        rates.append(rates[-1] * (1 + (1 - factor) / ((warmup - 1) * factor + (t - 1) * (1 - factor))))
+    rates.append(rates[-1])
+    for t in range(1, total - warmup):
+        rates.append((rates[-1] - floor) * (1 - 1 / (total - warmup - t)) ** power + floor)
+    return rates
+
+
+@pytest.mark.parametrize("power,floor", [(1.0, 0.0), (0.9, 1e-6)])
+def test_polynomial_decay_is_mmengines(power, floor):
+    schedule = Polynomial(peak=1e-4, total=1600, warmup=150, power=power, floor=floor, start_factor=1e-6)
+    rates = jax.vmap(schedule)(jnp.arange(1600))
+    np.testing.assert_allclose(rates, mmengine_rates(1e-4, 1600, 150, power, floor, 1e-6), rtol=1e-5, atol=1e-13)
+    assert rates[-1] == np.float32(floor) and schedule(5000) == np.float32(floor)
+    tail = Polynomial(peak=1e-4, total=1600, warmup=150, power=power, floor=floor, start=1000)
+    assert tail(7) == rates[1007]
+
+
+def test_a_rate_per_epoch_is_torchs():
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.04)
+    reference, rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=0), []
+    for _ in range(100):
+        rates += [optimizer.param_groups[0]["lr"]] * 7
+        optimizer.step()
+        reference.step()
+    schedule = CosinePerEpoch(peak=0.04, total=700, steps_per_epoch=7)
+    np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(700)), rates, rtol=1e-5)
+    np.testing.assert_allclose(schedule(699), 2.4672e-4 * 0.04, rtol=1e-4)
+    assert CosinePerEpoch(peak=0.04, total=700, steps_per_epoch=7, start=70)(6) == schedule(76) == schedule(70) != schedule(77)
+
+
+def test_maes_rates_differ_in_the_warm_up_alone():
+    """lr * epoch / 5 in the first five epochs of 1251 steps, and the peak once."""
+    ours = make_schedule(5e-4, 1024, 1251, total_epochs=100, warmup_epochs=5, min_lr=1e-6 / 4)
+    assert ours == Cosine(2e-3, 125_100, 6255, 0, 1e-6)
+    steps = np.r_[0, 1, 100, 6253, 6254]
+    mae = 2e-3 * (steps / 1251) / 5
+    np.testing.assert_allclose(jax.vmap(ours)(jnp.asarray(steps)) * (6254 / 6255), mae, rtol=1e-6)
+    steps = np.r_[6255, 10_000, 125_099]
+    mae = 1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + np.cos(np.pi * (steps / 1251 - 5) / 95))
+    np.testing.assert_allclose(jax.vmap(ours)(jnp.asarray(steps)), mae, rtol=1e-5)
+
+
+def test_schedules_by_their_names():
+    blocks = dict(total_epochs=10.0, min_lr=1e-6)
+    assert make_schedule(1e-3, 512, 5, name="cosine_per_epoch", **blocks) == CosinePerEpoch(2e-3, 50, 0, 0, 2e-6, steps_per_epoch=5)
+    made = make_schedule(1e-3, 256, 5, name="polynomial", power=0.9, warmup_epochs=2.0, **blocks)
+    assert made == Polynomial(1e-3, 50, 10, 0, 1e-6, power=0.9)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (dict(name="step"), "config.schedule.name is 'step'; known: cosine, polynomial, cosine_per_epoch"),
+        (dict(power=0.9), "config.schedule.power is 0.9, which schedule 'cosine' does not have"),
+        (dict(name="cosine_per_epoch", start_factor=0.1), "config.schedule.start_factor is 0.1, which schedule 'cosine_per_epoch'"),
+        (dict(name="cosine_per_epoch", warmup_epochs=1.0), "'cosine_per_epoch' has no warm-up, here 5 steps: remove warmup_epochs"),
+    ],
+)
+def test_schedule_slips_are_errors(block, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(1e-3, 256, 5, total_epochs=10.0, **block)
 
 
 # The optimizer

@@ -347,7 +347,7 @@ def change(config, path, value):
         ("modalities.rgb.lose", "mse", "config.modalities.rgb has unknown key 'lose'; known: .*loss"),
         ("modalities.rgb.loss", "huber", "config.modalities.rgb.loss is 'huber'"),
         ("modalities.semseg.num_classes", 5, "num_classes"),
-        ("optimizer.momentum", 0.9, "config.optimizer has unknown key 'momentum'; known: base_lr, b1, b2"),
+        ("optimizer.momentum", 0.9, "config.optimizer has unknown key 'momentum'; known: base_lr, name, b1"),
         ("schedule.warmup_epochs", 200.0, "warm-up of .* does not fit"),
         ("total", "600 steps", "past the schedule's end"),
         ("total", "ten", "ten"),

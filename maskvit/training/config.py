@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maskvit.core.config_files import get_value
@@ -16,7 +17,8 @@ from maskvit.data.augment.settings import parse_augment
 from maskvit.evaluators import check_evaluator
 from maskvit.metrics.writers import check_writers
 from maskvit.objectives import OBJECTIVES, build_objective
-from maskvit.optim.schedules import Cosine
+from maskvit.optim import OPTIMIZERS, SCHEDULES
+from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
 from maskvit.training.spikes import guard_block
 
@@ -60,19 +62,32 @@ def make_schedule(
     start_epochs: float | None = 0.0,
     warmup_epochs: float = 0.0,
     min_lr: float = 0.0,
+    name: str = "cosine",
+    power: float | None = None,
+    start_factor: float | None = None,
     imported_epochs: float | None = None,
-) -> Cosine:
+) -> Schedule:
     """`config.schedule` in epochs of this run's own length to a schedule in steps; lr = base_lr * global_batch / 256.
 
-    `start_epochs=None` continues where the imported checkpoint stopped (`imported_epochs`).
+    `min_lr` is multiplied alike (MAE and MultiMAE state theirs after multiplication). `start_epochs=None` continues where the imported
+    checkpoint stopped (`imported_epochs`). `power` and `start_factor` are for the schedules that have them.
     """
+    schedule = look_up("config.schedule.name", SCHEDULES, name)
+    given = {"power": power, "start_factor": start_factor}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(schedule)}
+    for key, value in options.items():
+        if key not in fields:
+            raise ValueError(f"config.schedule.{key} is {value}, which schedule {name!r} does not have: remove it, or choose another name")
+    if "steps_per_epoch" in fields:
+        options["steps_per_epoch"] = steps_per_epoch
     if start_epochs is None:
         if imported_epochs is None:
             raise ValueError("config.schedule.start_epochs is None, but the checkpoint does not say its epoch: give start_epochs")
         start_epochs = imported_epochs
     in_steps = lambda epochs: round(epochs * steps_per_epoch)  # noqa: E731
     scale = global_batch / 256
-    return Cosine(base_lr * scale, in_steps(total_epochs), in_steps(warmup_epochs), in_steps(start_epochs), min_lr * scale)
+    return schedule(base_lr * scale, in_steps(total_epochs), in_steps(warmup_epochs), in_steps(start_epochs), min_lr * scale, **options)
 
 
 def data_block(
@@ -87,12 +102,19 @@ def data_block(
     return dict(train=dict(train), augment=dict(augment or {}), workers=workers, prefetch=prefetch, timeout=float(timeout))
 
 
-def optimizer_block(
-    *, base_lr: float, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float | tuple[float, float] = 0.05,
-    no_decay: Sequence[str] = (), clip_norm: float | None = None, clip_tensor_norm: float | None = None,
-    freeze: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """`config.optimizer`: the base learning rate, and the arguments of `optim.adamw`."""
+def optimizer_block(*, base_lr: float, name: str = "adamw") -> None:
+    """`config.optimizer`: what all optimizers have. The other keys are the arguments of `maskvit.optim.OPTIMIZERS[name]`."""
+
+
+def optimizer_reader(block: Mapping[str, Any]) -> Callable[..., None]:
+    """A function of what `config.optimizer` may hold, given the optimizer it names: for its signature."""
+    own = look_up("config.optimizer.name", OPTIMIZERS, block.get("name", "adamw"))
+    shared, options = (inspect.signature(function, eval_str=True).parameters.values() for function in (optimizer_block, own))
+
+    def reader(**_: Any) -> None: ...
+
+    reader.__signature__ = inspect.Signature([*shared, *(p for p in options if p.kind is p.KEYWORD_ONLY)])  # type: ignore[attr-defined]
+    return reader
 
 
 def init_block(*, path: str = "", fresh: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
@@ -121,12 +143,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.b2": (0, 0.999999999),
     "optimizer.eps": (0, 1),
     "optimizer.weight_decay": (0, 1e3),
+    "optimizer.momentum": (0, 0.999999),
+    "optimizer.trust": (1e-12, 1e6),
+    "optimizer.layer_decay": (1e-6, 1),
     "optimizer.clip_norm": (1e-12, 1e12),
     "optimizer.clip_tensor_norm": (1e-12, 1e12),
     "schedule.total_epochs": (1e-9, 1e9),
     "schedule.start_epochs": (0, 1e9),
     "schedule.warmup_epochs": (0, 1e9),
     "schedule.min_lr": (0, 1e6),
+    "schedule.power": (0, 1e3),
+    "schedule.start_factor": (0, 1),
     "data.workers": (0, 1024),
     "data.prefetch": (0, 1024),
     "checkpoint.keep": (1, 10**6),
@@ -172,8 +199,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         with checks.check():
             given = ("base_lr", "global_batch", "steps_per_epoch", "imported_epochs")
             check_arguments("config.schedule", make_schedule, config["schedule"], given)
+            look_up("config.schedule.name", SCHEDULES, config["schedule"].get("name", "cosine"))
         with checks.check():
-            check_arguments("config.optimizer", optimizer_block, config["optimizer"])
+            check_arguments("config.optimizer", optimizer_reader(config["optimizer"]), config["optimizer"])
             if freeze := config["optimizer"].get("freeze"):
                 periods["optimizer.freeze.until"] = read_block("config.optimizer.freeze", freeze_block, freeze)["until"]
         with checks.check():
@@ -195,8 +223,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 def default_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """{dotted key: value} of all that `config` may leave out, from the signatures that read its blocks."""
     readers: dict[str, Any] = {
-        "": experiment, "data": data_block, "optimizer": optimizer_block, "schedule": make_schedule, "init_from": init_block,
-        "checkpoint": checkpoint_block, "guard": guard_block, "objective": OBJECTIVES[config["objective"]["name"]],
+        "": experiment, "data": data_block, "optimizer": optimizer_reader(config["optimizer"]), "schedule": make_schedule,
+        "init_from": init_block, "checkpoint": checkpoint_block, "guard": guard_block, "objective": OBJECTIVES[config["objective"]["name"]],
         "data.train": SOURCES[config["data"]["train"].get("source", "tfds")],
         **{f"modalities.{name}": Modality for name in config["modalities"]},
     }  # fmt: skip

@@ -17,7 +17,7 @@ from maskvit.data.maps import open_maps
 from maskvit.data.order import steps_per_epoch as epoch_steps
 from maskvit.evaluators import build_evaluators
 from maskvit.objectives import build_objective, resolved_durations
-from maskvit.optim.schedules import Cosine
+from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
 from maskvit.sharding import check_batch, make_mesh
 from maskvit.training.config import checkpoint_block, data_block, init_block, make_schedule, read_block
@@ -129,12 +129,14 @@ def _continues_imported(config: Mapping[str, Any]) -> bool:
     return config["schedule"].get("start_epochs", 0) is None
 
 
-def schedule_of(config: Mapping[str, Any], base_lr: float, steps_per_epoch: int, total_steps: int, imported_epochs: float | None) -> Cosine:
+def schedule_of(
+    config: Mapping[str, Any], base_lr: float, steps_per_epoch: int, total_steps: int, imported_epochs: float | None
+) -> Schedule:
     """The learning rate of the run. Raises where the run is longer than its schedule."""
-    cosine = make_schedule(base_lr, config["global_batch"], steps_per_epoch, imported_epochs=imported_epochs, **config["schedule"])
-    if cosine.start + total_steps > cosine.total:
+    schedule = make_schedule(base_lr, config["global_batch"], steps_per_epoch, imported_epochs=imported_epochs, **config["schedule"])
+    if schedule.start + total_steps > schedule.total:
         raise ValueError(
-            f"config.total is {total_steps} steps from step {cosine.start} of a schedule of {cosine.total}: it would run "
+            f"config.total is {total_steps} steps from step {schedule.start} of a schedule of {schedule.total}: it would run "
             "past the schedule's end; raise config.schedule.total_epochs or lower config.total"
         )
-    return cosine
+    return schedule

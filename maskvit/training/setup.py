@@ -24,7 +24,8 @@ from maskvit.data.workers import LoaderError
 from maskvit.metrics.throughput import Throughput
 from maskvit.metrics.writers import make_writers
 from maskvit.nn.backbone import frozen_mask
-from maskvit.optim.transforms import Optimizer, adamw
+from maskvit.optim import build_optimizer
+from maskvit.optim.transforms import Optimizer
 from maskvit.sharding import parameter_shardings, place_batch, record_rows, replicated
 from maskvit.training.config import check_config, default_config, experiment
 from maskvit.training.disk import warn_of_little_space
@@ -80,7 +81,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
         done = imported_epochs(config, parts, saved)
         schedule = schedule_of(config, parts.base_lr, parts.steps_per_epoch, parts.total_steps, done)
         shapes = fresh_params.eval_shape(parts.objective, jax.random.key(config["seed"]))
-        optimizer = adamw(shapes, frozen_mask(shapes, parts.objective.model), schedule, **parts.optimizer)
+        optimizer = build_optimizer(shapes, frozen_mask(shapes, parts.objective.model), schedule, **parts.optimizer)
         log = make_writers(config["writers"], workdir, config, resume_step)
         closing.callback(log.close)
         state, shardings = _state(config, parts, optimizer, store, resume_step)
@@ -100,7 +101,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             memory = _compile(run, config, parts, optimizer, shardings)
             if jax.process_index() == 0:
                 write_parameter_table(workdir, shapes)
-                LOG.info("%s", start_report(parts, run, shapes, schedule, step, config["global_batch"], memory))
+                LOG.info("%s", start_report(parts, run, shapes, optimizer, step, config["global_batch"], memory))
         if run.draws and (step < parts.total_steps or PICTURES in saved.get("due", ())):
             run.painter = Painter(parts.objective, parts.source, parts.specs, config["seed"], parts.mesh)
         run.closing = closing.pop_all()

@@ -15,8 +15,8 @@ from maskvit import checkpoints
 from maskvit.core.types import Params, TrainState
 from maskvit.metrics.throughput import peak_flops
 from maskvit.nn.backbone import count_parameters
-from maskvit.optim.schedules import Cosine
-from maskvit.optim.transforms import with_adam_moments
+from maskvit.optim.schedules import Schedule
+from maskvit.optim.transforms import Optimizer, with_adam_moments
 from maskvit.training.loop import Run
 from maskvit.training.microbatches import memory_limit
 from maskvit.training.parts import Parts
@@ -81,14 +81,16 @@ def write_parameter_table(workdir: str, shapes: Any) -> None:
     (Path(workdir) / "parameters.txt").write_text(table + "\n")
 
 
-def start_report(parts: Parts, run: Run, shapes: Any, schedule: Cosine, step: int, global_batch: int, memory: float) -> str:
+def start_report(parts: Parts, run: Run, shapes: Any, optimizer: Optimizer, step: int, global_batch: int, memory: float) -> str:
     """What is about to run, in a few lines."""
     objective, mesh, total_steps = parts.objective, parts.mesh, run.total_steps
     model, device, micro_batches = objective.model, mesh.devices.flat[0], run.metadata["micro_batches"]
     flops = parts.objective.flops(parts.views) * global_batch
     total, trainable = count_parameters(shapes, model)
+    if optimizer.frozen is not None:
+        trainable = sum(x.size for x, frozen in zip(*map(jax.tree.leaves, (shapes, optimizer.frozen)), strict=True) if not frozen)
     tokens = ", ".join(f"{name} {size}" for name, size in zip(model.layout.names, model.layout.sizes, strict=True))
-    rates = [float(schedule(s)) for s in (step, (step + total_steps) // 2, total_steps)]
+    rates = [float(optimizer.schedule(s)) for s in (step, (step + total_steps) // 2, total_steps)]
     work = flops * (total_steps - step)
     peak = peak_flops(device.device_kind)
     hours = f"; {work / (0.3 * peak * mesh.size) / 3600:.1f} h at 30 % of the devices' peak" if peak else ""
@@ -107,13 +109,14 @@ def start_report(parts: Parts, run: Run, shapes: Any, schedule: Cosine, step: in
     )
 
 
-def warn_of_low_rate(cosine: Cosine, first: int, last: int, base_lr: float, global_batch: int) -> None:
+def warn_of_low_rate(schedule: Schedule, first: int, last: int, base_lr: float, global_batch: int) -> None:
     """Say so where the learning rate of steps `first` ... `last` - 1 stays so low that next to nothing will be learned."""
-    highest = max(float(cosine(round(step))) for step in np.linspace(first, max(first, last - 1), 20))
+    highest = max(float(schedule(round(step))) for step in np.linspace(first, max(first, last - 1), 20))
     if highest < LOW_RATE:
         LOG.warning(
             "the learning rate stays below %.1e: config.optimizer.base_lr %g x config.global_batch %d / 256 = %.1e at its peak, and this "
             "run is at steps %d to %d of a schedule of %d. Hardly anything will be learned: raise config.optimizer.base_lr or "
             "config.global_batch, or start earlier in the schedule (config.schedule.start_epochs)",
-            highest * 1.01, base_lr, global_batch, base_lr * global_batch / 256, cosine.start + first, cosine.start + last, cosine.total,
+            highest * 1.01, base_lr, global_batch, base_lr * global_batch / 256, schedule.start + first,
+            schedule.start + last, schedule.total,
         )  # fmt: skip

@@ -31,8 +31,9 @@ def state_from_params(params: Any, objective_state: Any, optimizer: Optimizer) -
 
 
 def gradients(
-    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int, mesh: Mesh | None = None
-) -> tuple[Any, Any, Any, Metrics]:
+    state: TrainState, batch: Batch, keys: Any, shared_key: Any, objective: Objective, micro_batches: int, mesh: Mesh | None = None,
+    frozen: Any = None,
+) -> tuple[Any, Any, Any, Metrics]:  # fmt: skip
     """(loss, gradients, what the objective observed per sample, metrics) of a batch processed in `micro_batches` equal parts.
 
     Parts take every `micro_batches`-th sample. What to hide is decided for all parts first: then the number of samples behind each
@@ -40,25 +41,38 @@ def gradients(
 
     `mesh`: the devices that the batch is spread over. Each works on its own samples as if alone, and what they find is added up
     twice in a step: the numbers of samples after the plan, and loss, gradients (in the parameters' float32) and metrics at the end.
+
+    `frozen`: as in `Optimizer`; those parameters have None for a gradient, and nothing is computed or communicated for them.
     """
     # Whole pictures come with some samples only; they serve `after_update`.
     common, samples = (state.params, state.objective_state, state.step, shared_key), (batch._replace(whole={}), keys)
-    function = functools.partial(_gradients, objective=objective, micro_batches=micro_batches)
+    function = functools.partial(_gradients, objective=objective, micro_batches=micro_batches, frozen=frozen)
     everywhere = function if mesh is None or mesh.size == 1 else on_each_device(function, mesh)
     (loss, grads, metrics), observed = everywhere(common, samples)
     return loss, grads, observed, metrics
 
 
-def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objective, micro_batches: int) -> Any:
+def _without(params: Any, frozen: Any) -> Any:
+    """`params` with None in place of what is frozen: for JAX a tree with fewer leaves."""
+    return params if frozen is None else jax.tree.map(lambda p, is_frozen: None if is_frozen else p, params, frozen)
+
+
+def _filled(some: Any, others: Any) -> Any:
+    """The tree `some`, with what `others` holds in place of its Nones."""
+    return jax.tree.map(lambda x, other: other if x is None else x, some, others, is_leaf=lambda x: x is None)
+
+
+def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objective, micro_batches: int, frozen: Any = None) -> Any:
     """((loss, gradients, metrics), observed) of these samples; `total` adds up over devices, None where there is one."""
     (params, state, step, shared_key), (batch, keys) = common, samples
-    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    trained = _without(params, frozen)
+    value_and_grad = jax.value_and_grad(lambda trained, *rest: objective.loss(_filled(trained, params), *rest), has_aux=True)
     if micro_batches == 1:
         plan, counts = (None, None)
         if total is not None:
             plan, counts = objective.plan(params, batch, keys, state, step)
             counts = total(counts)
-        (loss, (observed, metrics)), grads = value_and_grad(params, state, batch, keys, step, plan, counts, shared_key)
+        (loss, (observed, metrics)), grads = value_and_grad(trained, state, batch, keys, step, plan, counts, shared_key)
         sums = loss, grads, metrics
         return (sums if total is None else total(sums)), observed
 
@@ -72,7 +86,7 @@ def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objec
     @jax.jit  # its shapes are asked for first, and the scan then takes the same trace
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
-        result = value_and_grad(params, state, micro_batch, micro_keys, step, plan, counts, shared_key)
+        result = value_and_grad(trained, state, micro_batch, micro_keys, step, plan, counts, shared_key)
         (loss, (observed, metrics)), grads = result
         return (loss, grads, metrics), observed
 
@@ -110,7 +124,9 @@ def train_step(
         index = jnp.where(void, -1, index)
     shared, kept = objective.recall(state.objective_state, index)
     batch, seen = batch._replace(kept=kept), state._replace(objective_state=shared)
-    loss, grads, observed, metrics = gradients(seen, batch, keys, step_key(seed, state.step), objective, micro_batches, mesh)
+    loss, grads, observed, metrics = gradients(
+        seen, batch, keys, step_key(seed, state.step), objective, micro_batches, mesh, optimizer.frozen
+    )
     grad_norm = optax.tree.norm(grads)
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if loss_limit is not None:
@@ -119,8 +135,11 @@ def train_step(
     accepted &= advance > 0
 
     learning_rate = optimizer.schedule(state.step)
+    if optimizer.frozen is not None:
+        grads = _filled(grads, jax.tree.map(jnp.zeros_like, state.params))  # the optimizer leaves these out
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params, step=state.step)
     moved = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+    moved = _filled(_without(moved, optimizer.frozen), state.params)
     params, opt_state = guarded(accepted, (moved, opt_state), (state.params, state.opt_state))
     objective_state = objective.after_update(state.objective_state, params, batch, keys, state.step, observed, metrics, accepted)
 
