@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,3 +52,12 @@ def summarize(metrics: Metrics | Sequence[Metrics]) -> dict[str, float]:
     for one in [metrics] if isinstance(metrics, Mapping) else metrics:
         accumulator.add(one)
     return accumulator.summarize()
+
+
+def added(total: Any, batch: Any) -> Any:
+    """The sums of a batch (a tree of arrays) added to those of the batches before it (None: there are none), on the host.
+
+    Whole numbers become int64 and stay exact however many pixels a data set has, others float64. Waits until the batch is done.
+    """
+    wide = jax.tree.map(lambda x: np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64), jax.device_get(batch))
+    return wide if total is None else jax.tree.map(np.add, total, wide)
