@@ -102,7 +102,7 @@ def check_batch(global_batch: int, mesh: Mesh, micro_batches: int = 1) -> None:
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """The loader's arrays of this process's samples to a batch of global arrays, sharded by sample. The only host-to-device hop."""
     sharding = batch_sharding(mesh)
-    arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_FIELDS}
+    arrays = {key: np.asarray(value) for key, value in batch.items() if key not in HOST_FIELDS and not key.startswith("original/")}
     return batch_of({key: jax.make_array_from_process_local_data(sharding, value) for key, value in arrays.items()})
 
 

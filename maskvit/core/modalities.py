@@ -120,7 +120,7 @@ SEMSEG = dict(kind="categorical", num_classes=133, patch=16, stride=4, loss="cro
 
 # What a batch of the loader holds besides modalities: a modality of such a name would be taken for it. The latter stay on the host.
 BATCH_FIELDS = ("present", "label", "valid", "guidance", "index", "box", "flip")
-HOST_FIELDS = ("id", "reason", "bad")
+HOST_FIELDS = ("id", "reason", "bad", "size")
 
 
 def parse_modalities(declared: Mapping[str, Any]) -> dict[str, Modality]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from maskvit.core.modalities import Modality
+from maskvit.data.augment.dense import EVAL_CROPS
 from maskvit.data.augment.resizing import check_resize
 from maskvit.data.augment.settings import parse_augment
 from maskvit.data.order import steps_per_epoch
@@ -253,7 +254,8 @@ def train_batches(
       timeout: seconds to wait for one batch before LoaderError.
       inputs: the model's input modalities; all in their order if None.
       extras: further keys of a batch: "index" int32 "b", the number of the record; "box" float32 "b 4", the part of the whole
-        picture that the sample shows (top, left, height, width as shares of it); "flip" bool "b", whether it is mirrored after that.
+        picture that the sample shows (top, left, height, width as shares of it); "flip" bool "b", whether it is mirrored after that;
+        "size" int32 "b 2", the (height, width) of the stored picture (0 of padding), which stays on the host.
       whole_every: with k > 0 `whole/<input>` holds the whole pictures of the process's rows 0, k, 2k, ..., squeezed to
         `image_size`, unmirrored.
       maps: a stored map set (`maskvit.data.maps`), cropped and mirrored with the picture: `guidance` float32 "b m gh gw" in
@@ -294,7 +296,7 @@ def eval_batches(
     prefetch: int = 2,
     timeout: float = 600.0,
     resize: str = "pil",
-    crop: float | int | None = 0.875,
+    crop: float | int | str | None = 0.875,
     limit: int | None = None,
     start_batch: int = 0,
     inputs: Sequence[str] | None = None,
@@ -302,29 +304,33 @@ def eval_batches(
     whole_every: int = 0,
     maps: str | None = None,
     blocks: tuple[Any, Any] | None = None,
+    originals: Sequence[str] = (),
 ) -> Batches:
     """Every record (or `limit` of them) once, in stored order, middle crop, over all processes together.
 
     Args:
       batch_size: rows over all processes; each yields its contiguous rows of every batch, so all yield equally many batches.
-      crop: image side over the side of the resized picture it is cut from; None squeezes the whole picture to `image_size`.
+      crop: image side over the side of the resized picture it is cut from; None squeezes the whole picture to `image_size`. "pad" makes
+        the whole picture fit (`dense.fitting_size`) and pads it below and to the right, "shortest" makes it cover and cuts out the
+        middle: the protocols of dense tasks, by OpenCV's rules (`maskvit.data.augment.dense`).
       limit: only so many records, evenly spread over the data.
       start_batch: batches to leave out at the beginning.
       extras, whole_every, maps, blocks: as `train_batches`.
+      originals: modalities whose values come at their stored size too, for figures at the original resolution.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
-      `index` int32 "b" (record number, -1 for padding), and lists of str that are not for the device: `id`, and `reason`, why a
-      record is unusable ("" where it is not).
+      `index` int32 "b" (record number, -1 for padding), and lists that are not for the device: of str `id`, and `reason`, why a
+      record is unusable ("" where it is not); of arrays "original/<modality>", in a batch's units, of 0 x 0 pixels where there is none.
     """
     rows = _process_rows(batch_size, "batch_size", process_index, process_count)
-    if crop is not None and not 0 < crop <= 1:
-        raise ValueError(f"crop is {crop}; it must be above 0 and at most 1")
+    if crop is not None and (crop not in EVAL_CROPS if isinstance(crop, str) else not 0 < crop <= 1):
+        raise ValueError(f"crop is {crop!r}; it must be above 0 and at most 1, or one of {', '.join(map(repr, EVAL_CROPS))}, or None")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for every record")
     check_resize(resize, "resize")
     num_records = len(source) if limit is None else min(limit, len(source))
     chunks = _EvalChunks(
         source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,
-        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
+        originals=originals, inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
     )  # fmt: skip
     return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch, timeout)

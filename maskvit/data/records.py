@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,65 +11,21 @@ import numpy as np
 
 from maskvit.core.modalities import Modality
 from maskvit.data import views
+from maskvit.data.augment import change_pictures
+from maskvit.data.augment.dense import DENSE, DenseRecord, evaluated, stored_values
 from maskvit.data.augment.geometry import Geometry, center_geometry, draw_crop, draw_geometry, transform, visible_share, whole_geometry
 from maskvit.data.augment.settings import Augment
 from maskvit.data.block import block_mask, draw_ratio
 from maskvit.data.codec import RecordError
-from maskvit.data.decoding import absent, check_values, decode_record, output_dtype
+from maskvit.data.decoding import absent, decode_record
 from maskvit.data.maps import MapSet
 from maskvit.data.order import _philox, epoch_order, record_rng, steps_per_epoch
+from maskvit.data.probing import READ_ERRORS, probe
 from maskvit.data.sources import Source
 
 CHUNK = 16  # records that one worker prepares at a time: batches of thousands then neither stall the start nor fill the memory
-PROBES = 64  # records looked at, at most, before the first batch
 REPLACEMENTS = 10  # records tried in place of a bad one
-EXTRAS = ("index", "box", "flip")  # keys that a batch holds when asked for
-READ_ERRORS = (RecordError, OSError)  # a bad sample; anything else is a fault of ours and ends the run
-
-
-def probe(source: Source, modalities: Mapping[str, Modality]) -> dict[str, np.dtype]:
-    """Look at a few records spread over the data: does each modality exist and fit its declaration?
-
-    Returns: dtype per modality in the batches.
-
-    Raises:
-      ValueError: a modality that no record looked at has (and that the source does not say may be lacking), class ids
-        out of range, or not one readable record.
-    """
-    if len(source) == 0:
-        raise ValueError(f"no records: {source.describe()}")
-    dtypes: dict[str, np.dtype] = {}
-    readable, first_error = 0, None
-    indices = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int))
-    for count, index in enumerate(np.random.default_rng(0).permutation(indices)):  # not the same end of the data first
-        if count >= 8 and readable and len(dtypes) == len(modalities):
-            break
-        try:
-            record = source[int(index)]
-            arrays = decode_record(record, modalities)
-        except READ_ERRORS as error:
-            first_error = first_error or ValueError(f"record {int(index)}: {error}")
-            continue
-        readable += 1
-        for name, array in arrays.items():
-            try:
-                check_values(array, modalities[name])
-            except RecordError as error:
-                raise ValueError(f"record {record['id']!r}: {error}") from error
-            dtype = output_dtype(array, modalities[name])
-            dtypes[name] = np.promote_types(dtypes.get(name, dtype), dtype)
-    if not readable:
-        raise ValueError(f"none of {len(indices)} records tried is readable ({source.describe()}); the first: {first_error}")
-    for name in modalities:
-        if name not in dtypes and name not in source.may_lack:
-            raise ValueError(
-                f"modality {name!r} has no data in {source.describe()}: drop it from config.modalities, "
-                f"or name it in config.data's may_lack if only some records lack it"
-            )
-    return {
-        name: dtypes.get(name, np.dtype(np.int32 if modality.kind == "categorical" else np.float32))
-        for name, modality in modalities.items()
-    }
+EXTRAS = ("index", "box", "flip", "size")  # keys that a batch holds when asked for
 
 
 class _Records:
@@ -120,6 +77,12 @@ class _Records:
             draw_ratio(np.random.default_rng(0), *blocks)  # wrong ratios are said here
         self.maps = None if maps is None else MapSet(maps, source, self.inputs, self.modalities[self.inputs[0]].grid(self.image_size))
         self.dtypes = probe(source, self.modalities)
+        # 8-bit RGB: what colors are changed of. Directions are no colors, though they are stored like them.
+        self.pictures = frozenset(
+            name
+            for name, modality in self.modalities.items()
+            if self.dtypes[name] == np.uint8 and modality.channels == 3 and not modality.mirrored_channels
+        )
 
     def chunk(self, number: int) -> tuple[int, range]:
         """(step, this process's rows, counted from 0, that are in the chunk)."""
@@ -145,18 +108,31 @@ class _Records:
         self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], geometry: Geometry, resize: str, row: int
     ) -> dict[str, Any]:
         """Row `row` of this process's batch out of a record and its decoded arrays."""
-        made: dict[str, Any] = self.transformed(arrays, self.modalities, geometry, resize)
-        made["label"] = np.int32(record.get("label", -1))
-        if self.source.may_lack:
-            made["present"] = np.array([name in arrays for name in self.columns])
+        made: dict[str, Any] = self.transformed(arrays, self.modalities, geometry, resize) | self.facts(record, arrays)
         height, width = next(iter(arrays.values())).shape[:2]
         box = visible_share(geometry, height, width, self.image_size)
-        made |= self.chosen(index, box, geometry.flip)
+        made |= self.chosen(index, (height, width), box, geometry.flip)
         if self.maps is not None:
             made["guidance"] = self.maps.cropped(index, record["id"], box, geometry.flip)
         if self.gives_whole(row):
             made["whole"] = self.transformed(arrays, self.inputs, whole_geometry(height, width, self.image_size), resize)
         return made
+
+    def facts(self, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The label of a record, and which modalities it has."""
+        there = {"present": np.array([name in arrays for name in self.columns])} if self.source.may_lack else {}
+        return {"label": np.int32(record.get("label", -1)), **there}
+
+    def dense_example(
+        self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]
+    ) -> dict[str, Any]:
+        """A row of what a crop of dense tasks made of a record."""
+        height, width = next(iter(arrays.values())).shape[:2]
+        row: dict[str, Any] = {
+            name: made[name] if name in made else absent(modality, self.image_size, self.dtypes[name])
+            for name, modality in self.modalities.items()
+        }
+        return row | self.facts(record, arrays) | self.chosen(index, (height, width))
 
     def transformed(
         self,
@@ -171,10 +147,29 @@ class _Records:
         made = transform({n: arrays[n] for n in names if n in arrays}, self.modalities, geometry, size, resize)
         return {n: made[n] if n in made else absent(self.modalities[n], size, self.dtypes[n]) for n in names}
 
-    def chosen(self, index: int, box: tuple[float, float, float, float], flip: bool) -> dict[str, Any]:
+    def chosen(
+        self, index: int, size: tuple[int, int], box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0), flip: bool = False
+    ) -> dict[str, Any]:
         """The keys of `EXTRAS` that were asked for."""
-        known = {"index": np.int32(index), "box": np.array(box, np.float32), "flip": np.bool_(flip)}
+        known = {"index": np.int32(index), "box": np.array(box, np.float32), "flip": np.bool_(flip), "size": np.array(size, np.int32)}
         return {name: known[name] for name in self.extras}
+
+    def refuse_places(self, reason: str) -> None:
+        """Raise where something was asked for that goes with one crop of a record alone; `reason` is what does not fit it."""
+        asked = {"a stored map": self.maps is not None, "the whole picture": self.whole_every > 0}
+        asked |= {f"the batch key {name!r}": name in self.extras for name in ("box", "flip")}
+        wrong = [what for what, is_asked in asked.items() if is_asked]
+        if wrong:
+            raise ValueError(f"{wrong[0]} goes with one crop of a record, but {reason}: drop one of them")
+
+    def check_padding(self, what: str) -> None:
+        """Raise where a modality has no value that could stand beyond the picture."""
+        for name, modality in self.modalities.items():
+            if modality.missing is None and name not in self.pictures:
+                raise ValueError(
+                    f"{what} pads pictures, but modality {name!r} has nothing that means missing: set config.modalities.{name}.missing to "
+                    "the stored value that does, or to -1 where none does"
+                )
 
     def block_guidance(self, seed: int, epoch: int, index: int, count: int = 1) -> dict[str, Any]:
         """The block masks of a record's views in an epoch, 1 where hidden, as the batch's guidance; nothing where none was asked for."""
@@ -199,7 +194,7 @@ class _Records:
         made["label"] = np.int32(-1)
         if self.source.may_lack:
             made["present"] = np.ones(len(self.columns), bool)
-        made |= self.chosen(-1, (0.0, 0.0, 1.0, 1.0), False)
+        made |= self.chosen(-1, (0, 0))
         if self.maps is not None:
             made["guidance"] = self.maps.empty()
         if self.blocks is not None:
@@ -231,6 +226,7 @@ class _TrainChunks(_Records):
         self.augment, self.seed, self.global_batch = augment, seed, global_batch
         if augment.views is not None:
             self._check_views(augment.views)
+        self._check_augment(augment)
         self.epoch_steps = steps_per_epoch(len(self.source), global_batch)
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -252,14 +248,25 @@ class _TrainChunks(_Records):
                 height, width = next(iter(arrays.values())).shape[:2]
                 rng = record_rng(self.seed, epoch, index)
                 if self.augment.views is not None:
-                    made = self.cut_views(rng, record, arrays, self.augment.views) | self.chosen(index, (0.0, 0.0, 1.0, 1.0), False)
+                    made = self.cut_views(rng, record, arrays, self.augment.views) | self.chosen(index, (height, width))
                     return made | self.block_guidance(self.seed, epoch, index, views.GLOBAL_VIEWS)
-                geometry = draw_geometry(rng, height, width, self.image_size, self.augment)
-                made = self.example(index, record, arrays, geometry, self.augment.resize, row)
-                return made | self.block_guidance(self.seed, epoch, index)
+                return self.augmented(rng, index, record, arrays, row) | self.block_guidance(self.seed, epoch, index)
             except READ_ERRORS as error:
                 bad.append((identity, str(error)))
         raise RuntimeError(f"{REPLACEMENTS} records in a row are unusable in {self.source.describe()}; the last: {_complaint(bad[-1])}")
+
+    def augmented(
+        self, rng: np.random.Generator, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], row: int
+    ) -> dict[str, Any]:
+        """One crop of a record. Draws of colors come after those of the crop, but where a crop of dense tasks has them."""
+        augment = self.augment
+        if augment.crop in DENSE:
+            dense = DenseRecord(arrays, self.modalities, self.pictures, augment.resize)
+            colors = functools.partial(change_pictures, rng, augment=augment)
+            return self.dense_example(index, record, arrays, DENSE[augment.crop](rng, dense, self.image_size, augment, colors))
+        height, width = next(iter(arrays.values())).shape[:2]
+        made = self.example(index, record, arrays, draw_geometry(rng, height, width, self.image_size, augment), augment.resize, row)
+        return made | change_pictures(rng, {name: made[name] for name in sorted(self.pictures) if name in arrays}, augment)
 
     def cut_views(
         self, rng: np.random.Generator, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], settings: views.MultiCrop
@@ -274,15 +281,10 @@ class _TrainChunks(_Records):
             colors = views.draw_colors(rng, min(number, 2), settings)
             view = self.transformed(arrays, self.modalities, geometry, self.augment.resize, size)
             for name, picture in view.items():
-                # directions are no colors, though they are stored like them
-                if self.dtypes[name] == np.uint8 and self.modalities[name].channels == 3 and not self.modalities[name].mirrored_channels:
+                if name in self.pictures:
                     picture = views.apply_colors(picture, colors)
                 made.setdefault(f"{'global' if large else 'local'}/{name}", []).append(picture)
-        stacked: dict[str, Any] = {name: np.stack(pictures) for name, pictures in made.items()}
-        stacked["label"] = np.int32(record.get("label", -1))
-        if self.source.may_lack:
-            stacked["present"] = np.array([name in arrays for name in self.columns])
-        return stacked
+        return {name: np.stack(pictures) for name, pictures in made.items()} | self.facts(record, arrays)
 
     def _check_views(self, settings: views.MultiCrop) -> None:
         """Raise where views cannot be cut, or something was asked for that belongs to one crop."""
@@ -291,19 +293,50 @@ class _TrainChunks(_Records):
                 modality.size(settings.local_image_size)
             except ValueError as error:
                 raise ValueError(f"{views.WHERE}.local_size: {error}") from error
-        asked = {"a stored map": self.maps is not None, "the whole picture": self.whole_every > 0}
-        asked |= {f"the batch key {name!r}": name in self.extras for name in ("box", "flip")}
-        wrong = [what for what, is_asked in asked.items() if is_asked]
-        if wrong:
-            raise ValueError(f"{wrong[0]} goes with one crop of a record, but config.data.augment.views asks for several: drop one of them")
+        self.refuse_places("config.data.augment.views asks for several")
+
+    def _check_augment(self, augment: Augment) -> None:
+        """Raise where the modalities do not allow what is asked for."""
+        where = "config.data.augment"
+        changed = (*augment.recipes, *(("gray",) if augment.gray else ()))
+        others = [name for name in self.modalities if name not in self.pictures]
+        if changed and not self.pictures:
+            raise ValueError(f"{where}.{changed[0]} changes 8-bit RGB pictures, but {', '.join(others)} are none: remove it")
+        if augment.randaugment is not None:
+            if others:
+                raise ValueError(
+                    f"{where}.randaugment moves the pixels of 8-bit RGB pictures alone, but the data have {others[0]!r} too, which would "
+                    "no longer lie over them: remove it, or drop the modality from config.modalities"
+                )
+            self.refuse_places(f"{where}.randaugment moves its pixels")
+        if augment.crop in DENSE:
+            self.refuse_places(f"{where}.crop {augment.crop!r} is resized and padded by rules of its own")
+        if augment.pads:
+            self.check_padding(f"{where}.crop {augment.crop!r}")
+        labeled = [name for name, modality in self.modalities.items() if modality.kind == "categorical"]
+        if (augment.cat_max_ratio or 1) < 1 and len(labeled) != 1:
+            raise ValueError(
+                f"{where}.cat_max_ratio is {augment.cat_max_ratio}, which one modality with class ids decides, but the data have "
+                f"{' and '.join(labeled) or 'none'}: set it to 1 to take any crop"
+            )
 
 
 class _EvalChunks(_Records):
     """Chunk number -> rows of an evaluation batch, records in stored order, padded behind the last."""
 
-    def __init__(self, *args: Any, crop: float | int | None, resize: str, batch_size: int, num_records: int, **settings: Any):
+    def __init__(
+        self, *args: Any, crop: float | int | str | None, resize: str, batch_size: int, num_records: int, originals: Sequence[str],
+        **settings: Any,
+    ):  # fmt: skip
         super().__init__(*args, **settings)
         self.crop, self.resize, self.batch_size, self.num_records = crop, resize, batch_size, num_records
+        self.originals = tuple(originals)
+        if unknown := sorted(set(self.originals) - set(self.modalities)):
+            raise ValueError(f"originals names {unknown[0]!r}, which is not declared in config.modalities ({', '.join(self.modalities)})")
+        if isinstance(crop, str):
+            self.refuse_places(f"the crop {crop!r} is resized by rules of its own")
+            if crop == "pad":
+                self.check_padding("the crop 'pad'")
 
     def __call__(self, number: int) -> dict[str, Any]:
         step, numbers = self.chunk(number)
@@ -319,12 +352,13 @@ class _EvalChunks(_Records):
             reasons.append(bad[-1][1] if real and row is None else "")
             rows.append(
                 {
-                    **(self.padding(row_number) if row is None else row),
+                    **(self.padding(row_number) | self.no_originals() if row is None else row),
                     "valid": np.bool_(row is not None),
                     "index": np.int32(index),
                 }
             )
-        return {**self.stack(rows), "id": ids, "reason": reasons, "bad": bad}
+        originals = {f"original/{name}": [row.pop(f"original/{name}") for row in rows] for name in self.originals}
+        return {**self.stack(rows), **originals, "id": ids, "reason": reasons, "bad": bad}
 
     def _row(self, index: int, row: int, bad: list[tuple[str, str]]) -> tuple[str, dict[str, Any] | None]:
         identity = f"record {index}"
@@ -333,14 +367,32 @@ class _EvalChunks(_Records):
             identity = str(record["id"])
             arrays = self.decode(record)
             height, width = next(iter(arrays.values())).shape[:2]
-            if self.crop is None:
-                geometry = whole_geometry(height, width, self.image_size)
+            if isinstance(self.crop, str):
+                made = evaluated(DenseRecord(arrays, self.modalities, self.pictures, self.resize), self.image_size, self.crop)
+                row_of = self.dense_example(index, record, arrays, made)
             else:
-                geometry = center_geometry(height, width, self.image_size, self.crop)
-            return identity, self.example(index, record, arrays, geometry, self.resize, row) | self.block_guidance(0, 0, index)
+                geometry = (
+                    whole_geometry(height, width, self.image_size)
+                    if self.crop is None
+                    else center_geometry(height, width, self.image_size, self.crop)
+                )
+                row_of = self.example(index, record, arrays, geometry, self.resize, row)
+            for name in self.originals:
+                there = name in arrays
+                row_of[f"original/{name}"] = stored_values(arrays[name], self.modalities[name]) if there else self.no_original(name)
+            return identity, row_of | self.block_guidance(0, 0, index)
         except READ_ERRORS as error:
             bad.append((identity, str(error)))
             return identity, None
+
+    def no_original(self, name: str) -> np.ndarray:
+        """What stands for a modality at its own size that a record lacks: an array of 0 x 0 pixels."""
+        modality = self.modalities[name]
+        return np.zeros((0, 0) if modality.kind == "categorical" else (0, 0, modality.channels), self.dtypes[name])
+
+    def no_originals(self) -> dict[str, Any]:
+        """The same for a row that stands for no record."""
+        return {f"original/{name}": self.no_original(name) for name in self.originals}
 
 
 def _complaint(bad: tuple[str, str]) -> str:

@@ -323,6 +323,8 @@ def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality]
             ours = getattr(modalities[name], field)
             if field not in stated or _same(stated[field], ours):
                 continue
+            if field == "missing" and stated[field] is None and ours is not None and not ours >= 0:
+                continue  # counts and ids are never that: it only gives padding a value
             raise ValueError(
                 f"{directory} states {field} = {stated[field]!r} for modality {name!r}, config.modalities.{name}.{field} is {ours!r}: "
                 "set the config to what is stored, or build the data set again"

@@ -66,7 +66,7 @@ def root(tmp_path_factory):
         "packed",
         {"id": tfds.features.Text(), "rgb": data, "depth": data, "label": tfds.features.ClassLabel(names=CLASSES)},
         [{"id": f"s{i}", "rgb": png(i), "depth": b"" if i == 2 else depth[i], "label": i % 3} for i in range(6)],
-        {"modalities": {"depth": {"metres_per_count": 1 / 512}}, "may_lack": ["depth"]},
+        {"modalities": {"depth": {"metres_per_count": 1 / 512, "missing": None}}, "may_lack": ["depth"]},
     )
     prepare(
         root,
@@ -182,6 +182,17 @@ def test_metadata_that_contradict_the_config(root):
     modalities = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "metres_per_count": 0.001}})
     with pytest.raises(ValueError, match=r"states metres_per_count = 0.00195\d* for modality 'depth', config.modalities.depth.* is 0.001"):
         open_source("tfds", modalities, name="packed", data_dir=str(root))
+
+
+def test_a_missing_value_that_nothing_stored_has_contradicts_nothing(root):
+    """Padding needs such a value; a code that may be stored is another matter."""
+    for missing, fits in ((-1, True), (float("nan"), True), (0, False)):
+        modalities = parse_modalities({"rgb": RGB, "depth": {**DEPTH, "missing": missing}})
+        if fits:
+            assert len(open_source("tfds", modalities, name="packed", data_dir=str(root))) == 6
+            continue
+        with pytest.raises(ValueError, match="states missing = None for modality 'depth', config.modalities.depth.missing is 0"):
+            open_source("tfds", modalities, name="packed", data_dir=str(root))
 
 
 def test_declared_modality_without_a_feature(root):

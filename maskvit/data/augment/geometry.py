@@ -56,6 +56,18 @@ def random_resized_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def random_resized_once_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw (top, left, height, width) as MAE's linear probe does: one draw of area and ratio, sides clamped to the picture."""
+    target = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    box_height = min(height, max(1, round(math.sqrt(target / aspect))))
+    box_width = min(width, max(1, round(math.sqrt(target * aspect))))
+    top, left = rng.integers(0, height - box_height + 1), rng.integers(0, width - box_width + 1)
+    return int(top), int(left), box_height, box_width
+
+
 def center_geometry(height: int, width: int, image_size: tuple[int, int], crop: float | int) -> Geometry:
     """The evaluation protocol: resize so that the picture just covers image_size / crop, then cut out the middle.
 
@@ -70,13 +82,15 @@ def center_geometry(height: int, width: int, image_size: tuple[int, int], crop: 
 
 
 def draw_geometry(rng: np.random.Generator, height: int, width: int, image_size: tuple[int, int], augment: Augment) -> Geometry:
-    """Draw the flip and the box of one sample; all its modalities share them."""
+    """Draw the flip and the box of one sample, of a crop that is not one of dense tasks; all its modalities share them."""
     flip = bool(rng.random() < augment.flip)
     if augment.crop == "center":
         return center_geometry(height, width, image_size, 1.0)._replace(flip=flip)
     whole = whole_geometry(height, width, image_size)
     if augment.crop == "random_resized":
         return whole._replace(box=random_resized_box(rng, height, width, augment.scale, augment.ratio), flip=flip)
+    if augment.crop == "random_resized_once":
+        return whole._replace(box=random_resized_once_box(rng, height, width, augment.scale, augment.ratio), flip=flip)
     return whole._replace(flip=flip)
 
 

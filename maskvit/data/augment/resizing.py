@@ -18,7 +18,7 @@ def check_resize(resize: str, where: str) -> None:
     if resize not in RESIZES:
         raise ValueError(f"{where} is {resize!r}; known: {', '.join(RESIZES)}")
     if resize == "cv2":
-        _cv2(where)
+        opencv_library(where)
 
 
 def nearest_indices(size_in: int, size_out: int) -> Int[np.ndarray, " size_out"]:
@@ -45,7 +45,7 @@ def resize_continuous(
     if array.dtype == np.uint8 and missing is None:
         return _resize_uint8(array, size, resize)
     values = array.astype(np.float32)
-    valid = _valid(values, missing)
+    valid = valid_pixels(values, missing)
     if valid.all():
         result = _resize_float(values, size)
     elif not valid.any():
@@ -61,7 +61,7 @@ def resize_continuous(
     return result
 
 
-def _valid(values: Float[np.ndarray, "h w c"], missing: float | int | None) -> Bool[np.ndarray, "h w"]:
+def valid_pixels(values: Float[np.ndarray, "h w c"], missing: float | int | None) -> Bool[np.ndarray, "h w"]:
     valid = ~np.isnan(values).any(axis=2)
     if missing is not None and not math.isnan(missing):
         valid &= (values != np.float32(missing)).any(axis=2)
@@ -82,7 +82,7 @@ def _resize_uint8(array: np.ndarray, size: tuple[int, int], resize: str) -> np.n
     if array.shape[:2] == tuple(size):
         return array
     if resize == "cv2":
-        cv2 = _cv2("config.data.augment.resize")
+        cv2 = opencv_library("config.data.augment.resize")
         shrinks = size[0] <= array.shape[0] and size[1] <= array.shape[1]
         method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
         return cv2.resize(np.ascontiguousarray(array), size[::-1], interpolation=method).reshape(*size, array.shape[2])
@@ -93,7 +93,7 @@ def _resize_uint8(array: np.ndarray, size: tuple[int, int], resize: str) -> np.n
     return np.stack([np.asarray(band.resize(size[::-1], Image.Resampling.BICUBIC)) for band in bands], axis=-1)
 
 
-def _cv2(where: str) -> Any:
+def opencv_library(where: str) -> Any:
     try:
         import cv2
     except ImportError as error:
