@@ -38,6 +38,12 @@ def test_a_run_of_the_first_version_is_resumed(old_run, caplog):
     assert found.keys() == expected.keys()
     # Equal to the last bit where sums are taken in the same order, which differs between processors; the step moves them by 5e-5.
     for name, value in found.items():
+        if name.endswith(("qkv/bias", "kv/bias")):
+            # A bias that all keys share has a true gradient of zero: Adam turns its rounding, another on every processor, into steps.
+            parts = len(value) // 3 if "qkv" in name else len(value) // 2
+            keys = slice(parts, 2 * parts) if "qkv" in name else slice(0, parts)
+            np.testing.assert_allclose(value[keys], expected[name][keys], rtol=0, atol=5e-5, err_msg=name)
+            value, expected[name] = np.delete(value, keys), np.delete(expected[name], keys)
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-7, err_msg=name)
 
     # What this version wrote says what the old one did not: the same data elsewhere are accepted, a longer ramp is not.

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,21 @@ def load_teacher(path: str | os.PathLike) -> Params | None:
     return read_state_part(step_dir, part) if part[1] in (stored_shapes(step_dir).get(part[0]) or {}) else None
 
 
+# Which weights of a checkpoint a run may begin from, and where they stand.
+WEIGHTS = {"params": ("params",), "teacher": ("objective_state", "teacher"), "ema": ("objective_state", "ema")}
+
+
+def load_weights(path: str | os.PathLike, weights: str = "params") -> Params:
+    """One of `WEIGHTS` of a verified checkpoint. Raises CheckpointError where it holds none of that name."""
+    step_dir, part = find_checkpoint(path), WEIGHTS[weights]
+    tree: Any = stored_shapes(step_dir)
+    for key in part:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    if not tree:
+        raise CheckpointError(f"config.init_from.weights is {weights!r}, but the checkpoint {path} holds none")
+    return read_state_part(step_dir, part)
+
+
 def load_adam(path: str | os.PathLike) -> dict[str, Any] | None:
     """Adam's {"count", "mu", "nu"} of a verified checkpoint as numpy arrays, None if it has none.
 
@@ -142,7 +157,12 @@ class LoadRow(NamedTuple):
 
 
 def init_from(
-    initial: Params, path: str | os.PathLike, fresh: Sequence[str] = (), drop: Sequence[str] = ()
+    initial: Params,
+    path: str | os.PathLike,
+    fresh: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    weights: str = "params",
+    differences: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[list[str], list[str]]] | None = None,
 ) -> tuple[Params, list[LoadRow]]:
     """Start a model from a checkpoint of the same or a similar model.
 
@@ -152,6 +172,8 @@ def init_from(
       fresh: regular expressions, each matched against the *whole* path ("outputs/semseg/head/.*") of the model's
         tensors: those keep their fresh values.
       drop: the same for the checkpoint's tensors that are not wanted.
+      weights: which of the checkpoint's: a row of `WEIGHTS`.
+      differences: (shapes stored, own shapes) by name -> (names that also begin fresh, names that also are dropped).
 
     Returns:
       (parameters in the structure, dtypes and shardings of `initial`; one LoadRow per tensor of either side.)
@@ -160,8 +182,12 @@ def init_from(
     Raises CheckpointError listing every difference that neither list names, with the expressions that would accept
     it, and ValueError for an expression that is invalid or matches nothing.
     """
-    loaded, _ = load_params(path)
+    loaded = load_weights(path, weights)
     model, stored = tree_paths(initial), tree_paths(loaded)
+    if differences is not None:
+        shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (stored, model)]
+        also_fresh, also_dropped = differences(*shapes)
+        fresh, drop = (*fresh, *map(re.escape, also_fresh)), (*drop, *map(re.escape, also_dropped))
     is_fresh = _matcher("config.init_from.fresh", fresh, model, "the model")
     is_dropped = _matcher("config.init_from.drop", drop, stored, f"the checkpoint {path}")
 
@@ -275,9 +301,21 @@ def format_report(rows: Sequence[LoadRow]) -> str:
     actions = ("loaded", "resized", "fresh", "dropped")
     lines = [f"{'part':<16}" + "".join(f"{action:>9}" for action in actions)]
     lines += [f"{part:<16}" + "".join(f"{count[action]:>9}" for action in actions) for part, count in sorted(counts.items())]
+    # A whole sub-tree of which the same was done is one line: decoders that a task does not need have many tensors.
+    done: dict[str, collections.Counter] = {}
     for row in rows:
-        if row.action != "loaded":
+        for prefix in _prefixes(row.path):
+            done.setdefault(prefix, collections.Counter())[row.action] += 1
+    told: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.action == "loaded":
+            continue
+        whole = next((prefix for prefix in _prefixes(row.path) if done[prefix].keys() == {row.action}), "")
+        if whole and done[whole][row.action] > 1:
+            told[row.action, whole] = done[whole][row.action]
+        else:
             lines.append(f"{row.action:<8} {row.path}  {_shape_text(row.source_shape)} -> {_shape_text(row.shape)}")
+    lines += [f"{action:<8} {whole}...  {count} tensors" for (action, whole), count in told.items()]
     return "\n".join(lines)
 
 

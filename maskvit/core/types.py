@@ -122,7 +122,8 @@ class DataNeeds(NamedTuple):
     """What an objective wants of the loader beside the modalities.
 
     `views`: several views of a record in place of one crop; `record`: fields of `Record`; `whole_every`: k > 0 for the whole pictures
-    of every k-th sample; `maps`: a stored map set; `blocks`: (ratio, ratio_var) of block masks.
+    of every k-th sample; `maps`: a stored map set; `blocks`: (ratio, ratio_var) of block masks; `num_classes`: labels 0 ... num_classes
+    - 1, 0 where labels are not needed.
     """
 
     views: bool = False
@@ -130,6 +131,7 @@ class DataNeeds(NamedTuple):
     whole_every: int = 0
     maps: str | None = None
     blocks: tuple[Any, Any] | None = None
+    num_classes: int = 0
 
     def loading(self) -> dict[str, Any]:
         """Arguments of `maskvit.data.batches.train_batches`."""

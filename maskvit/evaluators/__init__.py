@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from maskvit.core.configuration import check_arguments, look_up
 from maskvit.core.modalities import Modality
+from maskvit.evaluators.answers import Classification, Depth, Maps, Normals, Segmentation
 from maskvit.evaluators.knn import Knn
 
 
@@ -16,12 +17,15 @@ from maskvit.evaluators.knn import Knn
 class Evaluator(Protocol):
     """What the training loop knows of an evaluator.
 
+    `protocol()`: how and of what its figures are taken, as plain data; figures of different protocols are not compared.
     Its constructor takes the keys of its config block, without `type` and `every`, and the context `CONTEXT`, and raises
     ValueError or FileNotFoundError for whatever can be known to be wrong before any work.
     """
 
-    def run(self, params: Any, objective_state: Any, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
-        """Yield (name of a figure, its value); the loop puts the evaluator's own name before it ("knn/mean/top1_k20").
+    def protocol(self) -> dict[str, Any]: ...
+
+    def run(self, params: Any, objective_state: Any, between: Callable[[], None]) -> Iterator[tuple[str, Any]]:
+        """Yield (name, a number or a picture); the loop puts the evaluator's own name before it ("knn/mean/top1_k20").
 
         Every process must iterate, and all get the same values. `between` is called after every batch, on every process: it
         ends the evaluation, by an exception, where one of them is asked to stop.
@@ -29,7 +33,9 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS = {"knn": Knn}
+EVALUATORS: dict[str, Any] = {
+    "knn": Knn, "classification": Classification, "segmentation": Segmentation, "depth": Depth, "normals": Normals, "maps": Maps,
+}  # fmt: skip
 
 # What the loop supplies to every evaluator beside its config block.
 CONTEXT = ("objective", "modalities", "image_size", "mesh", "data")

@@ -6,9 +6,7 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from maskvit.core.modalities import Modality
-from maskvit.data import open_source
-from maskvit.data.batches import eval_batches
-from maskvit.data.codec import RecordError
-from maskvit.data.sources import Source
-from maskvit.sharding import place_batch, replicated
+from maskvit.data.sources import has_labels
+from maskvit.evaluators.reading import Reading, local, nothing
+from maskvit.sharding import replicated
 
 TRAIN_CHUNK, TEST_CHUNK = 8192, 128  # similarities held at a time; the result does not depend on them
 
@@ -137,18 +133,6 @@ def pixel_features(images: Num[Array, "b h w c"]) -> dict[str, Num[Array, "b d"]
     return {"mean_colour": known.astype(jnp.float32).mean(axis=(1, 2)), "raw_pixels": known.reshape(len(known), -1)}
 
 
-def _has_labels(source: Source) -> bool:
-    """Whether the first readable record has a label."""
-    for index in range(len(source)):
-        with contextlib.suppress(RecordError, OSError):
-            return bool(source[index].get("label", -1) >= 0)
-    return False
-
-
-def _nothing() -> None:
-    pass
-
-
 class Knn:
     """Weighted k-NN on the features of an unmasked pass over the first input modality.
 
@@ -185,38 +169,34 @@ class Knn:
         crop: float | int = 0.875,
         baselines: bool = False,
     ):
-        self._objective, self._image_size, self._mesh = objective, (image_size[0], image_size[1]), mesh
+        self._objective = objective
         self._input = objective.model.inputs[0]
-        self._modalities = {self._input: modalities[self._input]}
-        if baselines and self._modalities[self._input].kind != "continuous":
+        read = {self._input: modalities[self._input]}
+        if baselines and read[self._input].kind != "continuous":
             raise ValueError(f"k-NN baselines need pixels, but the first input {self._input!r} has class ids: set baselines=False")
         self._ks, self._temperature, self._baselines = tuple(int(k) for k in ks), temperature, baselines
-        self._batch_size = math.ceil(batch_size / mesh.size) * mesh.size
-        self._workers, self._crop, self._timeout = int(data.get("workers", 0)), crop, float(data.get("timeout", 600.0))
-        self._limits = {"train": limit_train, "test": limit_test}
         default = dict(data["train"])
-        blocks = {"train": train or default, "test": test or {**default, "split": "val"}}
-        self._sources = {split: self._open(block) for split, block in blocks.items()}
-        for split, source in self._sources.items():
-            if not _has_labels(source):
+        blocks = {"train": (train or default, limit_train), "test": (test or {**default, "split": "val"}, limit_test)}
+        self._readings = {
+            split: Reading(block, read, image_size, mesh, data, inputs=(self._input,), batch_size=batch_size, limit=limit, crop=crop)
+            for split, (block, limit) in blocks.items()
+        }
+        for split, reading in self._readings.items():
+            if not has_labels(reading.source):
                 raise ValueError(
-                    f"k-NN needs labels, but the {split} data have none: {source.describe()}. Drop the k-NN from config.evaluators, give "
-                    "it data with labels as its train and test, or set config.data label"
+                    f"k-NN needs labels, but the {split} data have none: {reading.source.describe()}. Drop the k-NN from "
+                    "config.evaluators, give it data with labels as its train and test, or set config.data label"
                 )
-        available = min(len(self._sources["train"]), limit_train or math.inf)
+        available = len(self._readings["train"])
         if not self._ks or min(self._ks) < 1 or max(self._ks) > available:
             raise ValueError(f"k-NN with ks = {self._ks} over {available} training examples: each k must be between 1 and {available}")
         self._baseline_figures: list[tuple[str, float]] = []
         self._extract = jax.jit(self._features, static_argnames="pixels", out_shardings=replicated(mesh))
 
-    def _open(self, block: Mapping[str, Any]) -> Source:
-        """Open a source for the one modality that is read; what the block says of others is left out."""
-        arguments = {"source": "tfds", **block}
-        if arguments.get("features"):
-            arguments["features"] = {key: value for key, value in arguments["features"].items() if key in self._modalities}
-        if arguments.get("may_lack"):
-            arguments["may_lack"] = [name for name in arguments["may_lack"] if name in self._modalities]
-        return open_source(arguments.pop("source"), self._modalities, **arguments)
+    def protocol(self) -> dict[str, Any]:
+        """How the figures are taken, as plain data."""
+        parts = {split: reading.protocol() for split, reading in self._readings.items()}
+        return dict(parts, figures="knn", temperature=self._temperature)
 
     def _features(self, params: Any, state: Any, batch: Any, pixels: bool) -> tuple[dict[str, Array], Array, Array]:
         """(features by name, labels, valid) of a global batch, whole on every device."""
@@ -224,37 +204,24 @@ class Knn:
         features |= pixel_features(batch.values[self._input]) if pixels else {}
         return features, batch.label, batch.valid
 
-    def examples(self, split: str, params: Any, objective_state: Any, pixels: bool, between: Callable[[], None] = _nothing) -> Examples:
+    def examples(self, split: str, params: Any, objective_state: Any, pixels: bool, between: Callable[[], None] = nothing) -> Examples:
         """All usable examples of "train" or "test", each once, the same on every process."""
-        from tqdm import tqdm
-
-        source, limit = self._sources[split], self._limits[split]
-        total = math.ceil(min(len(source), limit or math.inf) / self._batch_size)
-        batches = eval_batches(
-            source, self._modalities, self._image_size, batch_size=self._batch_size, process_index=jax.process_index(),
-            process_count=jax.process_count(), workers=self._workers, crop=self._crop, limit=limit, inputs=(self._input,),
-            timeout=self._timeout,
-        )  # fmt: skip
+        reading = self._readings[split]
         parts: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
-        hidden = True if jax.process_index() else None  # None: shown on a terminal only
-        with batches, tqdm(total=total, desc=f"k-NN {split}", unit="batch", leave=False, disable=hidden) as bar:
-            for batch in batches:
-                result = self._extract(params, objective_state, place_batch(batch, self._mesh), pixels)
-                features, labels, valid = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-                parts.append(({name: values[valid] for name, values in features.items()}, labels[valid]))
-                bar.update()
-                between()
+        for batch in reading.batches(f"k-NN {split}", between):
+            features, labels, valid = local(self._extract(params, objective_state, batch, pixels))
+            parts.append(({name: values[valid] for name, values in features.items()}, labels[valid]))
         labels = np.concatenate([part for _, part in parts])
         if (labels < 0).any():
-            raise ValueError(f"k-NN needs labels, but {(labels < 0).sum()} of {len(labels)} records have none: {source.describe()}")
+            raise ValueError(f"k-NN needs labels, but {(labels < 0).sum()} of {len(labels)} records have none: {reading.source.describe()}")
         return Examples({name: np.concatenate([features[name] for features, _ in parts]) for name in parts[0][0]}, labels)
 
-    def run(self, params: Any, objective_state: Any, between: Callable[[], None] = _nothing) -> Iterator[tuple[str, float]]:
+    def run(self, params: Any, objective_state: Any, between: Callable[[], None] = nothing) -> Iterator[tuple[str, float]]:
         """Yield ("mean/top1_k20", percent) and so on; the baselines, which no training changes, are computed once."""
         pixels = self._baselines and not self._baseline_figures
         train = self.examples("train", params, objective_state, pixels, between)
         test = self.examples("test", params, objective_state, pixels, between)
-        names = [len(source.label_names) for source in self._sources.values()]
+        names = [len(reading.source.label_names) for reading in self._readings.values()]
         num_classes = int(max(*names, train.labels.max() + 1, test.labels.max() + 1))
         for feature, train_features in train.features.items():
             test_features = test.features[feature]

@@ -117,7 +117,8 @@ class Network(Backbone):
         if self.pool == "global":
             pooled = encoded[:, -1]
         else:
-            pooled = encoded[:, : encoded.shape[1] - self.num_global_tokens].mean(axis=1)
+            patches = encoded.shape[1] - (0 if self.pool == "all" else self.num_global_tokens)
+            pooled = encoded[:, :patches].mean(axis=1)
             if self.final_norm:
                 pooled = apply(self._norm(), params["norm"], pooled)
         return apply(self._head("head"), params["head"], pooled)

@@ -14,14 +14,21 @@ from maskvit.core.patches import patchify, resample_learned, resample_pos_embed,
 from maskvit.nn.layers import Dense, uniform_by_fan_in
 
 
+def position_table(module: nn.Module, grid: tuple[int, int], width: int, columns_first: bool = False) -> Float[Array, "h w d"]:
+    """The module's `pos_embed` parameter, which begins as sines and cosines."""
+    return module.param("pos_embed", lambda _: jnp.asarray(sincos_position_table(grid, width, columns_first)))
+
+
 def frozen_position_table(module: nn.Module, grid: tuple[int, int], width: int, columns_first: bool = False) -> Float[Array, "h w d"]:
-    """The module's `pos_embed` parameter: carried in checkpoints, never trained."""
-    table = lambda _: jnp.asarray(sincos_position_table(grid, width, columns_first))  # noqa: E731
-    return jax.lax.stop_gradient(module.param("pos_embed", table))
+    """`position_table`, carried in checkpoints and never trained."""
+    return jax.lax.stop_gradient(position_table(module, grid, width, columns_first))
 
 
 class InputAdapter(nn.Module):
-    """Patch projection (after a class embedding for categorical modalities) plus the position table, fixed or `learned`."""
+    """Patch projection (after a class embedding for categorical modalities) plus the position table, `learned` or of sines and cosines.
+
+    The latter is fixed unless `trained`.
+    """
 
     modality: Modality
     width: int
@@ -29,6 +36,7 @@ class InputAdapter(nn.Module):
     dtype: Any = jnp.float32
     columns_first: bool = False
     learned: bool = False
+    trained: bool = False
 
     @nn.compact
     def __call__(self, values: Num[Array, "b h w *c"], masked: Bool[Array, "b n"] | None = None) -> Num[Array, "b n d"]:
@@ -53,5 +61,6 @@ class InputAdapter(nn.Module):
             return tokens + position.reshape(-1, self.width).astype(tokens.dtype)
         # The reference resamples image-like tables with bicubic, class maps' with bilinear kernels.
         method = "bilinear" if spec.kind == "categorical" else "bicubic"
-        position = resample_pos_embed(frozen_position_table(self, self.grid, self.width, self.columns_first), grid, method)
+        table = (position_table if self.trained else frozen_position_table)(self, self.grid, self.width, self.columns_first)
+        position = resample_pos_embed(table, grid, method)
         return tokens + position.reshape(-1, self.width).astype(tokens.dtype)

@@ -20,7 +20,7 @@ from maskvit.nn.encoder import VARIANTS, Encoder, check_sizes, transformer_sizes
 from maskvit.nn.layers import apply, layer_norm
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-POOLS = ("global", "mean")
+POOLS = ("global", "mean", "all")
 POSITIONS = ("rows_first", "columns_first", "learned")
 FIXED = (r"(.*/)?pos_embed",)  # parameters that are never trained: fixed position tables
 
@@ -51,7 +51,8 @@ class Backbone:
         or "learned": a trained table, and one for the global tokens (DINO, iBOT).
       final_norm: whether a layer norm follows the encoder: plain ViTs have one, MultiMAE none.
       pool: what a classifier and the norm read: "global" is the last global token out of the normed tokens (DINO, timm), "mean"
-        the norm of the mean of all other tokens (fine-tuned MAE).
+        the norm of the mean of all other tokens (fine-tuned MAE), "all" that of all tokens (fine-tuned MultiMAE).
+      train_positions: whether fixed position tables are trained too, as fine-tuning MAE does.
       mask_embed: whether hidden tokens may stay in the sequence, as a learned vector in place of their content (iBOT).
       qkv_parts: how many kernels a fused qkv of the encoder is initialized as: 3 (MultiMAE) or 1 (MAE).
       compute_dtype: "float32" or "bfloat16".
@@ -66,6 +67,7 @@ class Backbone:
     positions: str = "rows_first"
     final_norm: bool = False
     pool: str = "global"
+    train_positions: bool = False
     mask_embed: bool = False
     qkv_parts: int = 3
     compute_dtype: str = "float32"
@@ -101,7 +103,7 @@ class Backbone:
     @property
     def fixed(self) -> tuple[str, ...]:
         """Patterns of the parameters that are never trained."""
-        return FIXED
+        return () if self.train_positions else FIXED
 
     def _dtype(self) -> Any:
         return DTYPES[self.compute_dtype]
@@ -113,7 +115,7 @@ class Backbone:
     def _input(self, name: str) -> InputAdapter:
         spec = self.modality(name)
         learned = self.positions == "learned"
-        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), self._columns_first, learned)
+        return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), self._columns_first, learned, self.train_positions)
 
     def _encoder(self) -> Encoder:
         return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat, qkv_parts=self.qkv_parts)

@@ -11,6 +11,7 @@ from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import DataNeeds
 from maskvit.objectives.distillation_methods import dino, ibot
 from maskvit.objectives.methods import crossmae, mae, multimae
+from maskvit.objectives.supervised import supervised
 
 
 @runtime_checkable
@@ -28,12 +29,14 @@ class Objective(Protocol):
     others as `batch.kept`; `summarize(metrics, step) -> metrics`: scalars out of the sums that `loss` returned;
     `after_update(state, params, batch, keys, step, observed, metrics, accepted) -> state`: what follows the optimizer, on the whole
     batch (a teacher's average, what is learned of the samples); where `accepted` is False the state stays bit for bit;
+    `differences(stored, own) -> (fresh, dropped)`, names of tensors: what may differ from a checkpoint that a run begins from, or None;
     `predict(params, state, batch) -> {feature: "b d"}`; `visualize(params, state, batch, keys) -> pictures' arrays`.
     """
 
     model: Any
     guidance: Any
     num_visible: int
+    differences: Callable[[Any, Any], tuple[list[str], list[str]]] | None
 
     @property
     def needs(self) -> DataNeeds: ...
@@ -55,7 +58,9 @@ class Objective(Protocol):
     def visualize(self, params: Any, state: Any, batch: Any, keys: Any) -> Any: ...
 
 
-OBJECTIVES: dict[str, Callable[..., Any]] = {"multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": dino, "ibot": ibot}
+OBJECTIVES: dict[str, Callable[..., Any]] = {
+    "multimae": multimae, "mae": mae, "crossmae": crossmae, "dino": dino, "ibot": ibot, "supervised": supervised,
+}  # fmt: skip
 
 
 def build_objective(config: Mapping[str, Any]) -> Any:

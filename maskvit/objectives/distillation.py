@@ -136,6 +136,8 @@ class Distillation:
     drop_path: float = 0.1
     steps_per_epoch: int = 1
 
+    differences = None  # a run begins from the same model, but for what `config.init_from` names
+
     @property
     def num_visible(self) -> int:
         """Tokens of a view that the encoder sees: all, hidden ones as the mask embedding."""

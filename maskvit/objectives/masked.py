@@ -58,6 +58,8 @@ class MaskedAutoencoder:
     loss_weight: LossWeight | None = None
     predicted: Predicted | None = None
 
+    differences = None  # a run begins from the same model, but for what `config.init_from` names
+
     def init(self, key: Key[Array, ""], num_records: int = 1) -> tuple[Params, Any]:
         """Fresh parameters and the state that goes with them."""
         params = self.model.init(key)
@@ -134,8 +136,6 @@ class MaskedAutoencoder:
         queries = {output: self.num_queries(output, self.model.layout) for output in self.model.outputs}
         flops = 3 * forward_flops(self.model, self.num_visible, queries)
         return flops + (self.guidance.flops(self.model) if self.guidance is not None else 0.0)
-
-    # From stored values to model values
 
     def prepare(self, batch: Batch) -> Prepared:
         """What the loader delivers, in model values."""

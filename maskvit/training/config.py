@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from maskvit.checkpoints.weights import WEIGHTS
 from maskvit.core.config_files import get_value
 from maskvit.core.configuration import check_arguments, look_up
 from maskvit.core.durations import to_steps
@@ -117,9 +118,10 @@ def optimizer_reader(block: Mapping[str, Any]) -> Callable[..., None]:
     return reader
 
 
-def init_block(*, path: str = "", fresh: Sequence[str] = (), drop: Sequence[str] = ()) -> dict[str, Any]:
-    """`config.init_from`."""
-    return dict(path=path, fresh=tuple(fresh), drop=tuple(drop))
+def init_block(*, path: str = "", fresh: Sequence[str] = (), drop: Sequence[str] = (), weights: str = "params") -> dict[str, Any]:
+    """`config.init_from`. `weights`: the checkpoint's parameters, or its "teacher" or the average of its weights, "ema"."""
+    look_up("config.init_from.weights", WEIGHTS, weights)
+    return dict(path=path, fresh=tuple(fresh), drop=tuple(drop), weights=weights)
 
 
 def checkpoint_block(*, every: str | int = "1 epochs", keep: int = 3) -> dict[str, Any]:

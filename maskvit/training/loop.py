@@ -374,12 +374,16 @@ class Loop:
                 raise StopAsked(asked)
 
 
-def evaluate(evaluators: Mapping[str, Evaluator], name: str, state: TrainState, between: Callable[[], None]) -> dict[str, float]:
-    """The figures of the evaluator `name`, called "NAME/figure"."""
+def evaluate(evaluators: Mapping[str, Evaluator], name: str, state: TrainState, between: Callable[[], None]) -> dict[str, Any]:
+    """The figures and pictures of the evaluator `name`, called "NAME/figure"."""
     return {f"{name}/{key}": value for key, value in evaluators[name].run(state.params, state.objective_state, between)}
 
 
-def write_figures(log: Writers, step: int, figures: Mapping[str, float]) -> None:
-    """To the writers and the terminal."""
+def write_figures(log: Writers, step: int, found: Mapping[str, Any]) -> None:
+    """To the writers and the terminal: figures as numbers, pictures as files."""
+    pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    figures = {name: value for name, value in found.items() if name not in pictures}
     log.write_scalars(step, figures)
+    if pictures:
+        log.write_images(step, pictures)
     LOG.info("step %d  %s", step, "  ".join(f"{key} {value:.2f}" for key, value in figures.items()))

@@ -15,6 +15,7 @@ from maskvit.data.augment.settings import parse_augment
 from maskvit.data.identity import data_identity
 from maskvit.data.maps import open_maps
 from maskvit.data.order import steps_per_epoch as epoch_steps
+from maskvit.data.sources import has_labels
 from maskvit.evaluators import build_evaluators
 from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Schedule
@@ -76,6 +77,7 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
             train_source = dict(data["train"])
             source = open_source(train_source.pop("source", "tfds"), specs, **train_source)
             steps_per_epoch = epoch_steps(len(source), global_batch)
+            check_labels(source, objective.needs.num_classes)
     with all_mistakes() as checks:
         duration = functools.partial(to_steps, steps_per_epoch=steps_per_epoch, global_batch=global_batch)
         total_steps = duration(config["total"])
@@ -106,6 +108,20 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
         data, init_block(**config["init_from"] or {}), checkpoint, guard, optimizer, base_lr, objective, mesh, specs, source, views,
         steps_per_epoch, total_steps, periods, evaluations, evaluators, window,
     )  # fmt: skip
+
+
+def check_labels(source: Any, num_classes: int) -> None:
+    """Raise ValueError unless a source has the labels that an objective learns; 0 classes need none."""
+    if not num_classes:
+        return
+    names = source.label_names
+    if len(names) > num_classes or (names and len(names) < num_classes):
+        raise ValueError(
+            f"config.objective.task.num_classes is {num_classes}, but the data have {len(names)} classes ({', '.join(names[:3])}, ...): "
+            f"{source.describe()}. Set it to {len(names)}"
+        )
+    if not has_labels(source):
+        raise ValueError(f"config.objective.task needs labels, but the data have none: {source.describe()}")
 
 
 def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:

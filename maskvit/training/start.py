@@ -44,7 +44,7 @@ def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records
 
     # What is kept per record may be larger than a device's memory: each makes its own part.
     state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(placed(params, shardings.params))
-    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]):
+    if init_from["path"] and not (init_from["fresh"] or init_from["drop"]) and init_from["weights"] == "params":
         stored = checkpoints.with_stored_teacher(state.objective_state, init_from["path"])
         if stored is not state.objective_state:
             state = state._replace(objective_state=placed(stored, shardings.objective_state))
@@ -61,10 +61,10 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
     params = fresh_params(objective, jax.random.key(seed))
     if not init_from["path"]:
         return params, None
-    params, rows = checkpoints.init_from(params, **init_from)
+    params, rows = checkpoints.init_from(params, **init_from, differences=objective.differences)
     LOG.info("%s", checkpoints.format_report(rows))
     changed = [row for row in rows if row.action in ("fresh", "dropped")]
-    moments = checkpoints.load_adam(init_from["path"])
+    moments = checkpoints.load_adam(init_from["path"]) if init_from["weights"] == "params" else None
     if moments is not None and changed:
         LOG.info("the checkpoint's optimizer moments are not used: its parameters do not map one to one to this model's")
         moments = None

@@ -21,11 +21,10 @@ TWICE, OUTSIDE, NAMES = "two files for one name", "files outside the class folde
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One sample to read: modality -> file; `label` is its class by name, None without one."""
+    """One sample to read: modality -> file."""
 
     key: str
     files: dict[str, str]
-    label: str | None = None
 
 
 class Modal(NamedTuple):

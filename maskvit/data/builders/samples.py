@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -77,11 +76,9 @@ def load_array(data: bytes, suffix: str) -> np.ndarray:
     raise ValueError(f"holds the arrays {', '.join(names)}; store one array per file")
 
 
-def _load(path: str, modality: Modality, loader: Callable[[str], np.ndarray] | None) -> _Loaded:
+def _load(path: str, modality: Modality) -> _Loaded:
     suffix = os.path.splitext(path)[1].lower()
     try:
-        if loader:
-            return _Loaded(loader(path))
         with open(path, "rb") as file:
             data = file.read()
         if suffix in ARRAYS:
@@ -248,15 +245,12 @@ def _disagreement(task: Task, arrays: Mapping[str, np.ndarray], orientations: Ma
 
 
 def read_sample(
-    task: Task,
-    modalities: Mapping[str, Modality],
-    short_side: int | None,
-    loaders: Mapping[str, Callable[[str], np.ndarray]] = types.MappingProxyType({}),
+    task: Task, modalities: Mapping[str, Modality], short_side: int | None
 ) -> tuple[dict[str, bytes], dict[str, Found], list[tuple[str, str]]]:
     """Read and encode one sample.
 
     Pictures are turned as their EXIF orientation says: by whoever decodes them where they keep their bytes, here where another
-    modality must lie over them. `loaders`: modality -> what gives a file's array in place of `read_picture`; it raises ValueError.
+    modality must lie over them.
 
     Returns: (modality -> bytes, modality -> what was found, problems as (kind, text)). With problems the first two are empty.
     """
@@ -267,7 +261,7 @@ def read_sample(
     for name, path in task.files.items():
         modality = modalities[name]
         try:
-            files[name] = _load(path, modality, loaders.get(name))
+            files[name] = _load(path, modality)
             array, far = (_class_ids(files[name].array, modality), 0) if modality.kind == "categorical" else _numbers(files[name], modality)
             if 0 in array.shape:
                 raise _Unfit(CONTENT, f"is empty: shape {array.shape}")

@@ -1,0 +1,110 @@
+"""What every evaluator shares: data of its own, each example once, and sums over all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maskvit.core.modalities import Modality
+from maskvit.core.types import Batch
+from maskvit.data import open_source
+from maskvit.data.batches import eval_batches
+from maskvit.data.sources import Source
+from maskvit.metrics.accumulate import added
+from maskvit.sharding import place_batch
+
+
+def nothing() -> None:
+    """What happens between two batches where nobody asks for anything."""
+
+
+class Reading:
+    """The data of an evaluator: some modalities of one source, in batches over all devices.
+
+    Args:
+      block: as `config.data.train`; `modalities`: those that are read, the first ones `inputs`.
+      limit: only so many examples, evenly spread over the data (which may be stored class by class); None for all.
+      batch_size: images at once over all devices, rounded up to a multiple of them; no figure depends on it.
+      geometry: how pictures are brought to the model's size, as in `maskvit.data.batches.eval_batches`.
+      data: `config.data`, for the number of workers and the timeout.
+    """
+
+    def __init__(
+        self,
+        block: Mapping[str, Any],
+        modalities: Mapping[str, Modality],
+        image_size: tuple[int, int],
+        mesh: Mesh,
+        data: Mapping[str, Any],
+        *,
+        inputs: Sequence[str],
+        batch_size: int,
+        limit: int | None = None,
+        **geometry: Any,
+    ):
+        arguments = {"source": "tfds", **block}
+        if arguments.get("features"):
+            arguments["features"] = {key: value for key, value in arguments["features"].items() if key in modalities}
+        if arguments.get("may_lack"):
+            arguments["may_lack"] = [name for name in arguments["may_lack"] if name in modalities]
+        self.source: Source = open_source(arguments.pop("source"), modalities, **arguments)
+        self.limit, self.mesh = limit, mesh
+        self.batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+        self._settings = dict(
+            batch_size=self.batch_size, limit=limit, inputs=tuple(inputs), workers=int(data.get("workers", 0)),
+            timeout=float(data.get("timeout", 600.0)), **geometry,
+        )  # fmt: skip
+        self._inputs, self._geometry = tuple(inputs), geometry
+        self._modalities, self._image_size = dict(modalities), (image_size[0], image_size[1])
+
+    def protocol(self) -> dict[str, Any]:
+        """How and of what the figures are taken, as plain data."""
+        return dict(
+            data=self.source.describe().split(" in ")[0], limit=self.limit, image_size=list(self._image_size), inputs=list(self._inputs),
+            **self._geometry,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """How many examples are read."""
+        return len(self.source) if self.limit is None else min(self.limit, len(self.source))
+
+    def batches(self, description: str, between: Callable[[], None] = nothing) -> Iterator[Batch]:
+        """Global batches in stored order, the last one padded (`valid` False), with a progress bar; `between` after every one."""
+        from tqdm import tqdm
+
+        batches = eval_batches(
+            self.source, self._modalities, self._image_size, process_index=jax.process_index(), process_count=jax.process_count(),
+            **self._settings,
+        )  # fmt: skip
+        hidden = True if jax.process_index() else None  # None: shown on a terminal only
+        total = math.ceil(len(self) / self.batch_size)
+        with batches, tqdm(total=total, desc=description, unit="batch", leave=False, disable=hidden) as bar:
+            for batch in batches:
+                yield place_batch(batch, self.mesh)
+                bar.update()
+                between()
+
+
+def local(tree: Any) -> Any:
+    """Arrays that are the same on every device, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+
+
+def merged(sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Any:
+    """What `sums` gives of every batch, replicated arrays, added up over all batches (`maskvit.metrics.accumulate.added`)."""
+    total = None
+    for batch in batches:
+        total = added(total, local(sums(batch)))
+    return total
+
+
+def fingerprint(protocol: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that two protocols share only where nothing in them differs."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]

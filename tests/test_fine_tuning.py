@@ -1,0 +1,76 @@
+"""Runs that fine-tune: from a pretrained run to figures of the task, killed and resumed; and data that do not fit the task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskvit.checkpoints import load_objective_state
+from maskvit.core.types import tree_paths
+from maskvit.training import setup
+from tests.runs import make_scenes, same_params, small_run
+
+pytestmark = pytest.mark.usefixtures("shared_steps", "one_device")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def fine_tuning(data_dir: str, **changes: Any) -> dict[str, Any]:
+    """Everything at once that keeps something from step to step: averaged weights, running statistics, mixing, stochastic depth."""
+    base = small_run(data_dir)
+    return base | dict(
+        total="4 steps", checkpoint=dict(every="2 steps", keep=9), micro_batch=4, log_every=1,
+        modalities=dict(rgb=base["modalities"]["rgb"]),
+        objective=dict(
+            name="supervised", encoder=base["objective"]["encoder"], head=dict(name="probe", source="mean"), drop_path=0.1, ema_decay=0.9,
+            task=dict(name="classification", num_classes=12, mixup=0.8, cutmix=1.0, smoothing=0.1),
+        ),
+        optimizer=dict(base_lr=0.03, layer_decay=0.75, b2=0.999),
+        evaluators=dict(accuracy=dict(type="classification", every="2 steps", batch_size=5)),
+    ) | changes  # fmt: skip
+
+
+def test_a_run_that_fine_tunes_is_resumed_bit_for_bit(data_dir, tmp_path):
+    setup.train(str(tmp_path / "pretrained"), **small_run(data_dir, total="1 steps", checkpoint=dict(every="1 steps", keep=1)))
+    config = fine_tuning(data_dir, init_from=dict(path=str(tmp_path / "pretrained")))
+    setup.train(str(tmp_path / "whole"), **config)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
+    setup.train(str(tmp_path / "stopped"), **config)
+    assert same_params(tmp_path / "whole", tmp_path / "stopped")
+    one, two = (tree_paths(load_objective_state(tmp_path / name)) for name in ("whole", "stopped"))
+    assert {name.partition("/")[0] for name in one} == {"ema", "statistics"}
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, two[name], err_msg=name)
+    rows = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    figures = [row for row in rows if "accuracy/top1" in row]
+    assert [row["step"] for row in figures] == [2, 4] and "accuracy/ema/top5" in figures[0]
+    assert (tmp_path / "stopped" / "pictures" / "accuracy_confusion_00000004.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_classes=10), "num_classes is 10, but the data have 12 classes .* Set it to 12"),
+        (dict(num_classes=1000), "num_classes is 1000, but the data have 12 classes"),
+    ],
+)
+def test_classes_that_are_not_the_datas(changes, message, data_dir, tmp_path):
+    config = fine_tuning(data_dir)
+    config["objective"]["task"] |= changes
+    with pytest.raises(ValueError, match=message):
+        setup.train(str(tmp_path), **config)
+
+
+def test_data_without_labels(data_dir, tmp_path):
+    config = fine_tuning(data_dir)
+    config["data"]["train"]["label"] = None
+    with pytest.raises(ValueError, match="needs labels, but the data have none"):
+        setup.train(str(tmp_path), **config)
