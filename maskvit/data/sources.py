@@ -11,7 +11,8 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Int
 
 from maskvit.core.modalities import Modality
 from maskvit.data.codec import RecordError
+from maskvit.data.subsets import first_of_each_class, stratified
 
 FEATURE_MODULES = "tensorflow_datasets.core.features."  # a data set's features.json may name classes of these modules only
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # under which it names them; the last one in old files
@@ -89,6 +91,10 @@ class TfdsSource:
       may_lack: modalities that some records may lack; None asks the data set's own metadata.
       per_class: only the first so many records of each class, in stored order: a share of the data with balanced classes.
         The labels are read at the start, of as many records as it takes.
+      share: only this share of the records, above 0 and at most 1, drawn by `subset_seed`; each class keeps its share of them
+        (`maskvit.data.subsets.stratified`). Without labels, any records.
+      examples: the same for a number of records. Of `per_class`, `share` and `examples` one at most is given.
+      subset_seed: what `share` and `examples` draw by; the same seed takes the same records in every run, whatever `config.seed` is.
 
     Raises:
       FileNotFoundError: nothing prepared there.
@@ -107,6 +113,9 @@ class TfdsSource:
         label: str | None = "label",
         may_lack: Sequence[str] | None = None,
         per_class: int | None = None,
+        share: float | None = None,
+        examples: int | None = None,
+        subset_seed: int = 0,
     ):
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
         builder = open_builder(data_dir, name)
@@ -132,9 +141,8 @@ class TfdsSource:
         self._reader: Any = None
         self._length = len(self._open(builder))
         self._chosen: Int[np.ndarray, " k"] | None = None
-        if per_class is not None:
-            self._chosen = self._first_of_each_class(builder, per_class)
-            self._length = len(self._chosen)
+        self._subset = ""
+        self._choose(builder, per_class, share, examples, subset_seed)
 
     def __len__(self) -> int:
         return self._length
@@ -160,36 +168,53 @@ class TfdsSource:
             raise RecordError(f"cannot be read from {self.directory}: {str(error) or type(error).__name__}") from error
 
     def describe(self) -> str:
-        share = "" if self._chosen is None else ", the first of each class"
-        return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}{share}"
+        return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}{self._subset}"
 
-    def _first_of_each_class(self, builder: Any, per_class: int) -> Int[np.ndarray, " k"]:
-        """The records that `per_class` leaves, in stored order."""
-        if per_class < 1:
-            raise ValueError(f"config.data per_class is {per_class}; it must be at least 1, or None for every record")
-        if self.label is None or not self.label_names:
-            raise ValueError(
-                f"config.data per_class needs labels, but {self.name} has no classes in use: set config.data label, or drop per_class"
-            )
-        counts = np.zeros(len(self.label_names), int)
-        chosen = []
-        for index in range(len(self._open(builder))):
+    def _choose(self, builder: Any, per_class: int | None, share: float | None, examples: int | None, seed: int) -> None:
+        """Keep the subset that one of `per_class`, `share` and `examples` asks for."""
+        asked = {name: value for name, value in (("per_class", per_class), ("share", share), ("examples", examples)) if value is not None}
+        if not asked:
+            return
+        if len(asked) > 1:
+            raise ValueError(f"config.data has {' and '.join(asked)}; a subset is stated by one of them")
+        where = f"{self.name}, split {self.split!r}"
+        for name, least in (("per_class", 1), ("examples", 1)):
+            if asked.get(name, least) < least:
+                raise ValueError(f"config.data {name} is {asked[name]}; it must be at least {least}, or None for every record")
+        if per_class is not None:
+            if self.label is None or not self.label_names:
+                raise ValueError(
+                    f"config.data per_class needs labels, but {self.name} has no classes in use: set config.data label, or drop per_class"
+                )
+            self._chosen = first_of_each_class(self._labels(builder), self.label_names, per_class, where)
+            self._subset = ", the first of each class"
+        else:
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"config.data share is {share}; it must lie above 0 and be at most 1, or be None for every record")
+            count = examples if examples is not None else round((share or 0) * self._length)
+            if not 1 <= count <= self._length:
+                raise ValueError(
+                    f"config.data examples is {count}, but {where} has {self._length} records: lower it"
+                    if examples is not None
+                    else f"config.data share is {share}: of the {self._length} records of {where} that leaves none; raise it"
+                )
+            labels = np.fromiter(self._labels(builder), np.int64, self._length) if self.label else np.full(self._length, -1)
+            self._chosen = stratified(labels, count, seed)
+            self._subset = f", drawn by the seed {seed}" + (", each class with its share" if self.label else "")
+        self._length = len(self._chosen)
+
+    def _labels(self, builder: Any) -> Iterator[int]:
+        """The label of every record of the split, -1 where it has none or cannot be read: what the builder left, else one by one."""
+        count = len(self._open(builder))
+        stored = stored_labels(self.directory, self.split)
+        if self.label == "label" and stored is not None and len(stored) == count:
+            yield from stored.tolist()
+            return
+        for index in range(count):
             try:
-                label = int(self._read(index)[self.label])
+                yield int(self._read(index)[self.label])
             except RecordError:
-                continue  # it would be no example
-            if label >= 0 and counts[label] < per_class:
-                counts[label] += 1
-                chosen.append(index)
-                if len(chosen) == per_class * len(counts):
-                    break
-        if (counts < per_class).any():
-            least = int(counts.argmin())
-            raise ValueError(
-                f"config.data per_class is {per_class}, but class {self.label_names[least]!r} of {self.name}, split {self.split!r}, has "
-                f"{counts[least]} records: lower it"
-            )
-        return np.array(chosen, np.int64)
+                yield -1  # it would be no example
 
     def _open(self, builder: Any = None) -> Any:
         """The data set's reader, opened on first use in each process."""
@@ -214,6 +239,18 @@ class TfdsSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _reader=None, _lock=threading.Lock())
+
+
+LABELS = "labels.npz"  # beside the records: split -> label of every record, so that nobody reads all pictures to choose among them
+
+
+def stored_labels(directory: str, split: str) -> Int[np.ndarray, " n"] | None:
+    """The labels that a builder of ours left for a whole split; None where it left none, or `split` is a part of one."""
+    try:
+        with np.load(os.path.join(directory, LABELS), allow_pickle=False) as labels:
+            return labels[split] if split in labels else None
+    except (OSError, ValueError, zipfile.BadZipFile):  # without them the records themselves are read
+        return None
 
 
 def _file_sizes(builder: Any, split: str) -> tuple[int, ...]:

@@ -583,3 +583,104 @@ def test_ctrl_c_is_one_line(tmp_path, workers):
     os.killpg(child.pid, signal.SIGINT)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130 and error == "interrupted\n", error
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+PHOTOS = {"rgb": MODALITIES["rgb"]}
+
+
+def make_photos(root, names):
+    for number, name in enumerate(names):
+        write(root / f"{name}.png", np.full((8, 8, 3), number, np.uint8))
+
+
+def labels_of(tmp_path, name, split="train"):
+    data = source(tmp_path, name, PHOTOS, split)
+    return {data[i]["id"]: data.label_names[data[i]["label"]] for i in range(len(data))}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("labels.csv", "file,class,comment\ntrain/rgb/a/x.png,10,first\nrgb/y.png,2,\nval/rgb/z.png,2,\n"),
+        ("labels.jsonl", '{"file": "a/x", "class": 10}\n\n{"class": "2", "file": "./y.png"}\n{"file": "val/z.png", "class": 2}\n'),
+    ],
+)
+def test_labels_from_a_file(tmp_path, capsys, file, text):
+    make_photos(tmp_path / "in" / "train" / "rgb", ["a/x", "b/y"])
+    make_photos(tmp_path / "in" / "val" / "rgb", ["z"])
+    (tmp_path / file).write_text(text.replace("y.png", "b/y.png"))
+    build(tmp_path / "in", tmp_path, "mine", PHOTOS, labels=str(tmp_path / file))
+    assert source(tmp_path, "mine", PHOTOS).label_names == ("2", "10")  # numbers in their order, not as text
+    assert labels_of(tmp_path, "mine") == {"train/a/x": "10", "train/b/y": "2"}
+    assert labels_of(tmp_path, "mine", "val") == {"val/all/z": "2"}
+    out = capsys.readouterr().out
+    assert "mine: train: 2 records of 2 classes: 2 1, 10 1" in out and "mine: val: 1 records of 1 classes: 2 1, 10 0" in out
+
+
+def test_what_is_wrong_with_labels_is_told_by_file_and_line(tmp_path):
+    make_photos(tmp_path / "in" / "rgb", ["a/x", "a/y", "a/z", "a/w"])
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    rows = tmp_path / "labels.csv"
+    rows.write_text("file,class\na/x.png,1\na/y.png,2\na/z.png,emu\na/gone.png,cat\n")
+    settings = dict(labels=str(rows), class_names=str(names))
+    with pytest.raises(FolderError) as caught:
+        build(tmp_path / "in", tmp_path, "mine", PHOTOS, **settings)
+    problems = caught.value.problems
+    assert [line.split("in/")[1] for line in problems["samples without a label"]] == [f"rgb/a/w.png: {rows} has no row for it"]
+    assert [line.split("/")[-1] for line in problems["labels that are no class"]] == [
+        "labels.csv, line 3: class '2' is neither a name nor a number of the 2 classes 0 ... 1",
+        "labels.csv, line 4: class 'emu' is neither a name nor a number of the 2 classes 0 ... 1",
+    ]
+    assert problems["labels without a sample"] == [f"{rows}, line 5: no file of 'a/gone'"]
+    build(tmp_path / "in", tmp_path, "rest", PHOTOS, skip_bad=True, **settings)
+    assert labels_of(tmp_path, "rest") == {"train/a/x": "dog"} and source(tmp_path, "rest", PHOTOS).label_names == ("cat", "dog")
+    for text, match in (
+        ("name,class\n", "has the columns name, class; its first line must name file and class"),
+        ("file,class\na/x.png,\n", "line 2: the class is empty"),
+        ("file,class\na/x.png,cat\na/x.jpg,dog\n", "line 3: a/x.jpg is 'dog', in line 2 it is 'cat'"),
+    ):
+        rows.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            build(tmp_path / "in", tmp_path, "wrong", PHOTOS, labels=str(rows))
+    (tmp_path / "labels.jsonl").write_text('{"file": "x", "class": 1.5}\n')
+    with pytest.raises(ValueError, match="line 1: expected the fields file and class"):
+        build(tmp_path / "in", tmp_path, "wrong", PHOTOS, labels=str(tmp_path / "labels.jsonl"))
+    names.write_text("cat\ncat\n")
+    with pytest.raises(ValueError, match="names the class 'cat' twice"):
+        build(tmp_path / "in", tmp_path, "wrong", PHOTOS, class_names=str(names))
+
+
+def test_classes_that_train_lacks(tmp_path, capsys):
+    make_photos(tmp_path / "in" / "train" / "rgb", ["cat/x", "dog/y"])
+    make_photos(tmp_path / "in" / "val" / "rgb", ["cat/x", "emu/y", "emu/z"])
+    with pytest.raises(FolderError, match="class 'emu' has 2 samples in val and none in train: nothing can learn it"):
+        build(tmp_path / "in", tmp_path, "mine", PHOTOS)
+    names = tmp_path / "names.txt"
+    names.write_text("emu\ndog\ncat\n")
+    build(tmp_path / "in", tmp_path, "stated", PHOTOS, class_names=str(names))
+    assert source(tmp_path, "stated", PHOTOS).label_names == ("emu", "dog", "cat")
+    assert "train: 2 records of 2 classes: emu 0, dog 1, cat 1" in capsys.readouterr().out
+    build(tmp_path / "in", tmp_path, "without", PHOTOS, skip_bad=True)
+    assert labels_of(tmp_path, "without", "val") == {"val/cat/x": "cat"}
+    names.write_text("cat\ndog\n")
+    with pytest.raises(FolderError, match="its folder 'emu' is none of the 2 classes"):
+        build(tmp_path / "in", tmp_path, "mine", PHOTOS, class_names=str(names))
+
+
+def test_shares_use_the_labels_that_the_builder_left(tmp_path, monkeypatch):
+    make_photos(tmp_path / "in" / "rgb", [f"{kind}/{n:02d}" for kind, count in (("cat", 20), ("dog", 10)) for n in range(count)])
+    build(tmp_path / "in", tmp_path, "mine", PHOTOS)
+    from maskvit.data.sources import TfdsSource
+
+    def unread(*_):
+        raise AssertionError("a record was read to learn its label")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TfdsSource, "_read", unread)
+        subset = open_source("tfds", PHOTOS, name="mine", data_dir=str(tmp_path / "tfds"), share=0.2)
+    assert [subset[i]["label"] for i in range(len(subset))] == [0] * 4 + [1] * 2
+    part = open_source("tfds", PHOTOS, name="mine", data_dir=str(tmp_path / "tfds"), split="train[:25]", share=0.2)
+    assert [part[i]["label"] for i in range(len(part))] == [0] * 4 + [1]

@@ -19,6 +19,7 @@ from maskvit.data import codec, open_source
 from maskvit.data.codec import RecordError
 from maskvit.data.decoding import decode_record
 from maskvit.data.sources import ListSource, Source, TfdsSource
+from maskvit.data.subsets import stratified
 
 MODALITIES = parse_modalities({"rgb": RGB, "depth": DEPTH})
 CLASSES = ("cat", "dog", "emu")
@@ -126,6 +127,38 @@ def test_the_first_records_of_each_class(tmp_path):
         opened(per_class=0)
     with pytest.raises(ValueError, match="per_class needs labels"):
         opened(per_class=1, label=None)
+
+
+def test_a_share_or_a_number_of_records_drawn_by_a_seed(root):
+    opened = lambda **asked: open_source("tfds", parse_modalities({"rgb": RGB}), name="packed", data_dir=str(root), **asked)  # noqa: E731
+    ids = lambda **asked: [record["id"] for source in [opened(**asked)] for record in (source[i] for i in range(len(source)))]  # noqa: E731
+    half = opened(share=0.5)  # six records of three classes: one of each
+    assert sorted(half[i]["label"] for i in range(3)) == [0, 1, 2] and "3 records" in half.describe()
+    assert "drawn by the seed 0, each class with its share" in half.describe()
+    assert ids(examples=3) == ids(share=0.5) and ids(share=1.0) == ids()
+    assert [identity for identity in ids() if identity in ids(share=0.5)] == ids(share=0.5)  # in stored order
+    assert len({tuple(ids(examples=3, subset_seed=seed)) for seed in range(8)}) > 1
+    assert len(ids(examples=2, label=None)) == 2
+    for asked, text in (
+        (dict(share=0.0), "share is 0.0; it must lie above 0"),
+        (dict(share=1.5), "share is 1.5"),
+        (dict(share=0.01), "share is 0.01: of the 6 records of packed/1.0.0, split 'train' that leaves none"),
+        (dict(examples=7), "examples is 7, but packed/1.0.0, split 'train' has 6 records: lower it"),
+        (dict(examples=0), "examples is 0; it must be at least 1"),
+        (dict(examples=2, share=0.5), "config.data has share and examples; a subset is stated by one of them"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            opened(**asked)
+
+
+def test_strata_add_up_and_small_classes_are_not_lost():
+    labels = np.repeat([0, 1, 2, -1], [60, 30, 7, 3])
+    chosen = stratified(np.random.default_rng(1).permutation(labels), 10, seed=0)
+    assert len(set(chosen.tolist())) == 10 and (np.diff(chosen) > 0).all()
+    counts = lambda count: np.bincount(labels[stratified(labels, count, 0)] + 1, minlength=4).tolist()  # noqa: E731
+    assert counts(10) == [0, 6, 3, 1]  # quotas 0.3, 6, 3, 0.7
+    assert counts(100) == [3, 60, 30, 7] and sum(counts(33)) == 33 and min(counts(33)) >= 1
+    assert set(stratified(labels, 10, 0)) <= set(stratified(labels, 50, 0))
 
 
 def test_reads_a_third_party_form_by_feature_names(root):

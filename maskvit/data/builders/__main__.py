@@ -109,6 +109,13 @@ def parser() -> argparse.ArgumentParser:
         "--short_side", type=int, default=suppress, metavar="PIXELS",
         help="make larger pictures smaller, to so many pixels on the shorter side (JPEG stays JPEG, of quality 95)",
     )  # fmt: skip
+    folder.add_argument(
+        "--labels", default=suppress, metavar="FILE",
+        help="CSV (first line: file,class) or JSON lines with the class of each file, in place of class folders",
+    )  # fmt: skip
+    folder.add_argument(
+        "--class_names", default=suppress, metavar="FILE", help="the classes in the order of their labels, one name a line (sorted)"
+    )
     folder.add_argument("--skip_bad", action="store_true", default=suppress, help="leave out samples with a problem and list them")
     for command in (scenes, folder):
         command.add_argument("--data_dir", required=True, help="where data sets lie: config.data.train.data_dir")

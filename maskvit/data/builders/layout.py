@@ -21,10 +21,11 @@ TWICE, OUTSIDE, NAMES = "two files for one name", "files outside the class folde
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One sample to read: modality -> file."""
+    """One sample to read: modality -> file; `label` is its class by name, None without one."""
 
     key: str
     files: dict[str, str]
+    label: str | None = None
 
 
 class Modal(NamedTuple):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -76,9 +77,11 @@ def load_array(data: bytes, suffix: str) -> np.ndarray:
     raise ValueError(f"holds the arrays {', '.join(names)}; store one array per file")
 
 
-def _load(path: str, modality: Modality) -> _Loaded:
+def _load(path: str, modality: Modality, loader: Callable[[str], np.ndarray] | None) -> _Loaded:
     suffix = os.path.splitext(path)[1].lower()
     try:
+        if loader:
+            return _Loaded(loader(path))
         with open(path, "rb") as file:
             data = file.read()
         if suffix in ARRAYS:
@@ -245,12 +248,15 @@ def _disagreement(task: Task, arrays: Mapping[str, np.ndarray], orientations: Ma
 
 
 def read_sample(
-    task: Task, modalities: Mapping[str, Modality], short_side: int | None
+    task: Task,
+    modalities: Mapping[str, Modality],
+    short_side: int | None,
+    loaders: Mapping[str, Callable[[str], np.ndarray]] = types.MappingProxyType({}),
 ) -> tuple[dict[str, bytes], dict[str, Found], list[tuple[str, str]]]:
     """Read and encode one sample.
 
     Pictures are turned as their EXIF orientation says: by whoever decodes them where they keep their bytes, here where another
-    modality must lie over them.
+    modality must lie over them. `loaders`: modality -> what gives a file's array in place of `read_picture`; it raises ValueError.
 
     Returns: (modality -> bytes, modality -> what was found, problems as (kind, text)). With problems the first two are empty.
     """
@@ -261,7 +267,7 @@ def read_sample(
     for name, path in task.files.items():
         modality = modalities[name]
         try:
-            files[name] = _load(path, modality)
+            files[name] = _load(path, modality, loaders.get(name))
             array, far = (_class_ids(files[name].array, modality), 0) if modality.kind == "categorical" else _numbers(files[name], modality)
             if 0 in array.shape:
                 raise _Unfit(CONTENT, f"is empty: shape {array.shape}")
