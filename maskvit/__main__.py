@@ -13,7 +13,7 @@ COMMANDS = {
     "init": ("maskvit.commands.init.__main__", "write a config file for your own data, after looking at them", "DIR"),
     "data": (
         "maskvit.data.builders.__main__",
-        "pack a folder of pictures (folder), or render a data set to try things on (scenes)",
+        "pack a folder of pictures (folder) or a published data set (imagenet, ...), or render one to try things on (scenes)",
         "folder --root DIR --data_dir DIR --name NAME",
     ),
     "convert": (

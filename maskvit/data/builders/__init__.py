@@ -1,22 +1,48 @@
-"""Data sets we write ourselves: `scenes`, and a folder of pictures. TFDS builders, `array_record` files, no TensorFlow.
+"""Data sets we write ourselves: `scenes`, a folder of pictures, and published archives. TFDS builders, `array_record` files, no TensorFlow.
 
-`python -m maskvit data scenes --data_dir D` and `... folder --root R --data_dir D --name N` prepare them.
+`python -m maskvit data scenes --data_dir D`, `... folder --root R --data_dir D --name N` and `... imagenet --root R --data_dir D` prepare
+them; `ARCHIVES` lists the published ones.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-BUILDERS = ("folder", "scenes")
+from maskvit.data.builders.archives import Archive, build
+
+_CLASSES = dict(metavar="PATH", help="the folder train of ImageNet, or a file with its 1000 wnids in order (not needed for 1000 folders)")
+_VAL_LABELS = dict(metavar="PATH", help="of a flat val: the folder ILSVRC2012_devkit_t12/data, or Kaggle's LOC_val_solution.csv")
+
+ARCHIVES = {
+    "imagenet": Archive("imagenet:imagenet", "ImageNet-1K", "train/<wnid>/*.JPEG and val/", {"val_labels": _VAL_LABELS}),
+    "imagenette": Archive("imagenet:imagenet", "Imagenette, ten classes of ImageNet", "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"),
+    "imagenet_test": Archive(
+        "imagenet:imagenet_test", "ImageNet-V2, -A, -R or -Sketch", "<wnid or number>/*", {"classes": _CLASSES},
+    ),
+    "imagenet_c": Archive(
+        "imagenet:imagenet_c", "ImageNet-C", "<corruption>/<severity>/<wnid>/*.JPEG",
+        {
+            "classes": _CLASSES,
+            "corruptions": dict(nargs="+", metavar="NAME", help="corruptions to pack (all)"),
+            "severities": dict(nargs="+", type=int, metavar="N", help="severities to pack (1 2 3 4 5)"),
+        },
+    ),
+    "imagenet_9": Archive(
+        "imagenet:imagenet_9", "ImageNet-9, backgrounds challenge", "<variant>/val/<number_class>/*.JPEG",
+        {"variants": dict(nargs="+", metavar="NAME", help="variants to pack, such as original mixed_same mixed_rand (all)")},
+    ),
+    "fashion_mnist": Archive("fashion_mnist:fashion_mnist", "Fashion-MNIST, padded to 32 x 32", "four files *-ubyte.gz"),
+}  # fmt: skip
+BUILDERS = ("folder", "scenes", *ARCHIVES)
 
 
 def prepare(builder: str, data_dir: str, **settings: Any) -> str:
     """Prepare a data set unless it is there already, complete and made with the same settings.
 
     Args:
-      builder: "scenes" or "folder".
+      builder: one of `BUILDERS`.
       data_dir: TFDS's root; the data land in <data_dir>/<name>/1.0.0.
-      settings: arguments of `builders.scenes.Scenes` or `builders.folder.Folder`.
+      settings: arguments of `builders.scenes.Scenes`, `builders.folder.Folder` or `builders.archives.build`.
 
     Returns: the folder that holds the data set.
 
@@ -32,4 +58,6 @@ def prepare(builder: str, data_dir: str, **settings: Any) -> str:
         from maskvit.data.builders.folder import Folder
 
         return Folder(data_dir=data_dir, **settings).prepare()
+    if builder in ARCHIVES:
+        return build(builder, ARCHIVES[builder], data_dir, **settings)
     raise ValueError(f"builder {builder!r} is unknown; known: {', '.join(BUILDERS)}")

@@ -1,4 +1,4 @@
-"""`python -m maskvit data scenes|folder ...`: prepare a data set."""
+"""`python -m maskvit data NAME ...`: prepare a data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from maskvit.core import modalities as known
 from maskvit.core.errors import add_debug, run_command
-from maskvit.data.builders import prepare
+from maskvit.data.builders import ARCHIVES, prepare
 from maskvit.data.sources import STATED
 
 DECLARED: dict[str, Mapping[str, Any]] = {"rgb": known.RGB, "depth": known.DEPTH, "semseg": known.SEMSEG}
@@ -106,22 +106,36 @@ def parser() -> argparse.ArgumentParser:
         "--allow_missing", nargs="+", default=suppress, metavar="NAME", help="modalities that samples may lack; else that is an error"
     )
     folder.add_argument(
-        "--short_side", type=int, default=suppress, metavar="PIXELS",
-        help="make larger pictures smaller, to so many pixels on the shorter side (JPEG stays JPEG, of quality 95)",
-    )  # fmt: skip
-    folder.add_argument(
         "--labels", default=suppress, metavar="FILE",
         help="CSV (first line: file,class) or JSON lines with the class of each file, in place of class folders",
     )  # fmt: skip
     folder.add_argument(
         "--class_names", default=suppress, metavar="FILE", help="the classes in the order of their labels, one name a line (sorted)"
     )
-    folder.add_argument("--skip_bad", action="store_true", default=suppress, help="leave out samples with a problem and list them")
-    for command in (scenes, folder):
+    archives = [_archive(commands, name) for name in ARCHIVES]
+    for command in (folder, *archives):
+        command.add_argument(
+            "--short_side", type=int, default=suppress, metavar="PIXELS",
+            help="make larger pictures smaller, to so many pixels on the shorter side (JPEG stays JPEG, of quality 95)",
+        )  # fmt: skip
+        command.add_argument("--skip_bad", action="store_true", default=suppress, help="leave out samples with a problem and list them")
+    for command in (scenes, folder, *archives):
         command.add_argument("--data_dir", required=True, help="where data sets lie: config.data.train.data_dir")
         command.add_argument("--workers", type=int, default=suppress, help="processes that read and encode; 0 does it in this one (0)")
         add_debug(command)
     return top
+
+
+def _archive(commands: Any, name: str) -> argparse.ArgumentParser:
+    """The command of a published archive."""
+    archive = ARCHIVES[name]
+    text = f"Pack {archive.what} from its extracted archive: <root>/ holds {archive.layout}. docs/data_sets.md says more."
+    command: argparse.ArgumentParser = commands.add_parser(name, help=f"pack {archive.what}", description=text)
+    command.add_argument("--root", required=True, help="the folder of the extracted archive; nothing in it is changed")
+    command.add_argument("--name", default=argparse.SUPPRESS, help=f"folder below --data_dir ({name})")
+    for option, settings in archive.options.items():
+        command.add_argument(f"--{option}", **{"default": argparse.SUPPRESS, **settings})
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -46,6 +46,8 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
       ValueError: settings that do not fit.
     """
 
+    flags = True
+
     def __init__(
         self,
         *,

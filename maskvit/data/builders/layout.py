@@ -6,8 +6,10 @@ import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from maskvit.data.files import ARRAYS, is_hidden, list_files
 from maskvit.data.pictures import SUFFIXES
@@ -17,6 +19,9 @@ NO_CLASS = "all"  # the class folder of data without labels
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test")  # names by which split folders are known
 
 TWICE, OUTSIDE, NAMES = "two files for one name", "files outside the class folders", "names that are no valid UTF-8"
+
+
+Loader = Callable[[str], np.ndarray]  # the array of a file, in place of `maskvit.data.pictures.read_picture`; raises ValueError
 
 
 @dataclasses.dataclass(frozen=True)

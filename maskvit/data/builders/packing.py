@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from maskvit.core.errors import printable
 from maskvit.core.modalities import Modality
-from maskvit.data.builders.layout import Task
+from maskvit.data.builders.layout import Loader, Task
 from maskvit.data.builders.records import RecordBuilder, in_processes, progress
 from maskvit.data.builders.samples import Found, read_sample
 from maskvit.data.sources import LABELS, STATED
@@ -25,7 +25,6 @@ from maskvit.data.sources import LABELS, STATED
 SHOWN = 20  # files listed per kind of problem
 MISSING = "missing files"
 UNKNOWN_CLASS = "classes that train lacks"
-Loader = Callable[[str], np.ndarray]
 
 
 class FolderError(ValueError):
@@ -88,6 +87,8 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
     Raises ValueError for settings that do not fit.
     """
 
+    flags = False  # whether the command has --modalities, which could read the files in another way
+
     def __init__(
         self,
         *,
@@ -133,7 +134,7 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             for split, part in self.written.items():
                 print(f"{self.name}: {split}: {balance(part, self.label_names)}")
         for name, totals in self.totals.items():
-            for line in describe(self.specs[name], totals) if totals.files else ():
+            for line in describe(self.specs[name], totals, self.flags) if totals.files else ():
                 print(f"{self.name}: {line}")
         if self.skip_bad and self.problems:
             lines = show(self.problems)
@@ -217,18 +218,19 @@ def only_elsewhere(tasks: Mapping[str, Sequence[Task]]) -> list[str]:
     return lines
 
 
-def describe(spec: Modality, totals: Totals) -> list[str]:
-    """What was found in the files of a modality and how it was read, with the setting that changes it, line by line."""
+def describe(spec: Modality, totals: Totals, flags: bool) -> list[str]:
+    """What was found in the files of a modality and how it was read, line by line; with `flags` the setting that changes it."""
     name, lines = spec.name, []
     if spec.kind == "categorical":
         ids = f"{name} has class ids {totals.low:.0f} ... {totals.high:.0f} of {spec.num_classes}"
-        lines.append(f"{ids}; --modalities {name},num_classes=N changes that")
+        lines.append(ids + (f"; --modalities {name},num_classes=N changes that" if flags else ""))
     elif spec.metres_per_count:
         unit, some = spec.metres_per_count, f"whole numbers in {totals.whole} files, else float meters"
         how = "whole numbers" if totals.whole == totals.files else some if totals.whole else "float meters"
         reach = f"{name} reaches from {totals.low * unit:.4g} to {totals.high * unit:.4g} m"
-        lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m; --modalities {name},metres_per_count=X changes that")
-        if spec.missing is None and totals.low == 0:
+        change = f"; --modalities {name},metres_per_count=X changes that" if flags else ""
+        lines.append(f"{reach}: {how}, stored as counts of {unit:.6g} m{change}")
+        if flags and spec.missing is None and totals.low == 0:
             lines.append(f"{name} has distances of 0 m; if 0 means that nothing was measured, add {name},missing=0")
     if spec.missing is not None or totals.missing:
         lines.append(f"{name} is missing on {totals.missing / totals.pixels:.1%} of its pixels")

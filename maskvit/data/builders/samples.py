@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from maskvit.core.modalities import Modality
 from maskvit.data import codec
 from maskvit.data.augment.resizing import nearest_indices, resize_continuous
-from maskvit.data.builders.layout import Task
+from maskvit.data.builders.layout import Loader, Task
 from maskvit.data.decoding import unfit_size
 from maskvit.data.files import ARRAYS
 from maskvit.data.pictures import Picture, PixelError, foreign, misaligned, read_picture
@@ -77,7 +77,7 @@ def load_array(data: bytes, suffix: str) -> np.ndarray:
     raise ValueError(f"holds the arrays {', '.join(names)}; store one array per file")
 
 
-def _load(path: str, modality: Modality, loader: Callable[[str], np.ndarray] | None) -> _Loaded:
+def _load(path: str, modality: Modality, loader: Loader | None) -> _Loaded:
     suffix = os.path.splitext(path)[1].lower()
     try:
         if loader:
@@ -251,7 +251,7 @@ def read_sample(
     task: Task,
     modalities: Mapping[str, Modality],
     short_side: int | None,
-    loaders: Mapping[str, Callable[[str], np.ndarray]] = types.MappingProxyType({}),
+    loaders: Mapping[str, Loader] = types.MappingProxyType({}),
 ) -> tuple[dict[str, bytes], dict[str, Found], list[tuple[str, str]]]:
     """Read and encode one sample.
 
