@@ -16,6 +16,7 @@ from absl import logging
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BEST = "best"  # a file beside the checkpoints that names one of them
 MANIFEST_BYTES = 64 * 2**20  # a file takes some 150 bytes: 400,000 files
 ITEMS = ("state", "metadata")
 
@@ -165,11 +166,29 @@ def local_path(path: str | os.PathLike, what: str = "a checkpoint") -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The verified step directory that `path` means: a run's workdir, its checkpoints directory or one step's directory.
+def best_step(directory: Path) -> int | None:
+    """The step that was named the best of the checkpoints in `directory`; None where none was."""
+    try:
+        text = (directory / BEST).read_text()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(r"\d{1,18}\n?", text):
+        raise CheckpointError(f"{directory / BEST} holds {text[:40]!r}, which is no step: remove it")
+    return int(text)
 
-    Of a workdir or checkpoints directory it is the newest step that verifies (skipped ones are logged); a step
-    directory named outright must verify. Raises CheckpointError saying what was looked for.
+
+def write_best(directory: Path, step: int) -> None:
+    """Name the best step of the checkpoints in `directory`; the file appears whole or not at all."""
+    partial = directory / f"{BEST}.partial"
+    partial.write_text(f"{step}\n")
+    os.replace(partial, directory / BEST)
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The verified step directory that `path` means: a run's workdir, its checkpoints directory or one step's directory, or "best" there.
+
+    Of a workdir or checkpoints directory it is the newest step that verifies (skipped ones are logged); "WORKDIR/best" is the one of
+    `config.best`. A step directory named outright must verify. Raises CheckpointError saying what was looked for.
     """
     path = local_path(path)
     try:
@@ -180,6 +199,11 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def _found_at(path: Path) -> Path:
+    if path.name == BEST and not path.is_dir():
+        for directory in (path.parent, path.parent / "checkpoints"):
+            if (step := best_step(directory)) is not None:
+                return _found_at(directory / str(step))
+        raise CheckpointError(f"no best checkpoint at {path}: the run had no config.best, or was not evaluated yet")
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: it does not exist")
     if (path / "state").is_dir():

@@ -24,12 +24,14 @@ from maskvit.checkpoints.manifest import (
     ITEMS,
     MANIFEST,
     CheckpointError,
+    best_step,
     local_path,
     newest_sound,
     none_sound_message,
     step_of,
     steps_in,
     verify,
+    write_best,
     write_manifest,
 )
 from maskvit.core.errors import message
@@ -48,7 +50,7 @@ class CheckpointStore:
     Args:
       directory: the run's checkpoints directory; made if absent. CheckpointError at once where it cannot be written.
       keep: how many newest verified checkpoints stay. An older one goes only after the new one was verified, and the newest
-        whose metadata do not say "healthy": false stays in any case.
+        whose metadata do not say "healthy": false stays in any case, and the one that `keep_best` named.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3) -> None:
@@ -114,7 +116,7 @@ class CheckpointStore:
                 (self.directory / f".unfinished-{step}").unlink()
                 steps = self._sound_looking()
                 healthy = [step for step in steps if self._is_healthy(step)]
-                for old in set(steps[: -self.keep]) - set(healthy[-1:]):
+                for old in set(steps[: -self.keep]) - set(healthy[-1:]) - {best_step(self.directory)}:
                     _remove(self.directory / str(old))
         self._saved.add(step)
 
@@ -137,6 +139,11 @@ class CheckpointStore:
             return first_decides(next(self._decisions), decide)
         except (ProcessError, OSError) as error:
             raise CheckpointError(message(error)) from error
+
+    def keep_best(self, step: int) -> None:
+        """From now on `step`, which was saved last, is the best of the run: it stays, whatever is newer. Waits until it is on disk."""
+        self.wait()
+        self._by_first(lambda: write_best(self.directory, step))
 
     def has(self, step: int) -> bool:
         """Whether this store has saved or restored `step`."""

@@ -39,6 +39,7 @@ class Answers:
 
     task = ""  # the row of `maskvit.objectives.tasks.TASKS` that gives such answers
     channels = 0  # of the target, where only one number is right
+    given: tuple[str, ...] = ()  # names of the figures
 
     def __init__(
         self,
@@ -81,6 +82,12 @@ class Answers:
                 f"{self._spec().channels}: use 'maps'"
             )
         self.sums = jax.jit(self._sums, out_shardings=replicated(mesh))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all figures that `run` yields."""
+        averaged = [f"ema/{name}" for name in self.given] if self.objective.ema_decay is not None else []
+        return (*self.given, *averaged)
 
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
@@ -127,6 +134,7 @@ class Classification(Answers):
     """
 
     task = "classification"
+    given = ("top1", "top5", "mean_class", "loss")
 
     def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
         logits = self._answers(params, state, batch)
@@ -151,6 +159,7 @@ class Segmentation(Answers):
     """
 
     task = "segmentation"
+    given = ("mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard")
 
     def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
         prediction = self._answers(params, state, batch).argmax(axis=-1)
@@ -169,6 +178,7 @@ class Depth(Answers):
     """
 
     task, channels = "regression", 1
+    given = ("delta_1", "delta_2", "delta_3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 
     @staticmethod
     def read_options(
@@ -215,6 +225,7 @@ class Maps(Answers):
     """Mean absolute error over the measured pixels and channels, in model values: Taskonomy's one figure, "l1"."""
 
     task = "regression"
+    given = ("l1",)
 
     def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
         spec = self._spec()

@@ -193,6 +193,12 @@ class Knn:
         self._baseline_figures: list[tuple[str, float]] = []
         self._extract = jax.jit(self._features, static_argnames="pixels", out_shardings=replicated(mesh))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the figures of the model's features."""
+        features = ("mean", "global") if self._objective.model.num_global_tokens else ("mean",)
+        return tuple(f"{feature}/top{m}_k{k}" for feature in features for k in self._ks for m in (1, 5))
+
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
         parts = {split: reading.protocol() for split, reading in self._readings.items()}

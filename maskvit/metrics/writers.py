@@ -71,6 +71,11 @@ class JsonlWriter:
         pictures = {path.name.removesuffix(suffix) for path in self._pictures.glob(f"*{suffix}")}
         return pictures.union(*(row.keys() for row in rows if row["step"] == step))
 
+    def figures(self, step: int) -> dict[str, float]:
+        """All scalars of `step` that are finite."""
+        rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]
+        return {name: value for row in rows if row["step"] == step for name, value in row.items() if isinstance(value, float)}
+
     def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
         from PIL import Image  # only where pictures are written
 
@@ -181,6 +186,10 @@ class Writers:
     def written(self, step: int) -> set[str]:
         """The names of what `metrics.jsonl` and `pictures` hold of `step`."""
         return set().union(*(writer.written(step) for writer in self._writers if isinstance(writer, JsonlWriter)))
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What `metrics.jsonl` holds of `step`, of finite numbers."""
+        return dict(pair for writer in self._writers if isinstance(writer, JsonlWriter) for pair in writer.figures(step).items())
 
     def close(self) -> None:
         for writer in self._writers:

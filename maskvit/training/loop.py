@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from maskvit.checkpoints import CheckpointError, CheckpointStore
 from maskvit.core.durations import is_time
+from maskvit.core.processes import first_decides
 from maskvit.core.types import Batch, TrainState
 from maskvit.data.workers import LoaderError
 from maskvit.evaluators import Evaluator
@@ -27,6 +28,7 @@ from maskvit.metrics.accumulate import Accumulator
 from maskvit.metrics.progress import Progress
 from maskvit.metrics.writers import Writers
 from maskvit.sharding import ReplicaError, check_replicas
+from maskvit.training.best import Best, FigureFell
 from maskvit.training.disk import DiskFull, require_space
 from maskvit.training.flight import Flight
 from maskvit.training.profiling import Profiler
@@ -77,6 +79,7 @@ class Run:
     metadata: dict[str, Any]
     state: Any
     guard: Guard
+    best: Best | None = None
     painter: Any = None
     signals: Any = None
     batches: Any = None
@@ -154,8 +157,11 @@ class Loop:
         """Train to the end, or to what ends the run before it."""
         try:
             self._due = left_over(self._run, self.step) if self._run.saved else self._due_now()
+            self._recall_best()
+            if self._run.best and self._run.best.evaluator in self._due and not self._run.saved:
+                self._save()  # what may be the best checkpoint is the one that the run begins with
             self._evaluate()
-            while self.step < self._run.total_steps:
+            while self.step < self._run.total_steps and not (self._run.best and self._run.best.exhausted):
                 self._settle(1)
                 self._heed()
                 self._take_step()
@@ -170,12 +176,16 @@ class Loop:
                 self._evaluate()
             self._settle(0)
             self._wait_for_save()
+            self._tell_best()
         except StopAsked as asked:
             self._stop(asked.number)
         except NoBatch as told:
             self._end_without_batch(told)
         except (FloatingPointError, ReplicaError, CheckpointError, DiskFull):
             raise  # the state is not worth saving, or cannot be saved
+        except FigureFell:
+            self._wait_for_save()
+            raise
         except Exception:
             self._rescue()
             raise
@@ -309,6 +319,7 @@ class Loop:
                     healthy=run.guard.healthy(),
                     guard=run.guard.as_json(),
                     metrics=self._accumulated.as_json(),
+                    best=run.best.as_json() if run.best else None,
                 ),
             )
 
@@ -335,7 +346,8 @@ class Loop:
 
     def _due_now(self) -> list[str]:
         run, step = self._run, self.step
-        due = [name for name, period in run.evaluations.items() if is_time(step, period, run.total_steps)]
+        watched = run.best.evaluator if run.best and run.best.margin is not None else ""
+        due = [name for name, period in run.evaluations.items() if is_time(step, period, run.total_steps, first=name == watched)]
         return due + [PICTURES] * (run.draws and is_time(step, run.periods["picture"], run.total_steps, first=True))
 
     def _evaluate(self) -> None:
@@ -352,7 +364,30 @@ class Loop:
                     with self._giving_up():
                         figures = evaluate(self._run.evaluators, self._due[0], self.state, self._between)
                     write_figures(self._run.log, self.step, figures)
+                    if self._run.best and self._due[0] == self._run.best.evaluator:
+                        self._observe(figures)
                 del self._due[0]
+
+    def _observe(self, figures: Mapping[str, Any]) -> None:
+        """Keep the checkpoint of this step where its figure is the best so far."""
+        best = self._run.best
+        assert best is not None
+        if best.observe(self.step, figures):
+            self._run.store.keep_best(self.step)
+
+    def _recall_best(self) -> None:
+        """Observe what was evaluated at this step already: the checkpoint that the run resumes from was saved before."""
+        best = self._run.best
+        if best and best.evaluator in self._run.saved.get("due", ()) and best.evaluator not in self._due:
+            figures = first_decides(f"best/{self.step}", lambda: self._run.log.figures(self.step))
+            self._observe(figures)
+
+    def _tell_best(self) -> None:
+        best = self._run.best
+        if best and best.step is not None:
+            ended = f"no better value in {best.since} evaluations; " if self.step < self._run.total_steps else ""
+            told = f"{ended}the best {best.figure} is {best.value:.2f}, of step {best.step}; its checkpoint is kept as best"
+            LOG.info("step %d: %s", self.step, told)
 
     def _draw(self) -> None:
         try:

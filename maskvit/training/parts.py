@@ -21,6 +21,7 @@ from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
 from maskvit.sharding import check_batch, make_mesh
+from maskvit.training.best import best_block, check_figure
 from maskvit.training.config import checkpoint_block, data_block, init_block, make_schedule, read_block
 from maskvit.training.microbatches import micro_batch_counts
 from maskvit.training.profiling import parse_window
@@ -35,6 +36,7 @@ class Parts:
     init_from: dict[str, Any]
     checkpoint: dict[str, Any]
     guard: dict[str, Any]
+    best: dict[str, Any]
     optimizer: dict[str, Any]
     base_lr: float
     objective: Any
@@ -54,6 +56,7 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
     """The parts of a whole config that `check_config` has accepted. Raises `Mistakes` with everything that data and devices show wrong."""
     checkpoint = checkpoint_block(**config["checkpoint"] or {})
     guard = guard_block(**config["guard"] or {})
+    best = best_block(**config["best"]) if config["best"] else {}
     data = data_block(**config["data"])
     views = parse_augment(data["augment"]).views
     optimizer = dict(config["optimizer"])
@@ -104,8 +107,10 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
                 {name: {key: value for key, value in block.items() if key != "every"} for name, block in blocks.items()},
                 objective=objective, modalities=specs, image_size=objective.model.image_size, mesh=mesh, data=data,
             )  # fmt: skip
+            if best:
+                check_figure(best["figure"], evaluators)
     return Parts(
-        data, init_block(**config["init_from"] or {}), checkpoint, guard, optimizer, base_lr, objective, mesh, specs, source, views,
+        data, init_block(**config["init_from"] or {}), checkpoint, guard, best, optimizer, base_lr, objective, mesh, specs, source, views,
         steps_per_epoch, total_steps, periods, evaluations, evaluators, window,
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ from maskvit.nn.backbone import frozen_mask
 from maskvit.optim import build_optimizer
 from maskvit.optim.transforms import Optimizer
 from maskvit.sharding import parameter_shardings, place_batch, record_rows, replicated
+from maskvit.training.best import Best
 from maskvit.training.config import check_config, default_config, experiment
 from maskvit.training.disk import warn_of_little_space
 from maskvit.training.flight import Results, Telling
@@ -90,6 +91,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             seed=config["seed"], periods=parts.periods, evaluations=parts.evaluations, evaluators=parts.evaluators,
             draws=parts.periods["picture"] > 0, store=store, log=log, profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
             metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done), state=state,
+            best=Best.resumed(parts.best, saved.get("best")) if parts.best else None,
             guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
         )  # fmt: skip
         step = int(state.step)
