@@ -31,6 +31,30 @@ ARCHIVES = {
         "imagenet:imagenet_9", "ImageNet-9, backgrounds challenge", "<variant>/val/<number_class>/*.JPEG",
         {"variants": dict(nargs="+", metavar="NAME", help="variants to pack, such as original mixed_same mixed_rand (all)")},
     ),
+    "ade20k": Archive("ade20k:ade20k", "ADE20K, 150 classes", "images/ and annotations/, each with training/ and validation/"),
+    "coco": Archive(
+        "coco:coco", "COCO with a class per pixel, 133 classes", "train2017/, val2017/ and annotations/panoptic_*2017.json",
+        {"maps": dict(choices=("panoptic", "semantic"), help="read segments, or ready maps of panoptic_semseg_*2017 (panoptic)")},
+    ),
+    "nyuv2": Archive(
+        "nyuv2:nyuv2", "NYU Depth V2, labeled frames", "nyu_depth_v2_labeled.mat, splits.mat and classMapping40.mat",
+        {"depth": dict(choices=("filled", "raw"), help="depth with its holes painted in, or as measured (filled)")},
+    ),
+    "hypersim": Archive(
+        "hypersim:hypersim", "Hypersim", "<scene>/images/scene_<camera>_{final_preview,geometry_hdf5}/frame.*",
+        {"split_file": dict(metavar="FILE", help="metadata_images_split_scene_v1.csv (<root>'s own)")},
+    ),
+    "taskonomy": Archive(
+        "taskonomy:taskonomy", "Taskonomy, tiny split", "<task>/<building>/point_<p>_view_<v>_domain_<task>.png",
+        {
+            "splits": dict(metavar="DIR", help="folder of tiny_train.csv, tiny_val.csv and tiny_test.csv (<root>/splits)"),
+            "tasks": dict(nargs="+", metavar="NAME", help="targets to pack, such as depth_zbuffer normal (all eight)"),
+            "num_train": dict(type=int, metavar="N", help="rows of the list train (800); 0 leaves a split out"),
+            "num_val": dict(type=int, metavar="N", help="rows of the list val (200)"),
+            "num_test": dict(type=int, metavar="N", help="rows of the list test (all)"),
+            "side": dict(type=int, metavar="PIXELS", help="shorter side of what is stored (384)"),
+        },
+    ),
     "fashion_mnist": Archive("fashion_mnist:fashion_mnist", "Fashion-MNIST, padded to 32 x 32", "four files *-ubyte.gz"),
 }  # fmt: skip
 BUILDERS = ("folder", "scenes", *ARCHIVES)

@@ -6,18 +6,21 @@ The table of them is `maskvit.data.builders.ARCHIVES`.
 from __future__ import annotations
 
 import csv
-import functools
 import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Integer
+
 from maskvit.core.modalities import RGB, Modality, parse_modalities
 from maskvit.data.builders.layout import Loader, Task, folders_in
 from maskvit.data.files import list_files
-from maskvit.data.pictures import SUFFIXES
+from maskvit.data.pictures import SUFFIXES, read_picture
 
+IGNORED = 255  # stored for pixels of no class
 SHOWN = 10  # things told that an archive lacks
 
 
@@ -119,12 +122,18 @@ def class_tasks(top: str, names: Mapping[str, str] | None = None) -> list[Task]:
     ]
 
 
-def pair(files: Sequence[str], partner: Callable[[str], str], first: str, second: str, layout: str) -> list[Task]:
-    """Tasks of two modalities: each file of `first` and its `partner` of `second`. Raises FileNotFoundError that lists absent partners."""
-    pairs = [(path, partner(path)) for path in files]
-    top = os.path.commonpath([part for both in pairs for part in both])
-    require(top, [os.path.relpath(other, top) for _, other in pairs], layout)
-    return [Task(stem(path), {first: path, second: other}) for path, other in pairs]
+def pair(files: Sequence[str], partners: Mapping[str, str], first: str, second: str, layout: str) -> list[Task]:
+    """Tasks of two modalities: each file of `first` and its partner of `second`. Raises FileNotFoundError that lists absent partners."""
+    top = os.path.commonpath([os.path.dirname(path) for path in (*files, *partners.values())])
+    require(top, [os.path.relpath(partners[path], top) for path in files], layout)
+    return [Task(stem(path), {first: path, second: partners[path]}) for path in files]
+
+
+def ids_from_one(path: str) -> Integer[np.ndarray, "h w"]:
+    """Class ids of a picture in which 1, 2, ... are the classes: from 0, and `IGNORED` for 0."""
+    with open(path, "rb") as file:
+        ids = read_picture(file.read(), "categorical").array.astype(np.int16)
+    return np.where(ids == 0, IGNORED, ids - 1).astype(np.int16)
 
 
 def csv_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -139,7 +148,6 @@ def csv_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             yield reader.line_num, row
 
 
-@functools.lru_cache(maxsize=4)
 def read_json(path: str) -> Any:
     """A JSON file. Raises ValueError naming it where it is none."""
     try:

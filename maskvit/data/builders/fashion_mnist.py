@@ -42,6 +42,7 @@ def load_picture(place: str) -> UInt8[np.ndarray, "32 32 3"]:
 
 def fashion_mnist(root: str) -> Contents:
     """The folder with {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz; splits "train" and "test"."""
+    read_idx.cache_clear()  # the files may be others than those of an earlier call
     named = {split: (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz") for split, part in FILES.items()}
     require(root, [name for names in named.values() for name in names], "four files *-ubyte.gz")
     tasks = {}
