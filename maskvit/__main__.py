@@ -29,6 +29,7 @@ COMMANDS = {
         "attention --checkpoint DIR --images DIR --out FILE.html",
     ),
     "sweep": ("maskvit.commands.sweep.__main__", "a grid of runs, and a table of what differs", "--config FILE.py --out DIR"),
+    "table": ("maskvit.commands.table", "figures of several runs side by side", "RUN [RUN ...] --figures knn/mean/top1_k20"),
     "maps": ("maskvit.commands.maps", "guidance maps of a whole data set", "--config FILE.py"),
     "bench": ("maskvit.commands.bench.__main__", "time steps, the loader, guidance or self-distillation", "step --batch 8"),
     "demo": ("maskvit.commands.demo", "the main job in minutes, on one page", "--workdir DIR"),

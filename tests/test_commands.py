@@ -62,6 +62,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
 SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
 MISTAKES: list[tuple[str, list[str], str]] = [
+    ("table", ["missing_run"], "no missing_run: a run writes it when an evaluator"),
     # files that are not there, or are not what they should be
     ("features", FEATURES, "nowhere"),
     ("features", [*FEATURES[:1], "empty", *FEATURES[2:]], "empty"),

@@ -9,13 +9,13 @@ One checkpoint is one directory named by its step, in `WORKDIR/checkpoints`:
 Orbax 0.12 restores flipped bits without an error and never falls back to an older step; the manifest and
 `CheckpointStore.latest_valid` add both. Names beside the steps: `.unfinished-N` marks a save in progress, so that a
 step without a manifest is either the remains of a killed save (removed at the next start) or damaged (never
-trusted); `N.damaged` is a step that failed its check and was moved out of the way.
+trusted); `N.damaged` is a step that failed its check and was moved out of the way; `best` names the step of `config.best`.
 """
 
 from __future__ import annotations
 
 from maskvit.checkpoints.arrays import trusting
-from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, verify, write_manifest
+from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, manifest_digest, verify, write_manifest
 from maskvit.checkpoints.resume import check_same_config, check_same_run
 from maskvit.checkpoints.store import CheckpointStore
 from maskvit.checkpoints.weights import (
@@ -43,6 +43,7 @@ __all__ = [
     "find_checkpoint",
     "format_report",
     "init_from",
+    "manifest_digest",
     "load_adam",
     "load_epochs_done",
     "load_objective_state",

@@ -166,6 +166,11 @@ def local_path(path: str | os.PathLike, what: str = "a checkpoint") -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def manifest_digest(step_dir: Path) -> str:
+    """Twelve hexadecimal digits that stand for everything in a checkpoint: those of its manifest."""
+    return hashlib.sha256((step_dir / MANIFEST).read_bytes()).hexdigest()[:12]
+
+
 def best_step(directory: Path) -> int | None:
     """The step that was named the best of the checkpoints in `directory`; None where none was."""
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -104,7 +102,3 @@ def merged(sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Any:
         total = added(total, local(sums(batch)))
     return total
 
-
-def fingerprint(protocol: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that two protocols share only where nothing in them differs."""
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]

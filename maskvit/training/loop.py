@@ -26,6 +26,7 @@ from maskvit.data.workers import LoaderError
 from maskvit.evaluators import Evaluator
 from maskvit.metrics.accumulate import Accumulator
 from maskvit.metrics.progress import Progress
+from maskvit.metrics.results import ResultsFile
 from maskvit.metrics.writers import Writers
 from maskvit.sharding import ReplicaError, check_replicas
 from maskvit.training.best import Best, FigureFell
@@ -80,6 +81,7 @@ class Run:
     state: Any
     guard: Guard
     best: Best | None = None
+    results: ResultsFile | None = None
     painter: Any = None
     signals: Any = None
     batches: Any = None
@@ -102,7 +104,7 @@ def loop(run: Run) -> TrainState:
         step = int(run.state.step)
         for name in run.evaluators if run.total_steps == 0 else left_over(run, step):
             if name != PICTURES:
-                write_figures(run.log, step, evaluate(run.evaluators, name, run.state, lambda: None))
+                write_figures(run, step, name, evaluate(run.evaluators, name, run.state, lambda: None))
             elif run.painter is not None:
                 run.log.write_images(step, run.painter(run.state))
         LOG.info("nothing to train: step %d of %d", step, run.total_steps)
@@ -363,7 +365,7 @@ class Loop:
                     self._between()
                     with self._giving_up():
                         figures = evaluate(self._run.evaluators, self._due[0], self.state, self._between)
-                    write_figures(self._run.log, self.step, figures)
+                    write_figures(self._run, self.step, self._due[0], figures)
                     if self._run.best and self._due[0] == self._run.best.evaluator:
                         self._observe(figures)
                 del self._due[0]
@@ -414,11 +416,14 @@ def evaluate(evaluators: Mapping[str, Evaluator], name: str, state: TrainState, 
     return {f"{name}/{key}": value for key, value in evaluators[name].run(state.params, state.objective_state, between)}
 
 
-def write_figures(log: Writers, step: int, found: Mapping[str, Any]) -> None:
-    """To the writers and the terminal: figures as numbers, pictures as files."""
+def write_figures(run: Run, step: int, evaluator: str, found: Mapping[str, Any]) -> None:
+    """To the writers, the results and the terminal: figures as numbers, pictures as files."""
     pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     figures = {name: value for name, value in found.items() if name not in pictures}
-    log.write_scalars(step, figures)
+    if run.results is not None:  # before the writers: what they hold is not done again after a stop
+        plain = {name.removeprefix(f"{evaluator}/"): value for name, value in figures.items()}
+        run.results.write(step, evaluator, run.evaluators[evaluator].protocol(), plain, trained=run.total_steps > 0)
+    run.log.write_scalars(step, figures)
     if pictures:
-        log.write_images(step, pictures)
+        run.log.write_images(step, pictures)
     LOG.info("step %d  %s", step, "  ".join(f"{key} {value:.2f}" for key, value in figures.items()))

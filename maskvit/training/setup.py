@@ -21,6 +21,7 @@ from maskvit.core.errors import FAILED, log_lines, message
 from maskvit.core.types import TrainState
 from maskvit.data.batches import train_batches
 from maskvit.data.workers import LoaderError
+from maskvit.metrics.results import ResultsFile
 from maskvit.metrics.throughput import Throughput
 from maskvit.metrics.writers import make_writers
 from maskvit.nn.backbone import frozen_mask
@@ -91,6 +92,7 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             seed=config["seed"], periods=parts.periods, evaluations=parts.evaluations, evaluators=parts.evaluators,
             draws=parts.periods["picture"] > 0, store=store, log=log, profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
             metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done), state=state,
+            results=None if jax.process_index() else ResultsFile(workdir, config, resume_step, _initial(parts.init_from["path"])),
             best=Best.resumed(parts.best, saved.get("best")) if parts.best else None,
             guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
         )  # fmt: skip
@@ -123,6 +125,14 @@ def _state(
     state = store.restore(resume_step, target)
     LOG.info("resuming at step %d of %d from %s", resume_step, parts.total_steps, store.directory.parent)
     return state, shardings
+
+
+def _initial(path: str) -> str:
+    """Which weights a run begins with: a checkpoint, and the digest of its manifest."""
+    if not path:
+        return "fresh"
+    step_dir = checkpoints.find_checkpoint(path)
+    return f"{step_dir} ({checkpoints.manifest_digest(step_dir)})"
 
 
 def _open_batches(run: Run, config: Mapping[str, Any], parts: Parts, closing: contextlib.ExitStack) -> None:
