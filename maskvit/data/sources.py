@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from maskvit.core.modalities import Modality
 from maskvit.data.codec import RecordError
@@ -167,6 +167,11 @@ class TfdsSource:
         except Exception as error:  # what readers raise on damaged files differs from one to the next
             raise RecordError(f"cannot be read from {self.directory}: {str(error) or type(error).__name__}") from error
 
+    def label_sets(self) -> Bool[np.ndarray, "n k"] | None:
+        """Which classes are right for every record, where the data set has such sets (ImageNet ReaL); None where it has none."""
+        sets = stored_labels(self.directory, self.split, LABEL_SETS)
+        return sets if sets is None or self._chosen is None else sets[self._chosen]
+
     def describe(self) -> str:
         return f"{self.name}, split {self.split!r}: {len(self)} records in {self.directory}{self._subset}"
 
@@ -244,10 +249,13 @@ class TfdsSource:
 LABELS = "labels.npz"  # beside the records: split -> label of every record, so that nobody reads all pictures to choose among them
 
 
-def stored_labels(directory: str, split: str) -> Int[np.ndarray, " n"] | None:
+LABEL_SETS = "label_sets.npz"  # split -> which classes are right for every record, where several may be
+
+
+def stored_labels(directory: str, split: str, file: str = LABELS) -> np.ndarray | None:
     """The labels that a builder of ours left for a whole split; None where it left none, or `split` is a part of one."""
     try:
-        with np.load(os.path.join(directory, LABELS), allow_pickle=False) as labels:
+        with np.load(os.path.join(directory, file), allow_pickle=False) as labels:
             return labels[split] if split in labels else None
     except (OSError, ValueError, zipfile.BadZipFile):  # without them the records themselves are read
         return None

@@ -100,6 +100,23 @@ def test_test_sets_by_number_and_by_wnid_carry_the_labels_of_all_classes(tmp_pat
     assert f"a/{WNIDS[1]} is none of the 1 classes" in told(capsys, *command, "--root", str(tmp_path / "a"), "--classes", str(wnids))
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_sets_of_labels(tmp_path, flat, capsys):
+    root, real, wnids = tmp_path / "in", tmp_path / "real.json", tmp_path / "wnids.txt"
+    wnids.write_text("\n".join(WNIDS) + "\n")
+    for number, wnid in ((1, WNIDS[2]), (2, WNIDS[0]), (4, WNIDS[0])):
+        picture(root / ("" if flat else wnid) / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+    real.write_text("[[2], [0, 1], [1], []]")
+    source = packed("imagenet_real", root, split="val", real=str(real), classes=str(wnids))
+    found = {source[i]["id"].split("/")[-1][-1]: np.flatnonzero(source.label_sets()[i]).tolist() for i in range(3)}
+    assert found == {"1": [2], "2": [0, 1], "4": []} and source.label_sets().shape == (3, 3)
+    assert sorted(source[i]["label"] for i in range(3)) == ([-1, -1, -1] if flat else [0, 0, 2])
+    command = ["imagenet_real", "--root", str(root), "--data_dir", str(tmp_path / "tfds"), "--classes", str(wnids), "--real", str(real)]
+    for text, match in (("3", "has the class 3; there are 3, 0 ... 2"), ("0.5", "no list of lists"), ("0", "00000001 ... 00000001")):
+        real.write_text(f"[[{text}]]")
+        assert match in told(capsys, *command)
+
+
 def test_imagenet_c_is_a_split_per_corruption_and_severity(tmp_path, capsys):
     wnids = tmp_path / "wnids.txt"
     wnids.write_text("\n".join(WNIDS) + "\n")

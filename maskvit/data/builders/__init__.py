@@ -19,6 +19,10 @@ ARCHIVES = {
     "imagenet_test": Archive(
         "imagenet:imagenet_test", "ImageNet-V2, -A, -R or -Sketch", "<wnid or number>/*", {"classes": _CLASSES},
     ),
+    "imagenet_real": Archive(
+        "imagenet:imagenet_real", "ImageNet's validation pictures with ReaL's sets of labels", "ILSVRC2012_val_*.JPEG or <wnid>/*.JPEG",
+        {"real": dict(required=True, metavar="FILE", help="real.json of google-research/reassessed-imagenet"), "classes": _CLASSES},
+    ),
     "imagenet_c": Archive(
         "imagenet:imagenet_c", "ImageNet-C", "<corruption>/<severity>/<wnid>/*.JPEG",
         {

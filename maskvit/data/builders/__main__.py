@@ -128,13 +128,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _archive(commands: Any, name: str) -> argparse.ArgumentParser:
     """The command of a published archive."""
+    suppress: Any = argparse.SUPPRESS
     archive = ARCHIVES[name]
     text = f"Pack {archive.what} from its extracted archive: <root>/ holds {archive.layout}. docs/data_sets.md says more."
     command: argparse.ArgumentParser = commands.add_parser(name, help=f"pack {archive.what}", description=text)
     command.add_argument("--root", required=True, help="the folder of the extracted archive; nothing in it is changed")
-    command.add_argument("--name", default=argparse.SUPPRESS, help=f"folder below --data_dir ({name})")
+    command.add_argument("--name", default=suppress, help=f"folder below --data_dir ({name})")
     for option, settings in archive.options.items():
-        command.add_argument(f"--{option}", **{"default": argparse.SUPPRESS, **settings})
+        command.add_argument(f"--{option}", **{"default": suppress, **settings})
     return command
 
 

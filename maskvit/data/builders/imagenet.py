@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
 
-from maskvit.data.builders.archives import Contents, class_tasks, csv_rows, modalities, pictures, require, stem
+from maskvit.data.builders.archives import Contents, class_tasks, csv_rows, modalities, pictures, read_json, require, stem
 from maskvit.data.builders.labels import read_names
 from maskvit.data.builders.layout import Task, folders_in
 
-WNID = re.compile(r"n\d{8}")
+WNID, VALIDATION = re.compile(r"n\d{8}"), re.compile(r"ILSVRC2012_val_\d{8}")
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
@@ -83,7 +84,7 @@ def _classes(given: str | None, folders: Sequence[str], top: str) -> tuple[tuple
         if beyond := [folder for folder in folders if int(folder) >= len(names)]:
             raise ValueError(f"{os.path.join(top, beyond[0])}: there are {len(names)} classes, 0 ... {len(names) - 1}")
         return names, {folder: names[int(folder)] for folder in folders}
-    wnids = _wnids(top)
+    wnids = _wnids(top) if folders else ()
     if not names and len(wnids) != 1000:
         raise ValueError(
             f"{top} has folders of {len(wnids)} classes, and labels must be those of ImageNet's 1000: give --classes the folder train of "
@@ -103,6 +104,39 @@ def imagenet_test(root: str, classes: str | None = None) -> Contents:
     """
     names, folders = _classes(classes, folders_in(root), root)
     return Contents(modalities(), {"test": class_tasks(root, folders)}, names)
+
+
+def imagenet_real(root: str, real: str, classes: str | None = None) -> Contents:
+    """ImageNet's validation pictures, flat or in folders of their wnids, with ReaL's sets of labels; the split "val".
+
+    A picture's label is that of its folder; pictures without folders have none. Sets: `maskvit.data.sources.TfdsSource.label_sets`.
+
+    Args:
+      real: real.json of google-research/reassessed-imagenet: a list of class numbers per picture, in the order of their file names.
+      classes: as in `imagenet_test`.
+
+    Raises FileNotFoundError where files are missing, ValueError for a file of another form or pictures that it does not know.
+    """
+    path = os.path.expanduser(real)
+    sets = read_json(path)
+    if not isinstance(sets, list) or any(not isinstance(one, list) or any(type(label) is not int for label in one) for one in sets):
+        raise ValueError(f"{path} is no list of lists of class numbers")
+    if folders_in(root):
+        names, folders = _classes(classes, folders_in(root), root)
+        tasks = class_tasks(root, folders)
+    else:
+        names = _classes(classes, (), root)[0] if classes else tuple(str(number) for number in range(1000))
+        tasks = [Task(stem(file), {"rgb": file}) for file in pictures(root)]
+    if beyond := [label for one in sets for label in one if not 0 <= label < len(names)]:
+        raise ValueError(f"{path} has the class {beyond[0]}; there are {len(names)}, 0 ... {len(names) - 1}")
+    labeled = []
+    for task in tasks:
+        name = task.key.split("/")[-1]
+        number = int(name.rsplit("_", 1)[-1]) if VALIDATION.fullmatch(name) else 0
+        if not 1 <= number <= len(sets):
+            raise ValueError(f"{task.files['rgb']}: {path} has the pictures ILSVRC2012_val_00000001 ... {len(sets):08d}")
+        labeled.append(dataclasses.replace(task, label_set=tuple(sets[number - 1])))
+    return Contents(modalities(), {"val": labeled}, names)
 
 
 def imagenet_c(

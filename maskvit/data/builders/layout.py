@@ -26,11 +26,12 @@ Loader = Callable[[str], np.ndarray]  # the array of a file, in place of `maskvi
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One sample to read: modality -> file; `label` is its class by name, None without one."""
+    """One sample to read: modality -> file; `label` is its class by name, None without one; `label_set`: all that are right, by number."""
 
     key: str
     files: dict[str, str]
     label: str | None = None
+    label_set: tuple[int, ...] | None = None
 
 
 class Modal(NamedTuple):

@@ -20,7 +20,7 @@ from maskvit.core.modalities import Modality
 from maskvit.data.builders.layout import Loader, Task
 from maskvit.data.builders.records import RecordBuilder, in_processes, progress
 from maskvit.data.builders.samples import Found, read_sample
-from maskvit.data.sources import LABELS, STATED
+from maskvit.data.sources import LABEL_SETS, LABELS, STATED
 
 SHOWN = 20  # files listed per kind of problem
 MISSING = "missing files"
@@ -115,7 +115,7 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         self.problems = {} if problems is None else problems
         self.left_out = left_out
         self.totals = {modality: Totals() for modality in self.specs}
-        self.written: dict[str, list[str | None]] = {}
+        self.written: dict[str, list[Task]] = {}
         stated = stated_fields(self.specs)
         sizes = {split: len(part) for split, part in self.tasks.items()}
         recipe = dict(recipe, root=root, modalities=stated, samples=sizes, short_side=short_side)
@@ -128,11 +128,9 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         """As `RecordBuilder.prepare`; prints what was found and the classes of each split. Raises FolderError with all that is wrong."""
         directory = super().prepare()
         if self.written and self.label_names:
-            places = {label: place for place, label in enumerate(self.label_names)}
-            labels: Any = {s: np.array([-1 if x is None else places[x] for x in part], np.int32) for s, part in self.written.items()}
-            np.savez_compressed(os.path.join(directory, LABELS), **labels)
+            self._leave_labels(directory)
             for split, part in self.written.items():
-                print(f"{self.name}: {split}: {balance(part, self.label_names)}")
+                print(f"{self.name}: {split}: {balance([task.label for task in part], self.label_names)}")
         for name, totals in self.totals.items():
             for line in describe(self.specs[name], totals, self.flags) if totals.files else ():
                 print(f"{self.name}: {line}")
@@ -140,6 +138,21 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             lines = show(self.problems)
             print("\n".join([f"{self.name}: {self.left_out} samples were left out:", *lines]) + self._all_listed())
         return directory
+
+    def _leave_labels(self, directory: str) -> None:
+        """Write the labels beside the records, and the sets of labels where there are some."""
+        places = {label: place for place, label in enumerate(self.label_names)}
+        labels: Any = {}
+        sets: Any = {}
+        for split, part in self.written.items():
+            labels[split] = np.array([-1 if task.label is None else places[task.label] for task in part], np.int32)
+            if any(task.label_set is not None for task in part):
+                sets[split] = np.zeros((len(part), len(places)), bool)
+                for row, task in zip(sets[split], part, strict=True):
+                    row[list(task.label_set or ())] = True
+        np.savez_compressed(os.path.join(directory, LABELS), **labels)
+        if sets:
+            np.savez_compressed(os.path.join(directory, LABEL_SETS), **sets)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         # All is read before anything is raised, so that one run tells everything: the last split's end raises.
@@ -154,7 +167,7 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
                 fields: dict[str, Any] = {"id": f"{split}/{task.key}", **{name: encoded.get(name, b"") for name in self.specs}}
                 if self.label_names:
                     fields["label"] = -1 if task.label is None else task.label
-                written.append(task.label)
+                written.append(task)
                 yield number, fields
         if self.problems and not (self.skip_bad and written):
             for other in self.unread:
