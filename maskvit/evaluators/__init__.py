@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 
 from maskvit.core.configuration import check_arguments, look_up
 from maskvit.core.modalities import Modality
-from maskvit.evaluators.answers import Classification, Depth, Maps, Normals, Segmentation
+from maskvit.evaluators.answers import Classification
+from maskvit.evaluators.dense import Depth, Maps, Normals, Segmentation
 from maskvit.evaluators.knn import Knn
+from maskvit.evaluators.protocols import with_protocol
 
 
 @runtime_checkable
@@ -52,23 +54,28 @@ def build_evaluators(
 ) -> dict[str, Evaluator]:
     """The evaluators of `config.evaluators` by their names there.
 
-    `type` says which one it is, `every` is the loop's, all else are the evaluator's arguments. `data` is `config.data`.
+    `type` says which one it is, `every` is the loop's, `protocol` stands for the arguments of a published protocol
+    (`maskvit.evaluators.protocols`), all else are the evaluator's arguments. `data` is `config.data`.
     Raises ValueError for an unknown type or key, listing the known ones.
     """
     context = dict(objective=objective, modalities=modalities, image_size=image_size, mesh=mesh, data=data)
     built: dict[str, Evaluator] = {}
     for name, block in evaluators.items():
-        constructor, arguments = check_evaluator(name, block)
+        constructor, arguments = check_evaluator(name, block, image_size)
         built[name] = constructor(**context, **arguments)
     return built
 
 
-def check_evaluator(name: str, block: Any) -> tuple[Any, dict[str, Any]]:
-    """A block of `config.evaluators` to (constructor, its arguments). Raises ValueError for an unknown type or key."""
+def check_evaluator(name: str, block: Any, image_size: tuple[int, int] | None = None) -> tuple[Any, dict[str, Any]]:
+    """A block of `config.evaluators` to (constructor, its arguments). Raises ValueError for an unknown type or key.
+
+    `image_size`: the model's, where it is known by now.
+    """
     where = f"config.evaluators.{name}"
     if not isinstance(block, Mapping) or "type" not in block:
         raise ValueError(f"{where} lacks the key 'type'; known types: {', '.join(EVALUATORS)}")
     constructor = look_up(f"{where}.type", EVALUATORS, block["type"])
+    block = with_protocol(where, block, image_size)
     arguments = {key: value for key, value in block.items() if key not in ("type", "every")}
     check_arguments(where, constructor, arguments, given=CONTEXT)
     return constructor, arguments

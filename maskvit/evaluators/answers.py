@@ -1,4 +1,4 @@
-"""Figures of what a supervised model says: classes of pictures, classes of pixels, depths, normals and other maps."""
+"""Figures of what a supervised model says: what all share, and classes of pictures (`maskvit.evaluators.dense`: of pixels)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from maskvit.core.configuration import check_arguments, look_up
+from maskvit.core.configuration import check_arguments
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch
 from maskvit.data.sources import has_labels
-from maskvit.evaluators.reading import Reading, local, merged, nothing
-from maskvit.losses.dense import l1
-from maskvit.metrics import classification, depth, normals, segmentation
+from maskvit.evaluators.reading import Reading, merged, nothing
+from maskvit.metrics import classification
 from maskvit.sharding import replicated
 
 Figures = Iterator[tuple[str, Any]]
@@ -69,19 +66,28 @@ class Answers:
         names = (*self.inputs, self.target) if self.target else self.inputs
         self.spec = modalities[self.target] if self.target else None
         self.num_classes = self.spec.num_classes if self.spec else objective.task.num_classes
-        block = data_from or {**dict(data["train"]), "split": "val"}
-        read = {name: modalities[name] for name in names}
-        self.reading = Reading(block, read, image_size, mesh, data, inputs=self.inputs, batch_size=batch_size, limit=limit, crop=crop)
-        if not self.target and not has_labels(self.reading.source):
-            raise ValueError(f"an accuracy needs labels, but the data have none: {self.reading.source.describe()}")
         check_arguments("config.evaluators options", self.read_options, options or {})
         self.options = self.read_options(**(options or {}))
+        block = data_from or {**dict(data["train"]), "split": "val"}
+        read = {name: modalities[name] for name in names}
+        geometry: dict[str, Any] = dict(crop=crop)
+        if self.options.get("resolution") == "original":
+            if crop not in ("pad", None):
+                raise ValueError(f"crop is {crop!r}, but answers at the original resolution need whole pictures: set it to 'pad' or None")
+            geometry["originals"] = names if self.options["sliding"] else (self.target,)
+        self.reading = Reading(block, read, image_size, mesh, data, inputs=self.inputs, batch_size=batch_size, limit=limit, **geometry)
+        if not self.target and not has_labels(self.reading.source):
+            raise ValueError(f"an accuracy needs labels, but the data have none: {self.reading.source.describe()}")
         if self.channels and self._spec().channels != self.channels:
             raise ValueError(
                 f"the evaluator {type(self).__name__.lower()!r} is for {self.channels} channel(s), but {self.target!r} has "
                 f"{self._spec().channels}: use 'maps'"
             )
         self.sums = jax.jit(self._sums, out_shardings=replicated(mesh))
+        self.prepare(read, image_size, crop)
+
+    def prepare(self, read: Mapping[str, Modality], image_size: tuple[int, int], crop: Any) -> None:
+        """What an evaluator needs beside; nothing here."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +97,8 @@ class Answers:
 
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
-        return dict(self.reading.protocol(), figures=type(self).__name__.lower(), **self.options)
+        options = {name: value for name, value in self.options.items() if name != "examples"}  # a picture is no figure
+        return dict(self.reading.protocol(), figures=type(self).__name__.lower(), **options)
 
     @staticmethod
     def read_options() -> dict[str, Any]:
@@ -110,11 +117,14 @@ class Answers:
             weights["ema/"] = objective_state["ema"]
         state = {name: value for name, value in (objective_state or {}).items() if name != "ema"}
         for prefix, tree in weights.items():
-            batches = self.reading.batches(self.task, between)
-            for name, value in self.figures(functools.partial(self.sums, tree, state), batches):
+            for name, value in self.evaluate(tree, state, between):
                 yield prefix + name, value
 
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
+    def evaluate(self, params: Any, state: Any, between: Callable[[], None]) -> Figures:
+        """The figures of these parameters."""
+        yield from self.figures(functools.partial(self.sums, params, state), self.reading.batches(self.task, between))
+
+    def figures(self, sums: Callable[[Any], Any], batches: Iterator[Any]) -> Figures:
         """The figures out of the sums of all batches."""
         raise NotImplementedError
 
@@ -141,7 +151,7 @@ class Classification(Answers):
         confusion = classification.confusion_matrix(logits.argmax(axis=-1), batch.label, self.num_classes, batch.valid)
         return classification.counts(logits, batch.label, batch.valid), confusion
 
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
+    def figures(self, sums: Callable[[Any], Any], batches: Iterator[Any]) -> Figures:
         """The figures, and "confusion", a picture where there are few enough classes."""
         from maskvit.plots.confusion import MOST_CLASSES, confusion_picture
 
@@ -150,92 +160,3 @@ class Classification(Answers):
         if self.num_classes <= MOST_CLASSES:
             names = self.reading.source.label_names or tuple(map(str, range(self.num_classes)))
             yield "confusion", confusion_picture(confusion, names)
-
-
-class Segmentation(Answers):
-    """Mean IoU, mean class accuracy and pixel accuracy of a class per pixel, at the model's size.
-
-    Figures: "mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard" in percent (`maskvit.metrics.segmentation.summarize`).
-    """
-
-    task = "segmentation"
-    given = ("mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard")
-
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
-        prediction = self._answers(params, state, batch).argmax(axis=-1)
-        return segmentation.counts(prediction, batch.values[self.target], self.num_classes, batch.valid)
-
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
-        """The figures."""
-        yield from segmentation.summarize(merged(sums, batches)).items()
-
-
-class Depth(Answers):
-    """delta1 to 3, relative and absolute errors of a depth, in meters where `metres_per_count` is known.
-
-    Options: `aggregation`, "per_image" (mean over pictures), "per_batch" (MultiMAE's: mean over batches, which depends on their size) or
-    "pixels" (over all pixels at once); `eigen_crop`, `depth_range` (in the figures' unit), `align`: as `maskvit.metrics.depth.sums`.
-    """
-
-    task, channels = "regression", 1
-    given = ("delta_1", "delta_2", "delta_3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
-
-    @staticmethod
-    def read_options(
-        *,
-        aggregation: str = "per_image",
-        eigen_crop: bool = False,
-        depth_range: tuple[float, float] | None = None,
-        align: str | None = None,
-    ) -> dict[str, Any]:
-        """What `options` may hold."""
-        look_up("config.evaluators options.aggregation", depth.AGGREGATIONS, aggregation)
-        if align is not None:
-            look_up("config.evaluators options.align", depth.ALIGNMENTS, align)
-        return dict(aggregation=aggregation, eigen_crop=eigen_crop, depth_range=depth_range and tuple(depth_range), align=align)
-
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
-        unit = self._spec().metres_per_count or 1.0
-        prediction, target = self._answers(params, state, batch)[..., 0], batch.values[self.target][..., 0].astype(jnp.float32)
-        options = {key: self.options[key] for key in ("eigen_crop", "depth_range", "align")}
-        return depth.sums(prediction * unit, target * unit, None, batch.valid, **options)
-
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
-        """The figures."""
-        yield from depth.summarize([local(sums(batch)) for batch in batches], self.options["aggregation"]).items()
-
-
-class Normals(Answers):
-    """Angles between predicted and true surface normals: mean and median in degrees, share below 11.25, 22.5 and 30."""
-
-    task, channels = "regression", 3
-
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
-        spec = self._spec()
-        directions = lambda x: (x.astype(jnp.float32) * spec.scale - jnp.array(spec.mean)) / jnp.array(spec.std)  # noqa: E731
-        answer, target = self._answers(params, state, batch), batch.values[self.target]
-        return normals.sums(directions(answer), directions(target), None, batch.valid)
-
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
-        """The figures."""
-        yield from normals.summarize(merged(sums, batches)).items()
-
-
-class Maps(Answers):
-    """Mean absolute error over the measured pixels and channels, in model values: Taskonomy's one figure, "l1"."""
-
-    task = "regression"
-    given = ("l1",)
-
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
-        spec = self._spec()
-        values = lambda x: (x.astype(jnp.float32) * spec.scale - jnp.array(spec.mean)) / jnp.array(spec.std)  # noqa: E731
-        target = values(batch.values[self.target])
-        known = jnp.isfinite(target).all(axis=-1) & batch.valid[:, None, None]
-        sums, counts = l1(values(self._answers(params, state, batch)), target, known)
-        return sums.sum(), counts.sum()
-
-    def figures(self, sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Figures:
-        """The figure."""
-        total, count = merged(sums, batches)
-        yield "l1", float(total / count) if count else float(np.nan)

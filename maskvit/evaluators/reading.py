@@ -75,6 +75,11 @@ class Reading:
 
     def batches(self, description: str, between: Callable[[], None] = nothing) -> Iterator[Batch]:
         """Global batches in stored order, the last one padded (`valid` False), with a progress bar; `between` after every one."""
+        for host in self.host_batches(description, between):
+            yield place_batch(host, self.mesh)
+
+    def host_batches(self, description: str, between: Callable[[], None] = nothing) -> Iterator[dict[str, Any]]:
+        """The same as the loader gives them: this process's rows, what is not for the device included."""
         from tqdm import tqdm
 
         batches = eval_batches(
@@ -85,7 +90,7 @@ class Reading:
         total = math.ceil(len(self) / self.batch_size)
         with batches, tqdm(total=total, desc=description, unit="batch", leave=False, disable=hidden) as bar:
             for batch in batches:
-                yield place_batch(batch, self.mesh)
+                yield batch
                 bar.update()
                 between()
 
