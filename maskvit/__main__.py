@@ -12,8 +12,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "init": ("maskvit.commands.init.__main__", "write a config file for your own data, after looking at them", "DIR"),
     "data": (
-        "maskvit.data.builders.__main__",
-        "pack a folder of pictures (folder) or a published data set (imagenet, ...), or render one to try things on (scenes)",
+        "maskvit.commands.data.__main__",
+        "pack a folder of pictures (folder) or a published data set (imagenet, ...); render one (scenes); look at a config's data (check)",
         "folder --root DIR --data_dir DIR --name NAME",
     ),
     "convert": (

@@ -76,10 +76,13 @@ def parse_modalities(texts: list[str]) -> tuple[dict[str, known.Modality], list[
     return specs, [name for name in assumed if specs[name].metres_per_count]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(others: str = "") -> argparse.ArgumentParser:
+    """The command line; `others`: lines of the help on commands beside the builders."""
     suppress: Any = argparse.SUPPRESS
-    top = argparse.ArgumentParser(prog="python -m maskvit data", description="Prepare a data set as TFDS array_record files.")
+    top = argparse.ArgumentParser(
+        prog="python -m maskvit data", description="Prepare a data set as TFDS array_record files.",
+        epilog=others and f"besides:\n{others}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = top.add_subparsers(dest="builder", required=True)
     scenes = commands.add_parser("scenes", help="render the embedded data", description="Render scenes: rgb, depth, semseg and a class.")
     scenes.add_argument("--name", default=suppress, help="folder below --data_dir (scenes)")
@@ -139,9 +142,9 @@ def _archive(commands: Any, name: str) -> argparse.ArgumentParser:
     return command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    settings = vars(parser().parse_args(arguments))
+def main(arguments: list[str] | None = None, others: str = "") -> int:
+    """Run the command; returns the exit status. `others` as of `parser`."""
+    settings = vars(parser(others).parse_args(arguments))
 
     def command() -> None:
         if "modalities" in settings:

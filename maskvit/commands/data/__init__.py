@@ -1,0 +1,1 @@
+"""Data sets: packing them (`maskvit.data.builders`) and looking at what a config reads."""
