@@ -58,17 +58,27 @@ def make_plan(name: str, layout: TokenLayout, num_visible: int, samples: int, pr
 
 
 def plans(keys: jax.Array, layout: TokenLayout, num_visible: int, guidance: jax.Array, present=None) -> dict[str, MaskPlan]:
-    """What `plan_of` says for each row of `SCORES`: one program, for the budget takes longest to compile, and all share it."""
+    """What `plan_of` says for each row of `SCORES`: one program, for the budget takes longest to compile, and all share it.
+
+    `drop` works sample by sample: it gets the scores of all rows as so many samples.
+    """
+    rows, samples = len(SCORES), len(guidance)
     counts = dirichlet_budget(stream_keys(keys, "budget"), layout, num_visible, present)
     keys = stream_keys(keys, "scores")
-    return {name: drop(score(name, keys, layout, guidance), counts, layout, num_visible, present) for name in SCORES}
+    scores = jnp.stack([score(name, keys, layout, guidance) for name in SCORES])
+    of_all = lambda x: None if x is None else jnp.broadcast_to(x, (rows, *x.shape)).reshape(-1, x.shape[1])  # noqa: E731
+    plan = drop(scores.reshape(-1, layout.num_tokens), of_all(counts), layout, num_visible, of_all(present))
+    apart = jax.tree.map(lambda x: x.reshape(rows, samples, *x.shape[1:]), plan)
+    return {name: jax.tree.map(lambda x, i=i: x[i], apart) for i, name in enumerate(SCORES)}
+
+
+jitted_plans = jax.jit(plans, static_argnums=(1, 2))
 
 
 @cache
 def made_plans(layout: TokenLayout, num_visible: int, samples: int, rows: tuple[tuple[int, ...], ...] | None = None):
     present = None if rows is None else token_presence(layout, rows)
-    jitted = jax.jit(plans, static_argnums=(1, 2))
-    return jitted(sample_keys(0, 0, samples), layout, num_visible, guidance_of(layout, samples), present)
+    return jitted_plans(sample_keys(0, 0, samples), layout, num_visible, guidance_of(layout, samples), present)
 
 
 jitted_budget = jax.jit(dirichlet_budget, static_argnums=(1, 2), static_argnames="alphas")
@@ -302,13 +312,10 @@ def test_one_compilation_serves_all_batches(name, four_batches):
 
 @pytest.fixture(scope="module")
 def on_one_and_four():
-    """The plans of one batch on one device, and spread over four."""
-    results = []
-    for count in (1, 4):
-        sharding = batch_sharding(make_mesh(jax.devices()[:count]))
-        keys, guidance = jax.device_put((sample_keys(5, 7, 16), guidance_of(SMALL, 16)), sharding)
-        results.append(jax.jit(plans, static_argnums=(1, 2))(keys, SMALL, 12, guidance))
-    return results
+    """The plans of one batch on one device (a program that `made_plans` compiles too), and spread over four."""
+    keys, guidance = sample_keys(5, 7, 64), guidance_of(SMALL, 64)
+    spread = jax.device_put((keys, guidance), batch_sharding(make_mesh(jax.devices()[:4])))
+    return [jitted_plans(k, SMALL, 12, g, None) for k, g in ((keys, guidance), spread)]
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
