@@ -87,10 +87,10 @@ def write_config(path: pathlib.Path, config: dict[str, Any]) -> str:
     return str(path)
 
 
-def child(config: str, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """`python main.py` in a process of its own with so many CPU devices."""
+def child(config: str, workdir: pathlib.Path, *flags: str, devices: int = 1, main: str = "main.py") -> subprocess.Popen:
+    """`python main.py` in a process of its own with so many CPU devices. `main`: another file that ends in it."""
     env = {**os.environ, "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])}
-    command = [sys.executable, str(ROOT / "main.py"), f"--config={config}", f"--workdir={workdir}", *flags]
+    command = [sys.executable, str(ROOT / main), f"--config={config}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

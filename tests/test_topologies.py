@@ -34,9 +34,9 @@ def on_one(config: dict[str, Any], workdir: pathlib.Path) -> np.ndarray:
     return losses(workdir)
 
 
-def start_two(file: str, workdir: pathlib.Path) -> list[subprocess.Popen]:
+def start_two(file: str, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
     cluster = (f"--coordinator=localhost:{free_port()}", "--num_processes=2")
-    return [child(file, workdir, *cluster, f"--process_id={i}") for i in range(2)]
+    return [child(file, workdir, *cluster, f"--process_id={i}", *flags, main="tests/one_of_two.py") for i in range(2)]
 
 
 def wait_for_row(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen]) -> None:
@@ -56,10 +56,9 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
     Guidance keeps a map of every record, which the two processes hold half each.
     """
     config = twenty_steps(data_dir, guided=True)
-    config["objective"] |= dict(guidance=dict(name="average_error"), outputs=config["objective"]["inputs"])
+    config["objective"] |= dict(guidance=dict(name="average_error"), inputs=config["objective"]["outputs"])
     config["picture_every"] = 15
     one = on_one(config, tmp_path / "one")
-    config["data"]["workers"] = 1
     config["evaluators"] = dict(knn=dict(type="knn", every="10 steps", ks=(3,), batch_size=4))
     file, workdir = write_config(tmp_path / "two.py", config), tmp_path / "two"
 
@@ -70,7 +69,7 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
     assert [process.returncode for process in processes] == [143, 143], said
     assert saved(workdir) == [10] and "knn/" not in (workdir / "metrics.jsonl").read_text(), said
 
-    processes = start_two(file, workdir)
+    processes = start_two(file, workdir, "--config.data.workers=1")
     wait_for_row(workdir, 11, processes)
     os.kill(loader_workers(processes[1].pid)[0], signal.SIGKILL)
     said = [process.communicate(timeout=100)[0] for process in processes]
