@@ -128,11 +128,12 @@ def train_step(
         seen, batch, keys, step_key(seed, state.step), objective, micro_batches, mesh, optimizer.frozen
     )
     grad_norm = optax.tree.norm(grads)
-    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    if loss_limit is not None:
-        accepted &= loss <= loss_limit
     advance = jnp.ones((), jnp.int32) if void is None else 1 - void.astype(jnp.int32)
-    accepted &= advance > 0
+    conditions = [jnp.isfinite(loss), jnp.isfinite(grad_norm), advance > 0]
+    if loss_limit is not None:
+        conditions.append(loss <= loss_limit)
+    # As a sum: the compiler would copy a chain of "and"s into the arithmetic of every tensor, a sixth of the whole program.
+    accepted = jnp.stack(conditions).sum() == len(conditions)
 
     learning_rate = optimizer.schedule(state.step)
     if optimizer.frozen is not None:
