@@ -13,7 +13,7 @@ from maskvit.core.configuration import check_arguments
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch
 from maskvit.data.sources import has_labels
-from maskvit.evaluators.reading import Reading, merged, nothing
+from maskvit.evaluators.reading import Reading, check_shown, merged, nothing
 from maskvit.metrics import classification
 from maskvit.sharding import replicated
 
@@ -59,9 +59,7 @@ class Answers:
                 f"the evaluator {type(self).__name__.lower()!r} takes figures of the task {self.task!r}, but config.objective "
                 + (f"learns {given!r}" if given != "nonetype" else "is not supervised: use 'knn', or fine-tune the model first")
             )
-        self.inputs = tuple(objective.model.inputs if shown is None else shown)
-        if not self.inputs or set(self.inputs) - set(objective.model.inputs):
-            raise ValueError(f"shown names {self.inputs}; the model's inputs are {objective.model.inputs}")
+        self.inputs = check_shown(objective, objective.model.inputs if shown is None else shown)
         self.objective, self.target = objective, objective.task.target
         names = (*self.inputs, self.target) if self.target else self.inputs
         self.spec = modalities[self.target] if self.target else None

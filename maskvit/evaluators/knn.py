@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from maskvit.core.modalities import Modality
-from maskvit.data.sources import has_labels
-from maskvit.evaluators.reading import Reading, local, nothing
-from maskvit.sharding import replicated
+from maskvit.evaluators.features import BASELINES, Examples, Extraction, check_features
+from maskvit.evaluators.reading import check_labels, check_shown, labeled_splits, nothing
 
 TRAIN_CHUNK, TEST_CHUNK = 8192, 128  # similarities held at a time; the result does not depend on them
 
@@ -117,27 +116,29 @@ def _in_chunks(array: Shaped[np.ndarray, "n ..."], rows: int) -> Shaped[np.ndarr
     return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)).reshape(-1, rows, *array.shape[1:])
 
 
-# Features of a whole data set
+# The evaluator
 
 
-class Examples(NamedTuple):
-    """Features by name and labels of all usable examples of a source, in stored order, on the host."""
+def few_of_each_class(labels: Int[np.ndarray, " n"], per_class: int, seed: int) -> Int[np.ndarray, " k"]:
+    """`per_class` examples of every class that occurs, drawn by `seed`, in stored order; fewer are part of more.
 
-    features: dict[str, Num[np.ndarray, "n d"]]
-    labels: Int[np.ndarray, " n"]
-
-
-def pixel_features(images: Num[Array, "b h w c"]) -> dict[str, Num[Array, "b d"]]:
-    """What any representation must beat: the mean color, and the pixels themselves. Missing pixels count as 0."""
-    known = jnp.nan_to_num(images) if jnp.issubdtype(images.dtype, jnp.floating) else images
-    return {"mean_colour": known.astype(jnp.float32).mean(axis=(1, 2)), "raw_pixels": known.reshape(len(known), -1)}
+    Raises ValueError where a class has too few.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < per_class:
+            raise ValueError(f"k-NN per_class is {per_class}, but class {label} has {len(members)} training examples: lower it")
+        chosen.append(np.random.default_rng((seed, int(label))).permutation(members)[:per_class])
+    return np.sort(np.concatenate(chosen))
 
 
 class Knn:
-    """Weighted k-NN on the features of an unmasked pass over the first input modality.
+    """Weighted k-NN on the features of an unmasked pass.
 
-    Figures: "<feature>/top1_k<k>" and top5, in percent, for every feature of `objective.predict` (of a MultiMAE "mean" and
-    "global") and, with `baselines`, "mean_colour" and "raw_pixels" of the same images.
+    Figures: "<feature>/top1_k<k>" and top5, in percent, for every feature and, with `baselines`, "mean_colour" and "raw_pixels" of the
+    same images. With `per_class` also "<feature>/<n>_per_class/top1_k<k>", the mean over `draws` draws of n training examples of each
+    class, and "..._std", the standard deviation over them (AttMask's few-example k-NN, there of fixed draws).
 
     Args:
       train, test: sources with labels, as `config.data.train`; by default that data set itself and its split "val".
@@ -147,6 +148,11 @@ class Knn:
       batch_size: images at once over all devices, rounded up to a multiple of them; the figures do not depend on it.
       crop: image side over the side of the resized picture it is cut from; 1.0 where pictures come in the model's size.
       baselines: also classify by mean color and raw pixels, centered on the training examples; for small images.
+      features: of "mean", "global" and "both" side by side; by default "mean" and, where the model has a global token, "global".
+      shown: inputs that the model is shown; by default its first.
+      norm: False for tokens as they leave the last block of a model that has a final norm, as efficient probing's k-NN reads them.
+      per_class, draws: numbers of examples, and how often each is drawn.
+      cache: a folder for features (`Extraction`), which other evaluators of the same weights then need not take again.
 
     Raises ValueError for data without labels or with fewer training examples than neighbors.
     """
@@ -168,77 +174,82 @@ class Knn:
         batch_size: int = 256,
         crop: float | int = 0.875,
         baselines: bool = False,
+        features: Sequence[str] | None = None,
+        shown: Sequence[str] | None = None,
+        norm: bool = True,
+        per_class: Sequence[int] = (),
+        draws: int = 5,
+        cache: str | None = None,
     ):
-        self._objective = objective
-        self._input = objective.model.inputs[0]
-        read = {self._input: modalities[self._input]}
-        if baselines and read[self._input].kind != "continuous":
-            raise ValueError(f"k-NN baselines need pixels, but the first input {self._input!r} has class ids: set baselines=False")
+        model = objective.model
+        inputs = check_shown(objective, model.inputs[:1] if shown is None else shown)
+        self._features = tuple(features or (("mean", "global") if model.num_global_tokens else ("mean",)))
+        check_features("k-NN", objective, self._features, norm, ("mean", "global", "both"))
+        if baselines and modalities[inputs[0]].kind != "continuous":
+            raise ValueError(f"k-NN baselines need pixels, but the first input {inputs[0]!r} has class ids: set baselines=False")
         self._ks, self._temperature, self._baselines = tuple(int(k) for k in ks), temperature, baselines
-        default = dict(data["train"])
-        blocks = {"train": (train or default, limit_train), "test": (test or {**default, "split": "val"}, limit_test)}
-        self._readings = {
-            split: Reading(block, read, image_size, mesh, data, inputs=(self._input,), batch_size=batch_size, limit=limit, crop=crop)
-            for split, (block, limit) in blocks.items()
+        self._per_class, self._draws = tuple(per_class), draws
+        readings = labeled_splits(
+            "k-NN", modalities, image_size, mesh, data, inputs, train, test, limit_train, limit_test, batch_size, crop
+        )  # fmt: skip
+        self._extractions = {
+            split: Extraction(f"k-NN {split}", objective, reading, inputs=inputs, norm=norm, cache=cache)
+            for split, reading in readings.items()
         }
-        for split, reading in self._readings.items():
-            if not has_labels(reading.source):
-                raise ValueError(
-                    f"k-NN needs labels, but the {split} data have none: {reading.source.describe()}. Drop the k-NN from "
-                    "config.evaluators, give it data with labels as its train and test, or set config.data label"
-                )
-        available = len(self._readings["train"])
+        available = len(readings["train"])
         if not self._ks or min(self._ks) < 1 or max(self._ks) > available:
             raise ValueError(f"k-NN with ks = {self._ks} over {available} training examples: each k must be between 1 and {available}")
+        if self._per_class and (min(self._per_class) < 1 or draws < 1):
+            raise ValueError(f"k-NN per_class is {self._per_class} and draws {draws}; each must be at least 1")
+        classes = len(readings["train"].source.label_names)
+        if few := [n for n in self._per_class if classes and n * classes < max(self._ks)]:
+            raise ValueError(f"k-NN per_class {few[0]} of {classes} classes is fewer than the {max(self._ks)} neighbors of ks: lower ks")
         self._baseline_figures: list[tuple[str, float]] = []
-        self._extract = jax.jit(self._features, static_argnames="pixels", out_shardings=replicated(mesh))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the figures of the model's features."""
-        features = ("mean", "global") if self._objective.model.num_global_tokens else ("mean",)
-        return tuple(f"{feature}/top{m}_k{k}" for feature in features for k in self._ks for m in (1, 5))
+        plain = [f"top{m}_k{k}" for k in self._ks for m in (1, 5)]
+        few = [f"{n}_per_class/{name}{end}" for n in self._per_class for name in plain for end in ("", "_std")]
+        figures = plain + few
+        return tuple(f"{feature}/{figure}" for feature in self._features for figure in figures)
 
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
-        parts = {split: reading.protocol() for split, reading in self._readings.items()}
-        return dict(parts, figures="knn", temperature=self._temperature)
-
-    def _features(self, params: Any, state: Any, batch: Any, pixels: bool) -> tuple[dict[str, Array], Array, Array]:
-        """(features by name, labels, valid) of a global batch, whole on every device."""
-        features = self._objective.predict(params, state, batch.only((self._input,)))
-        features |= pixel_features(batch.values[self._input]) if pixels else {}
-        return features, batch.label, batch.valid
+        parts = {split: extraction.protocol() for split, extraction in self._extractions.items()}
+        return dict(parts, figures="knn", temperature=self._temperature, draws=self._draws if self._per_class else 0)
 
     def examples(self, split: str, params: Any, objective_state: Any, pixels: bool, between: Callable[[], None] = nothing) -> Examples:
         """All usable examples of "train" or "test", each once, the same on every process."""
-        reading = self._readings[split]
-        parts: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
-        for batch in reading.batches(f"k-NN {split}", between):
-            features, labels, valid = local(self._extract(params, objective_state, batch, pixels))
-            parts.append(({name: values[valid] for name, values in features.items()}, labels[valid]))
-        labels = np.concatenate([part for _, part in parts])
-        if (labels < 0).any():
-            raise ValueError(f"k-NN needs labels, but {(labels < 0).sum()} of {len(labels)} records have none: {reading.source.describe()}")
-        return Examples({name: np.concatenate([features[name] for features, _ in parts]) for name in parts[0][0]}, labels)
+        kinds = [kind for kind in ("mean", "global") if kind in self._features or "both" in self._features]
+        examples = self._extractions[split](params, objective_state, (*kinds, *(BASELINES if pixels else ())), between)
+        check_labels("k-NN", examples, self._extractions[split].reading)
+        return examples
 
     def run(self, params: Any, objective_state: Any, between: Callable[[], None] = nothing) -> Iterator[tuple[str, float]]:
         """Yield ("mean/top1_k20", percent) and so on; the baselines, which no training changes, are computed once."""
         pixels = self._baselines and not self._baseline_figures
         train = self.examples("train", params, objective_state, pixels, between)
         test = self.examples("test", params, objective_state, pixels, between)
-        names = [len(reading.source.label_names) for reading in self._readings.values()]
+        names = [len(extraction.reading.source.label_names) for extraction in self._extractions.values()]
         num_classes = int(max(*names, train.labels.max() + 1, test.labels.max() + 1))
-        for feature, train_features in train.features.items():
-            test_features = test.features[feature]
-            baseline = feature in ("mean_colour", "raw_pixels")
-            if baseline:  # all colors lie in one octant: the cosine must see how they differ
-                center = train_features.mean(axis=0, dtype=np.float32)
-                train_features, test_features = train_features - center, test_features - center
-            figures = weighted_knn(train_features, train.labels, test_features, test.labels, self._ks, num_classes, self._temperature)
-            for name, value in figures.items():
-                if baseline:
-                    self._baseline_figures.append((f"{feature}/{name}", value))
-                else:
-                    yield f"{feature}/{name}", value
+        classify = functools.partial(weighted_knn, ks=self._ks, num_classes=num_classes, temperature=self._temperature)
+        for feature in self._features:
+            one, other = train.feature(feature), test.feature(feature)
+            for name, value in classify(one, train.labels, other, test.labels).items():
+                yield f"{feature}/{name}", value
+            for number in self._per_class:
+                draws = []
+                for draw in range(self._draws):
+                    few = few_of_each_class(train.labels, number, draw)
+                    draws.append(classify(one[few], train.labels[few], other, test.labels))
+                for name in draws[0]:
+                    values = [figures[name] for figures in draws]
+                    yield f"{feature}/{number}_per_class/{name}", float(np.mean(values))
+                    yield f"{feature}/{number}_per_class/{name}_std", float(np.std(values))
+        for feature in BASELINES if pixels else ():  # all colors lie in one octant: the cosine must see how they differ
+            center = train.features[feature].mean(axis=0, dtype=np.float32)
+            one, other = train.features[feature] - center, test.features[feature] - center
+            figures = classify(one, train.labels, other, test.labels)
+            self._baseline_figures += [(f"{feature}/{name}", value) for name, value in figures.items()]
         yield from self._baseline_figures

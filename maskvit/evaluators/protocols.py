@@ -28,14 +28,17 @@ def _padded(side: int) -> Protocol:
     return Protocol("segmentation", (side, side), dict(crop="pad", limit=None, options=dict(resolution="model")))
 
 
+def _knn(ks: tuple[int, ...], norm: bool) -> Protocol:
+    return Protocol("knn", (224, 224), dict(crop=0.875, ks=ks, temperature=0.07, norm=norm, limit_train=None, limit_test=None))
+
+
 PROTOCOLS: dict[str, Protocol] = {
     # Classes of pictures: the short side at 256 / 224 of the model's, the middle cut out; beyond 224 pixels all of it (MAE, MultiMAE).
     "imagenet_224": Protocol("classification", (224, 224), dict(crop=0.875, limit=None)),
     "imagenet_384": Protocol("classification", (384, 384), dict(crop=1.0, limit=None)),
-    # DINO's, iBOT's and AttMask's k-NN.
-    "imagenet_knn_224": Protocol(
-        "knn", (224, 224), dict(crop=0.875, ks=(10, 20, 100, 200), temperature=0.07, limit_train=None, limit_test=None)
-    ),
+    # DINO's, iBOT's and AttMask's k-NN; efficient probing's, of tokens before the final norm.
+    "imagenet_knn_224": _knn((10, 20, 100, 200), True),
+    "imagenet_knn_unnormed_224": _knn((5, 10, 15, 20, 50, 100, 200), False),
     # MultiMAE's: loss and figures on the padded square.
     "ade20k_padded_512": _padded(512),
     "hypersim_padded_512": _padded(512),

@@ -14,7 +14,7 @@ from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch
 from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
-from maskvit.data.sources import Source
+from maskvit.data.sources import Source, has_labels
 from maskvit.metrics.accumulate import added
 from maskvit.sharding import place_batch
 
@@ -107,3 +107,49 @@ def merged(sums: Callable[[Batch], Any], batches: Iterator[Batch]) -> Any:
         total = added(total, local(sums(batch)))
     return total
 
+
+def check_shown(objective: Any, shown: Sequence[str]) -> tuple[str, ...]:
+    """`shown`, where they are inputs of the model, each once; else ValueError."""
+    if not shown or set(shown) - set(objective.model.inputs) or len(set(shown)) < len(shown):
+        raise ValueError(f"shown names {tuple(shown)}; the model's inputs are {objective.model.inputs}")
+    return tuple(shown)
+
+
+def labeled_splits(
+    what: str,
+    modalities: Mapping[str, Modality],
+    image_size: tuple[int, int],
+    mesh: Mesh,
+    data: Mapping[str, Any],
+    inputs: Sequence[str],
+    train: Mapping[str, Any] | None,
+    test: Mapping[str, Any] | None,
+    limit_train: int | None,
+    limit_test: int | None,
+    batch_size: int,
+    crop: Any,
+) -> dict[str, Reading]:
+    """{"train": ..., "test": ...} of the evaluator `what`; by default of `config.data.train` and its split "val".
+
+    Raises ValueError for data without labels.
+    """
+    default = dict(data["train"])
+    blocks = {"train": (train or default, limit_train), "test": (test or {**default, "split": "val"}, limit_test)}
+    read = {name: modalities[name] for name in inputs}
+    readings = {
+        split: Reading(block, read, image_size, mesh, data, inputs=inputs, batch_size=batch_size, limit=limit, crop=crop)
+        for split, (block, limit) in blocks.items()
+    }
+    for split, reading in readings.items():
+        if not has_labels(reading.source):
+            raise ValueError(
+                f"{what} needs labels, but the {split} data have none: {reading.source.describe()}. Drop the {what} from "
+                "config.evaluators, give it data with labels as its train and test, or set config.data label"
+            )
+    return readings
+
+
+def check_labels(what: str, examples: Any, reading: Reading) -> None:
+    """Raise ValueError where examples have no class."""
+    if missing := int((examples.labels < 0).sum()):
+        raise ValueError(f"{what} needs labels, but {missing} of {len(examples.labels)} records have none: {reading.source.describe()}")

@@ -30,7 +30,7 @@ from maskvit.losses.weights import cosine_between
 from maskvit.masking.scores import SCORES, hint_reveals
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import Duration, ToSteps, resolved
-from maskvit.objectives.values import Prepared, pooled_features, prepare
+from maskvit.objectives.values import Prepared, ReadsFeatures, prepare
 from maskvit.optim.transforms import guarded
 
 GLOBAL_VIEWS = 2
@@ -103,7 +103,7 @@ class Views(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
+class Distillation(ReadsFeatures):
     """The objective. Hashable and without arrays.
 
     Attributes:
@@ -267,14 +267,9 @@ class Distillation:
             new[name] = self.center_momentum * state[name] + (1 - self.center_momentum) * rows.mean(axis=0)
         return guarded(accepted, new, state)
 
-    def predict(
-        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
-    ) -> dict[str, Float[Array, "b d"]]:
-        """Features of the teacher, after its final norm: "global", the class token, and "mean", that of the patches present.
-
-        Without a state `params` are the teacher's, as they are where a checkpoint is opened for use.
-        """
-        return pooled_features(self.model, state["teacher"] if state else params, batch, inputs)
+    def encoder_params(self, params: Params, state: Any) -> Params:
+        """The teacher's. Without a state `params` are the teacher's already, as they are where a checkpoint is opened for use."""
+        return state["teacher"] if state else params
 
     def visualize(
         self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], plan: Any = None, step: Int[Array, ""] | int = 0

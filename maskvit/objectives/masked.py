@@ -30,12 +30,12 @@ from maskvit.masking.budgets import BUDGETS, moved_averages
 from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.masking.scores import random_scores
 from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, ToSteps
-from maskvit.objectives.values import Prepared, check_targets, pooled_features, prepare, split_channels, take
+from maskvit.objectives.values import Prepared, ReadsFeatures, check_targets, prepare, split_channels, take
 from maskvit.optim.transforms import guarded
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedAutoencoder:
+class MaskedAutoencoder(ReadsFeatures):
     """The objective. Hashable and without arrays: parameters and state belong to the caller.
 
     Attributes:
@@ -394,12 +394,6 @@ class MaskedAutoencoder:
         return total, (observed, {f"loss/{name}": value for name, value in sums.items()})
 
     # What evaluators and pictures read
-
-    def predict(
-        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
-    ) -> dict[str, Float[Array, "b d"]]:
-        """Features of an unmasked pass (`pooled_features`)."""
-        return pooled_features(self.model, params, batch, inputs)
 
     def visualize(
         self,

@@ -24,14 +24,14 @@ from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import ToSteps, check_inputs
 from maskvit.objectives.tasks import build_task
-from maskvit.objectives.values import pooled_features, prepare
+from maskvit.objectives.values import ReadsFeatures, prepare
 from maskvit.optim.transforms import guarded
 
 STATISTICS = "statistics/"  # metrics of this name are running means and variances of a head on their way to the state
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised:
+class Supervised(ReadsFeatures):
     """The objective. Hashable and without arrays.
 
     Attributes:
@@ -180,12 +180,6 @@ class Supervised:
         return fresh, [name for name in stored if name not in own]
 
     # What evaluators, pictures and users read
-
-    def predict(
-        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
-    ) -> dict[str, Float[Array, "b d"]]:
-        """Features of the encoder (`pooled_features`)."""
-        return pooled_features(self.model, params, batch, inputs)
 
     def answers(
         self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None

@@ -80,22 +80,62 @@ def prepare(model: Network, batch: Batch) -> Prepared:
     return Prepared(values, valid, restore, _present_tokens(model, values, valid))
 
 
-def pooled_features(
-    model: Network, params: Params, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None
-) -> dict[str, Float[Array, "b d"]]:
-    """Features of an unmasked pass over `inputs` (the first input modality alone unless given); `batch` may be arrays by name.
+class Encoded(NamedTuple):
+    """Float32 tokens of an unmasked pass.
 
-    "mean": mean of the patch tokens present of those modalities; "global": the (first) global token, where there is one.
+    `patches`: of the inputs shown, in their order; `present`: which of them exist, None where all do; `global_tokens`: perhaps none.
+    """
+
+    patches: Float[Array, "b n d"]
+    present: Bool[Array, "b n"] | None
+    global_tokens: Float[Array, "b g d"]
+
+
+def encoded_tokens(
+    model: Network, params: Params, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None, norm: bool = True
+) -> Encoded:
+    """An unmasked pass over `inputs` (the first input modality alone unless given); `batch` may be arrays by name.
+
+    `norm` False: as tokens leave the last block, without the final norm of models that have one.
     """
     names = inputs or model.inputs[:1]
     batch = batch if isinstance(batch, Batch) else batch_of(batch)
     prepared = prepare(model, batch.only(names))
     tokens = model.embed(params, prepared.values_of(names), prepared.present)
-    encoded = model.encode(params, tokens.tokens, tokens.present).astype(jnp.float32)
+    encoded = model.features(params, tokens.tokens, (dict(model.encoder)["depth"],), tokens.present)[0]
+    encoded = (model.normed(params, encoded) if norm else encoded).astype(jnp.float32)
     n = tokens.layout.num_tokens
-    weights = jnp.ones(encoded.shape[:1] + (n,)) if tokens.present is None else tokens.present.astype(jnp.float32)
-    mean = jnp.einsum("bnd,bn->bd", encoded[:, :n], weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-    return {"mean": mean} | ({"global": encoded[:, n]} if model.num_global_tokens else {})
+    return Encoded(encoded[:, :n], tokens.present, encoded[:, n:])
+
+
+def pooled(encoded: Encoded) -> dict[str, Float[Array, "b d"]]:
+    """One vector each: "mean", the mean of the patch tokens present; "global", the (first) global token, where there is one."""
+    patches, present, global_tokens = encoded
+    weights = jnp.ones(patches.shape[:2]) if present is None else present.astype(jnp.float32)
+    mean = jnp.einsum("bnd,bn->bd", patches, weights) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+    return {"mean": mean} | ({"global": global_tokens[:, 0]} if global_tokens.shape[1] else {})
+
+
+class ReadsFeatures:
+    """The part of an objective that evaluators and users of features read; `model` is the objective's."""
+
+    model: Any
+
+    def encoder_params(self, params: Params, state: Any) -> Params:
+        """The parameters whose features are read."""
+        return params
+
+    def predict(
+        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None, norm: bool = True
+    ) -> dict[str, Float[Array, "b d"]]:
+        """Features of an unmasked pass (`pooled`); arguments as `encoded_tokens`."""
+        return pooled(self.tokens(params, state, batch, inputs, norm))
+
+    def tokens(
+        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], inputs: tuple[str, ...] | None = None, norm: bool = True
+    ) -> Encoded:
+        """The tokens themselves (`encoded_tokens`)."""
+        return encoded_tokens(self.model, self.encoder_params(params, state), batch, inputs, norm)
 
 
 def check_values(spec: Modality, stored: Any) -> None:

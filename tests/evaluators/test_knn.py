@@ -13,7 +13,8 @@ from maskvit.core.modalities import RGB, parse_modalities
 from maskvit.data import SOURCES
 from maskvit.data.sources import ListSource
 from maskvit.evaluators import build_evaluators
-from maskvit.evaluators.knn import weighted_knn
+from maskvit.evaluators.features import Extraction
+from maskvit.evaluators.knn import few_of_each_class, weighted_knn
 from maskvit.objectives import build_objective
 from maskvit.sharding import make_mesh, replicated
 
@@ -177,3 +178,89 @@ def test_config_mistakes_are_named_before_any_work(objective):
 def test_data_without_labels_are_refused_before_any_work(objective):
     with pytest.raises(ValueError, match="k-NN needs labels, but the test data have none: 37 records in memory"):
         evaluator(objective, 1, test=dict(source="stripes", split="val", labeled=False))
+
+
+# Choices of features, few examples, files of features
+
+
+def test_features_that_are_asked_for(objective):
+    params, state = jax.jit(objective.init)(jax.random.key(0))
+    knn, _ = evaluator(objective, 1, features=("both",), ks=(5,))
+    train, test = (knn.examples(split, params, state, pixels=False) for split in ("train", "test"))
+    joined = [np.concatenate([x.features["global"], x.features["mean"]], axis=1) for x in (train, test)]
+    expected = weighted_knn(joined[0], train.labels, joined[1], test.labels, (5,), 4)
+    assert dict(knn.run(params, state)) == {f"both/{name}": value for name, value in expected.items()}
+    assert set(knn.names) == {"both/top1_k5", "both/top5_k5"}
+
+
+def test_features_before_the_final_norm(monkeypatch):
+    monkeypatch.setitem(SOURCES, "stripes", Stripes)
+    block = dict(name="mae", encoder=dict(width=16, depth=1, heads=2), decoder=dict(width=16, depth=1, heads=2))
+    mae = build_objective(dict(image_size=SIZE, modalities=dict(rgb=dict(RGB, patch=8)), objective=block))
+    params, state = jax.jit(mae.init)(jax.random.key(0))
+    raw, normed = (
+        evaluator(mae, 1, norm=norm, ks=(1,))[0].examples("test", params, state, pixels=False).features["global"] for norm in (False, True)
+    )
+    centered = raw - raw.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(centered / np.sqrt(np.square(centered).mean(axis=1, keepdims=True) + 1e-6), normed, atol=2e-5)
+    assert np.abs(raw - normed).max() > 0.1
+
+
+def test_few_examples_of_each_class(objective):
+    params, state = jax.jit(objective.init)(jax.random.key(0))
+    knn, _ = evaluator(objective, 1, features=("mean",), ks=(1, 4), per_class=(1, 5), draws=3)
+    figures = dict(knn.run(params, state))
+    assert set(figures) == set(knn.names)
+    train, test = (knn.examples(split, params, state, pixels=False) for split in ("train", "test"))
+    found = []
+    for draw in range(3):
+        few = few_of_each_class(train.labels, 5, draw)
+        assert np.bincount(train.labels[few]).tolist() == [5] * 4
+        assert set(few_of_each_class(train.labels, 1, draw)) <= set(few)
+        x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (train.features["mean"][few], test.features["mean"]))
+        found.append(100 * (train.labels[few][(y @ x.T).argmax(axis=1)] == test.labels).mean())
+    assert len(set(found)) > 1
+    assert figures["mean/5_per_class/top1_k1"] == pytest.approx(np.mean(found))
+    assert figures["mean/5_per_class/top1_k1_std"] == pytest.approx(np.std(found))
+
+
+def test_files_of_features_are_used_for_the_same_weights_alone(objective, tmp_path, monkeypatch):
+    params, state = jax.jit(objective.init)(jax.random.key(0))
+    block = dict(features=("mean",), ks=(5,), cache=str(tmp_path / "features"))
+    expected = dict(evaluator(objective, 1, features=("mean",), ks=(5,))[0].run(params, state))
+    knn, _ = evaluator(objective, 1, **block)
+    assert dict(knn.run(params, state)) == expected
+    passes = []
+    taken = Extraction._take
+    monkeypatch.setattr(Extraction, "_take", lambda self, *rest: passes.append(self.name) or taken(self, *rest))
+    assert dict(evaluator(objective, 4, **block)[0].run(params, state)) == expected  # another evaluator finds them
+    assert not passes
+    evaluator(objective, 1, **{**block, "features": ("global",)})[0].examples("train", params, state, pixels=False)
+    assert passes == ["k-NN train"]  # a kind that was not there
+    assert dict(knn.run(params, state)) == expected and passes == ["k-NN train"]  # is added to those that were
+    other = jax.jit(objective.init)(jax.random.key(1))[0]
+    of_other = dict(evaluator(objective, 1, features=("mean",), ks=(5,))[0].run(other, state))
+    passes.clear()
+    assert dict(knn.run(other, state)) == of_other != expected and passes == ["k-NN train", "k-NN test"]
+    assert dict(knn.run(params, state)) == expected
+    (folder, _) = sorted((tmp_path / "features").iterdir())
+    (folder / "manifest.json").unlink()  # a writer that was killed
+    passes.clear()
+    assert dict(knn.run(params, state)) == expected and len(passes) == 1
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (dict(features=("class",)), "features names 'class'; known: mean, global, both"),
+        (dict(norm=False), "norm is False, but the model has no final norm"),
+        (dict(shown=("depth",)), "shown names .*the model's inputs are"),
+        (dict(ks=(20,), per_class=(4,)), "per_class 4 of 4 classes is fewer than the 20 neighbors"),
+        (dict(per_class=(0,)), "each must be at least 1"),
+    ],
+)
+def test_mistakes_of_features(objective, block, message):
+    with pytest.raises(ValueError, match=message):
+        evaluator(objective, 1, **block)
+    with pytest.raises(ValueError, match="class 1 has 2 training examples"):
+        few_of_each_class(np.array([0, 0, 0, 1, 1]), 3, 0)
