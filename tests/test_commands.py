@@ -118,6 +118,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("data", ["check", "--config", "nowhere.py"], "the config file nowhere.py does not exist"),
     ("data", ["check", "--config", "run.py", "--out", "none/a.png"], "the folder none does not exist"),
     ("data", ["check", "--config", "run.py"], "no prepared data set"),
+    ("data", ["pseudolabel", "--root", "nowhere", "--depth", "x"], "no folder"),
+    ("data", ["pseudolabel", "--root", "pictures"], "give --depth MODEL, --semseg MODEL, or both"),
     ("data", ["imagenet", "--root", "nowhere", "--data_dir", "d"], "no folder"),
     ("bench", ["loader", "--data-dir", "nowhere"], "nowhere"),
     ("bench", ["guidance", "--no-time", "--checkpoint", "nowhere", "--images", "pictures", "--learn-from", "pictures"], "nowhere"),

@@ -3,6 +3,7 @@
 python -m maskvit data folder --root DIR --data_dir D --name N
 python -m maskvit data imagenet --root DIR --data_dir D
 python -m maskvit data check --config FILE.py --out sheet.png
+python -m maskvit data pseudolabel --root DIR --depth MODEL --semseg MODEL
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from maskvit.data.builders import __main__ as builders
 # Beside the builders: name -> (module with `add_arguments` and `run`, what it does).
 COMMANDS = {
     "check": ("maskvit.commands.data.check", "look at samples of all data that a config reads: a table, and a sheet of pictures"),
+    "pseudolabel": ("maskvit.commands.data.pseudolabel", "estimate depth and class maps for a folder of pictures"),
 }
 
 
