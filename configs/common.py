@@ -243,11 +243,13 @@ def scenes() -> ConfigDict:
 def smoke(config: ConfigDict) -> ConfigDict:
     """The same experiment, shrunk: same code, same objective and schedule form, sizes for a few seconds on a CPU."""
     config = config.copy_and_resolve_references()
-    with config.unlocked(), config.objective.ignore_type():
+    with config.unlocked(), config.ignore_type():
         config.image_size = (32, 32)
         for name in config.modalities:
             config.modalities[name].patch = 8
         config.objective.encoder = dict(width=32, depth=1, heads=2)
+        if config.objective.name == "supervised":
+            _smoke_task(config)
         if "projection" in config.objective:
             config.objective.projection.update(hidden=32, bottleneck=16, num_prototypes=32)
             config.data.augment.views.update(local_crops=2, local_size=(16, 16))
@@ -266,3 +268,17 @@ def smoke(config: ConfigDict) -> ConfigDict:
         for name in config.evaluators:
             config.evaluators[name].every = "2 steps"
     return config
+
+
+def _smoke_task(config: ConfigDict) -> None:
+    """Small heads, and blocks enough for those that read several."""
+    small = {
+        "convnext": dict(width=64, preds_per_patch=16, depth=1), "dpt": dict(width=8, layer_dims=(4, 8, 8, 8)),
+        "upernet": dict(width=16, auxiliary_width=8), "attentive": dict(queries=4),
+    }  # fmt: skip
+    head = config.objective.head.to_dict()
+    config.objective.head = {**head, **small.get(head.get("name"), {})}
+    if head.get("name") in ("dpt", "upernet"):
+        config.objective.encoder.depth = 4
+    for evaluator in config.evaluators.values():
+        evaluator.batch_size = 8

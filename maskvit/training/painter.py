@@ -49,7 +49,7 @@ class Painter:
         """{name: picture} for the writers; empty on other processes, which must take part: they hold what is kept of some records."""
         from PIL import Image
 
-        from maskvit.plots.panels import masking_panel
+        from maskvit.plots.panels import answers_panel, masking_panel
 
         kept = self._kept(state.objective_state, self._index)
         if jax.process_index():
@@ -59,4 +59,5 @@ class Painter:
         params, shared, kept, step = jax.tree.map(lambda x: x.addressable_data(0), (state.params, shared, kept, state.step))
         keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
         arrays = jax.device_get(self._visualize(params, shared, self._batch._replace(kept=kept), keys, step=step))
-        return {"masking": np.asarray(Image.open(io.BytesIO(masking_panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}
+        panel = masking_panel if arrays["masked"] else answers_panel
+        return {"masking": np.asarray(Image.open(io.BytesIO(panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}

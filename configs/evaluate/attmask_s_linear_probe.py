@@ -1,0 +1,17 @@
+"""AttMask-S: linear probe of the teacher on ImageNet-1K by SGD, 100 epochs.
+
+    python main.py --config=configs/evaluate/attmask_s_linear_probe.py --workdir=runs/attmask_s_linear_probe
+
+Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/attmask_s`. Data: `python -m maskvit data imagenet --root
+... --data_dir data`.
+Published hardware: 8 GPUs with 128 pictures each, 2 with 1,024 (AttMask).
+Published top-1: see the paper's table of 100 epochs.
+Differs: the last block alone; the references join the class tokens of the last four blocks of a ViT-S. The best epoch on the
+validation set is reported there, and here.
+"""
+
+from configs import tasks
+
+
+def get_config():
+    return tasks.sgd_probe("S", "checkpoints/attmask_s", source="global", blr=0.005, batch=2048)

@@ -1,0 +1,16 @@
+"""iBOT-B fine-tuned on ADE20K with UPerNet: 160,000 steps, batch 16, crops of 512.
+
+    python main.py --config=configs/finetune/ibot_b_ade20k_upernet.py --workdir=runs/ibot_b_ade20k_upernet
+
+Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/ibot_b`. Data: `python -m maskvit data ade20k --root ...
+--data_dir data`.
+Published hardware: 8 GPUs with 2 pictures each.
+Published mIoU by sliding windows at the original size: no number in what was read.
+Differs: evaluated during training on padded squares, which is another protocol; batch normalization is per device.
+"""
+
+from configs import tasks
+
+
+def get_config():
+    return tasks.upernet("B", "checkpoints/ibot_b", rate=0.0007, layer_decay=0.65, drop_path=0.1, positions="learned")

@@ -1,0 +1,16 @@
+"""MultiMAE-B fine-tuned on Hypersim from rgb: ConvNeXt head, 25 epochs, batch 16, 512 pixels.
+
+    python main.py --config=configs/finetune/multimae_b_hypersim_rgb.py --workdir=runs/multimae_b_hypersim_rgb
+
+Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/multimae_b`. Data: `python -m maskvit data hypersim --root
+... --data_dir data`.
+Published hardware: 4 GPUs with 4 pictures each, float32.
+Published mIoU: 37.0.
+Unknown: sizes of the splits used; how many epochs of the schedule are warm-up beyond one.
+"""
+
+from configs import tasks
+
+
+def get_config():
+    return tasks.multimae_segmentation("hypersim", 40, size=512, epochs=25, batch=16, every="1 epochs", inputs=("rgb",))

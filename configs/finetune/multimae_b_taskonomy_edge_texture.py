@@ -1,0 +1,16 @@
+"""MultiMAE-B transferred to Taskonomy's edge_texture: DPT head, masked L1, 800 pictures, 100 epochs, batch 8, 384 pixels.
+
+    python main.py --config=configs/finetune/multimae_b_taskonomy_edge_texture.py --workdir=runs/edge_texture
+
+Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/multimae_b`. Data: `python -m maskvit data taskonomy
+--root ... --data_dir data`.
+Published hardware: 1 GPU.
+Published: ranks over the tasks (the paper's tables), no single number in what was read.
+Unknown: how many rows the training list has beyond the 800 used.
+"""
+
+from configs import tasks
+
+
+def get_config():
+    return tasks.multimae_taskonomy("edge_texture")
