@@ -136,6 +136,8 @@ def test_imagenet_9_is_a_split_per_variant(tmp_path, capsys):
     for variant in ("original", "mixed_same", "mixed_rand"):
         for name in ("00_dog", "01_bird"):
             picture(tmp_path / "in" / variant / "val" / name / f"{variant}.JPEG")
+    (tmp_path / "in" / "fg_mask" / "val" / "00_dog").mkdir(parents=True)  # the archive has masks as .npy there
+    np.save(tmp_path / "in" / "fg_mask" / "val" / "00_dog" / "x.npy", np.zeros((8, 8)))
     source = packed("imagenet_9", tmp_path / "in", split="mixed_same")
     assert labels(source) == {"mixed_same/00_dog/mixed_same": "00_dog", "mixed_same/01_bird/mixed_same": "01_bird"}
     picture(tmp_path / "in" / "mixed_rand" / "val" / "02_wheeled vehicle" / "x.JPEG")

@@ -168,7 +168,8 @@ def imagenet_9(root: str, variants: Sequence[str] = ()) -> Contents:
     Args:
       variants: those to pack (original, mixed_same, mixed_rand, ...); all that are there by default.
     """
-    chosen = tuple(variants) or tuple(name for name in folders_in(root) if os.path.isdir(os.path.join(root, name, "val")))
+    there = [name for name in folders_in(root) if name != "fg_mask" and os.path.isdir(os.path.join(root, name, "val"))]
+    chosen = tuple(variants) or tuple(there)  # fg_mask holds masks, no pictures
     require(root, [f"{variant}/val/" for variant in chosen] or ["original/val/"], "<variant>/val/<number_class>/*.JPEG")
     folders: Mapping[str, tuple[str, ...]] = {variant: tuple(folders_in(os.path.join(root, variant, "val"))) for variant in chosen}
     names = folders[chosen[0]]
