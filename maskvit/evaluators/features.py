@@ -81,7 +81,7 @@ class Extraction:
         cache: str | None = None,
     ):  # fmt: skip
         self.name, self.reading, self.target = name, reading, target
-        self._objective, self._inputs, self._norm = objective, tuple(inputs), norm
+        self._objective, self.inputs, self._norm = objective, tuple(inputs), norm
         self._extract = jax.jit(self._features, static_argnames="kinds", out_shardings=replicated(reading.mesh))
         self._cache = None if cache is None else Path(cache).expanduser()
         if self._cache is not None and self._cache.exists() and not self._cache.is_dir():
@@ -118,7 +118,7 @@ class Extraction:
         """All but the weights that the features depend on."""
         return dict(
             version=VERSION, reading=self.protocol(), data=data_identity(self.reading.source), model=repr(self._objective.model),
-            inputs=self._inputs, target=self.target,
+            inputs=self.inputs, target=self.target,
         )  # fmt: skip
 
     def _digest(self, params: Any, state: Any) -> str:
@@ -133,13 +133,13 @@ class Extraction:
     def _features(self, params: Any, state: Any, batch: Batch, kinds: tuple[str, ...]) -> tuple[dict[str, Array], Array, Array]:
         """(Features by name, labels, valid) of a global batch, whole on every device."""
         found: dict[str, Array] = {}
-        shown = batch.only(self._inputs)
+        shown = batch.only(self.inputs)
         if "tokens" in kinds:
-            encoded = self._objective.tokens(params, state, shown, self._inputs, self._norm)
+            encoded = self._objective.tokens(params, state, shown, self.inputs, self._norm)
             found["tokens"] = jnp.concatenate([encoded.patches, encoded.global_tokens], axis=1)
-        found |= self._objective.predict(params, state, shown, self._inputs, self._norm)
+        found |= self._objective.predict(params, state, shown, self.inputs, self._norm)
         if set(kinds) & set(BASELINES):
-            found |= pixel_features(batch.values[self._inputs[0]])
+            found |= pixel_features(batch.values[self.inputs[0]])
         return {name: found[name] for name in kinds}, batch.values[self.target] if self.target else batch.label, batch.valid
 
     def _take(
