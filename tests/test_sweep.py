@@ -219,7 +219,7 @@ def test_a_stopped_sweep_goes_on_and_is_not_run_twice(config, tmp_path, quick, c
     assert "No power: none of the controls (half)" in said
 
     # The folder belongs to this sweep: another config's is not mistaken for it, and harmless changes are let through.
-    plain, cells = grid.load_experiment(config)
+    plain, cells, _ = grid.load_experiment(config)
     changed = write(tmp_path / "other.py", {**plain, "optimizer": {**plain["optimizer"], "base_lr": 1.0}}, cells)
     assert command.main([*arguments, "--config", changed]) == 2
     error = capsys.readouterr().err
@@ -271,7 +271,70 @@ def test_a_damaged_result_is_named(config, tmp_path, quick, capsys):
 def test_shipped_sweeps_build(path, tmp_path):
     """Every cell's config and objective; nothing runs."""
     experiment = grid.load_experiment(path)
-    runs = running.make_runs(experiment.config, experiment.cells, 3, tmp_path)
+    runs = running.make_runs(experiment, experiment.cells, 3, tmp_path)
     assert len(runs) == 3 * len(experiment.cells) and len({run.folder for run in runs}) == len(runs)
     assert [run.seed for run in runs[:: len(experiment.cells)]] == [0, 1, 2]
     assert experiment.cells[next(iter(experiment.cells))] == {}  # what the others are compared with is the config as it is
+
+
+# Stages
+
+
+STAGES = {
+    "long": {"total": "2 steps"},
+    "tail": {"config": "continued", "after": "long"},
+    "tuned": {"config": "tuned", "after": "tail"},
+    "tuned_from_random": {"config": "tuned", "seed": 5},
+}
+
+
+def staged(path: pathlib.Path, data_dir: str, cells: dict = STAGES) -> str:
+    """A file of three configs: pretraining, its continuation at half the tokens, and a classifier."""
+    plain = small_run(data_dir, total="2 steps", log_every=2, checkpoint=dict(every="2 steps", keep=1))
+    classes = dict(name="supervised", encoder=plain["objective"]["encoder"], task=dict(name="classification", num_classes=12))
+    tuned = {**plain, "modalities": {"rgb": plain["modalities"]["rgb"]}, "objective": classes}
+    tuned["evaluators"] = dict(accuracy=dict(type="classification", every="2 steps", batch_size=8))
+    write(path, plain, cells)
+    functions = "".join(f"\ndef {name}():\n    return ConfigDict({c!r})\n" for name, c in (("continued", plain), ("tuned", tuned)))
+    path.write_text(path.read_text() + functions)
+    return str(path)
+
+
+def test_a_stage_begins_with_the_weights_of_the_one_before(tmp_path, capsys, one_device):
+    path = staged(tmp_path / "stages.py", make_scenes(tmp_path / "data"))
+    assert command.main(["--config", path, "--out", str(tmp_path / "out"), "--only", "long,tail,tuned"]) == 0
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert list(record["metrics"]["accuracy/top1"]) == ["tuned"] and list(record["metrics"]["loss"])[:2] == ["long", "tail"]
+    logs = {name: (tmp_path / "out" / name / "seed_0" / "log.txt").read_text() for name in ("long", "tail", "tuned")}
+    assert "loaded" not in logs["long"] and "optimizer moments imported" in logs["tail"]
+    assert "dropped  outputs/..." in logs["tuned"] and "fresh    head/..." in logs["tuned"]
+
+
+def test_seeds_of_stages_go_together(tmp_path):
+    experiment = grid.load_experiment(staged(tmp_path / "stages.py", "data"))
+    runs = running.make_runs(experiment, experiment.cells, 2, tmp_path)
+    begin = {(run.cell, run.seed): run.config["init_from"]["path"] for run in runs}
+    assert begin["tuned", 1] == str(tmp_path / "tail" / "seed_1") and begin["tuned_from_random", 6] == "" == begin["long", 0]
+    with pytest.raises(ValueError, match="some of this sweep come after others"):
+        grid.make_cells(experiment, [("seed", [1])])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"a": {"config": "nobody"}}, "a cell of .* has config = 'nobody', which is no function of that file"),
+        ({"a": {"after": "b"}, "b": {}}, "cell 'a' of .* comes after 'b', which is no cell before it"),
+        ({"a": {"config": "tuned", "seed.x": 1}}, "cell 'a' of .* sets 'seed.x'"),
+    ],
+)
+def test_mistakes_in_stages(cells, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        grid.load_experiment(staged(tmp_path / "stages.py", "data", cells))
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "guided_continuation"])
+def test_shipped_stages(name, tmp_path):
+    experiment = grid.load_experiment(ROOT / "configs" / "sweeps" / f"{name}.py")
+    runs = running.make_runs(experiment, grid.make_cells(experiment, []), 1, tmp_path)
+    assert len(runs) == len({run.folder for run in runs}) > 10
+    assert {run.config["objective"]["name"] for run in runs} == {"supervised", "mae" if name == "fashion_mnist" else "multimae"}

@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_strategies(config_file: str, strategies: str | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(config, dotted overrides by strategy): the config's own cells, some of them, or another file's; itself where it has none."""
-    config, cells = load_experiment(config_file)
+    config, cells, stages = load_experiment(config_file)
+    if stages:
+        raise ValueError(f"the cells of {config_file} are stages with configs of their own, not ways of masking of one config")
     if strategies is None:
         return config, cells or {"config": {}}
     if strategies.endswith(".py"):

@@ -4,7 +4,9 @@
 
 Every cell of the grid is one experiment, trained once per seed in DIR/CELL/seed_N. What is finished is skipped, so the same
 command resumes where it was stopped. A config file may also define `get_sweep()`, which names cells that differ in several
-keys: {name: {dotted key: value, ...}}; a grid then multiplies them. A value that is a dict replaces the whole block.
+keys: {name: {dotted key: value, ...}}; a grid then multiplies them. A value that is a dict replaces the whole block. A cell may also name
+its "config", another function of the file, and the cell that it comes "after", whose weights it begins with: pretraining, what continues
+it, and what is fine-tuned from either are then one sweep.
 DIR/sweep.json, .txt and .html hold the mean and the spread over seeds of the final loss and of every evaluator's figures.
 """
 
@@ -38,7 +40,7 @@ def sweep(
         for name in names:
             if name not in cells:
                 raise ValueError(f"{option} names {name!r}, which is no cell; the cells: {', '.join(cells)}")
-    runs = make_runs(experiment.config, cells, seeds, out)
+    runs = make_runs(experiment, cells, seeds, out)
     wanted = [run for run in runs if not only or run.cell in only]
     make_folder(out)
     # Runs that compile the same program, and a sweep that goes on, compile it once.

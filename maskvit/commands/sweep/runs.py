@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskvit.checkpoints import check_same_config
-from maskvit.commands.sweep.cells import overrides
+from maskvit.commands.sweep.cells import AFTER, Experiment, overrides, own_keys
 from maskvit.core.errors import Mistakes, all_mistakes
 from maskvit.training import setup
 from maskvit.training.config import check_config
 
 RESULT = "result.json"  # in a finished run's folder: its config, seconds and final figures
-MAY_DIFFER = ("data.workers", "data.prefetch", "data.train.data_dir", "log_every", "picture_every", "checkpoint")
+MAY_DIFFER = ("data.workers", "data.prefetch", "data.train.data_dir", "init_from.path", "log_every", "picture_every", "checkpoint")
 
 
 class Run(NamedTuple):
@@ -51,26 +51,38 @@ class Run(NamedTuple):
         return result
 
 
-def make_runs(config: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]], seeds: int, out: Path) -> list[Run]:
+def make_runs(experiment: Experiment, cells: Mapping[str, Mapping[str, Any]], seeds: int, out: Path) -> list[Run]:
     """Every cell under every seed, all cells of a seed before the next seed: a sweep that was stopped then has whole rows.
 
+    A cell that comes after another begins with the weights of that one's run of the same seed.
     Checks every cell's config, so that a mistake in one is told before any has run.
     """
     runs = []
     with all_mistakes() as checks:
         for name, changes in cells.items():
             with checks.check():
-                changed = overrides(config, changes, f"cell {name!r}")
+                changed = overrides(experiment.base(changes), own_keys(changes), f"cell {name!r}")
                 try:
                     check_config(changed)
                 except Mistakes as error:
                     raise Mistakes([f"cell {name!r}: {mistake}" for mistake in error.mistakes]) from error
                 runs += [(seed, Run(name, changed.get("seed", 0) + seed, Path(), changed)) for seed in range(seeds)]
     runs.sort(key=lambda pair: pair[0])  # stable
-    placed = [run._replace(folder=out / run.cell / f"seed_{run.seed}", config={**run.config, "seed": run.seed}) for _, run in runs]
+    placed: list[Run] = []
+    for seed, run in runs:
+        settings = {**run.config, "seed": run.seed}
+        if after := cells[run.cell].get(AFTER):
+            (before,) = [other for other in placed if other.cell == after and other.seed - settings_seed(experiment, cells[after]) == seed]
+            settings["init_from"] = {**settings.get("init_from", {}), "path": str(before.folder)}
+        placed.append(run._replace(folder=out / run.cell / f"seed_{run.seed}", config=settings))
     for run in placed:
         run.result()
     return placed
+
+
+def settings_seed(experiment: Experiment, changes: Mapping[str, Any]) -> int:
+    """The seed of a cell's first run."""
+    return overrides(experiment.base(changes), own_keys(changes), "cell").get("seed", 0)
 
 
 def carry_out(run: Run) -> dict[str, Any]:

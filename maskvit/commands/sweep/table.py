@@ -71,7 +71,7 @@ def summarize(results: Sequence[Mapping[str, Any]], cells: Sequence[str], baseli
         spreads = {
             cell: spread([r["final"][metric] for r in results if r["cell"] == cell and metric in r["final"]])
             for cell in cells
-            if any(r["cell"] == cell for r in results)
+            if any(r["cell"] == cell and metric in r["final"] for r in results)  # stages have figures of their own
         }
         table[metric] = {}
         for cell, here in spreads.items():
