@@ -156,6 +156,8 @@ def multimae_segmentation(
     with config.unlocked():
         if "depth" in inputs:
             config.modalities.depth = depth_input()
+            if name == "nyuv2":
+                config.modalities.depth.metres_per_count = 10 / 65536
         if "rgb" not in inputs:
             del config.modalities["rgb"]
             del config.data.augment["color_jitter"]

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskvit.core.config_files import load_config
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
 from maskvit.data import codec
+from maskvit.data.builders import ARCHIVES
+from maskvit.data.builders.packing import stated_fields
 from tests.data.archives import array, packed, picture, told
+from tests.runs import ROOT
 
 RNG = np.random.default_rng(0)
 
@@ -221,6 +225,45 @@ def taskonomy_archive(root, size=32):
         lines = ["building,point,view", *(",".join(map(str, row)) for row in rows)]
         (root / "splits" / f"tiny_{split}.csv").write_text("\n".join(lines) + "\n")
     return targets
+
+
+@pytest.mark.parametrize("name", ["ade20k", "hypersim", "nyuv2", "taskonomy"])
+def test_the_recipes_read_what_is_stored(name, tmp_path, monkeypatch):
+    """Every shipped config of the data set: its modalities, what each is declared to be, and its splits."""
+    root, options = tmp_path / "in", {}
+    if name == "ade20k":
+        ade_archive(root)
+    elif name == "nyuv2":
+        nyu_archive(root)
+    elif name == "taskonomy":
+        taskonomy_archive(root)
+        options = dict(num_train=2, num_val=1)
+    else:
+        root.mkdir()
+        rows = [f"ai_001_00{n},cam_00,0,True,,{split}" for n, split in enumerate(("train", "val", "test"))]
+        header = "scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name"
+        (root / "metadata_images_split_scene_v1.csv").write_text("\n".join([header, *rows]) + "\n")
+        from maskvit.data.builders import hypersim
+
+        monkeypatch.setattr(hypersim, "require", lambda *_: None)  # the frames themselves are of no interest here
+        monkeypatch.setattr(hypersim, "import_h5py", lambda: None)
+    contents = ARCHIVES[name].load()(str(root), **options)
+    stored = stated_fields(contents.modalities)
+    recipes = [str(path) for path in sorted((ROOT / "configs" / "finetune").glob("*.py")) if f"_{name}" in path.name]
+    assert recipes
+    for recipe in recipes:
+        config = load_config(recipe).to_dict()
+        assert config["data"]["train"]["name"] == name
+        for modality, fields in stated_fields(parse_modalities(config["modalities"])).items():
+            for field, value in stored[modality].items():
+                same = pytest.approx(value) if isinstance(value, float) else value
+                assert fields.get(field) == same, (recipe, field)
+        splits = {config["data"]["train"]["split"], *(b["data_from"]["split"] for b in config["evaluators"].values() if b.get("data_from"))}
+        assert splits <= set(contents.tasks), recipe
+    if name == "taskonomy":
+        declared_there = [parse_modalities(load_config(recipe).to_dict()["modalities"]) for recipe in recipes]
+        scales = {modality: spec.scale for specs in declared_there for modality, spec in specs.items()}
+        assert scales == {modality: spec.scale for modality, spec in contents.modalities.items()}
 
 
 def declared(**fields):
