@@ -1,4 +1,4 @@
-"""Features of one's own pictures: open a checkpoint, read a folder, write an array.
+"""A checkpoint opened for one's own pictures: what a fine-tuned model says of them, and features, of a folder written as an array.
 
     python -m maskvit features --checkpoint C --images DIR --out features.npz
 
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Num
 
-from maskvit.checkpoints import load_params, load_teacher, trusting
+from maskvit.checkpoints import load_params, load_statistics, load_teacher, load_weights, trusting
 from maskvit.core.arguments import check_output, number, whole
 from maskvit.core.durations import to_steps
 from maskvit.core.errors import add_debug, printable, run_command
@@ -32,12 +33,16 @@ from maskvit.core.types import Params, tree_paths
 from maskvit.data.batches import eval_batches
 from maskvit.data.files import list_files, tell
 from maskvit.data.pictures import SUFFIXES, PictureError, open_picture
+from maskvit.heads.task_network import TaskNetwork
 from maskvit.objectives.distillation import teacher_params
 from maskvit.objectives.stored import check_shapes, stored_objective
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 
 FORMATS = (".npz", ".safetensors")
 FEATURES = ("mean", "global")
+WEIGHTS = ("params", "ema")
+
+Images = Num[np.ndarray, "b h w *c"] | Num[Array, "b h w *c"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ class LoadedModel(NamedTuple):
 
     `objective`: the pure functions (`predict`, `visualize`, ...), `model`: its network, `params`: parameters on the devices
     (of self-distillation the teacher's), `config`: the plain config it was trained or converted with, `metadata`: all that
-    stands beside it (source, licence).
+    stands beside it (source, licence), `state`: what the objective needs beside the parameters (a head's running statistics).
     """
 
     objective: Any
@@ -58,14 +63,79 @@ class LoadedModel(NamedTuple):
     params: Params
     config: dict[str, Any]
     metadata: dict[str, Any]
+    state: dict[str, Any] = {}  # nothing changes it
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes that a fine-tuned model tells apart; numbers where the checkpoint does not name them. () of other models."""
+        task = getattr(self.objective, "task", None)
+        if task is None or (task.dense and self.model.modality(task.target).kind != "categorical"):
+            return ()
+        count = task.channels({spec.name: spec for spec in self.model.modalities})
+        stored = self.metadata.get("label_names") if not task.dense else None
+        fits = isinstance(stored, list) and len(stored) == count and all(isinstance(name, str) for name in stored)
+        return tuple(stored) if fits and stored else tuple(map(str, range(count)))
+
+    def predict(self, images: Images | Mapping[str, Images]) -> dict[str, Any]:
+        """What a fine-tuned model says of pictures.
+
+        `images`: the first input, or inputs by name, in stored units (uint8 of pictures) and of a size that divides into patches; the
+        model was trained at `model.image_size`.
+
+        Of a classification: "classes" (all names, in the order of the columns), "probabilities" (float32 "b k"). Of a segmentation:
+        "classes", and "ids" (int32 "b h w"). Of a regression: "values" (float32 "b h w c", stored units), and "meters" where the config
+        says what a unit is. Raises ValueError for a model that was not fine-tuned, and for arrays that are not its inputs.
+        """
+        task = self.check_fine_tuned()
+        given = dict(images) if isinstance(images, Mapping) else {self.model.inputs[0]: images}
+        if wrong := [name for name in given if name not in self.model.inputs]:
+            raise ValueError(f"images name {wrong[0]!r}; the model's inputs are {', '.join(self.model.inputs)}")
+        if not given:
+            raise ValueError(f"images are empty; the model's inputs are {', '.join(self.model.inputs)}")
+        names = tuple(name for name in self.model.inputs if name in given)
+        answers = _said(self.objective, names, self.params, self.state, {name: given[name] for name in names})
+        found = {name: np.asarray(value) for name, value in answers.items()}
+        if not task.dense:
+            return {"classes": self.class_names, **found}
+        spec = self.model.modality(task.target)
+        if spec.kind == "categorical":
+            return {"classes": self.class_names, **found}
+        return found if spec.metres_per_count is None else {**found, "meters": found["values"] * np.float32(spec.metres_per_count)}
+
+    def check_fine_tuned(self) -> Any:
+        """The task that the model was fine-tuned for. Raises ValueError where there is none."""
+        task = getattr(self.objective, "task", None)
+        if task is None:
+            name = self.config["objective"]["name"]
+            raise ValueError(f"the checkpoint is of the objective {name!r}, which has no task: fine-tune it first")
+        return task
 
 
-def load(path: str | os.PathLike) -> LoadedModel:
-    """Open a checkpoint: a run's workdir, its checkpoints directory, or one step's; of training or of conversion.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _said(objective: Any, names: tuple[str, ...], params: Params, state: Any, values: Any) -> dict[str, Any]:
+    """The objective's answers as a user reads them: "probabilities", "ids" or "values"."""
+    answers = objective.answers(params, state, values, names)
+    if "values" in answers:
+        return answers
+    logits = answers["logits"].astype(jnp.float32)
+    if objective.task.dense:
+        return {"ids": logits.argmax(axis=-1).astype(jnp.int32)}
+    return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 
-    Raises CheckpointError where there is none, it is damaged, or its parameters are not those of its config.
+
+def load(path: str | os.PathLike, weights: str = "params") -> LoadedModel:
+    """Open a checkpoint: a run's workdir, its checkpoints directory, one step's, or WORKDIR/best; of training or of conversion.
+
+    `weights`: "params", or "ema" for the average that the run kept of them.
+
+    Raises CheckpointError where there is none, it is damaged, it holds no such weights, or its parameters are not those of its
+    config; ValueError for other `weights`.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; known: {', '.join(WEIGHTS)}")
     params, metadata = load_params(path)
+    if weights != "params":
+        params = load_weights(path, weights, "weights")
     config = metadata.get("config") or {}
     with trusting(path):
         objective = stored_objective(config, params, functools.partial(_with_durations, config=config, metadata=metadata))
@@ -73,8 +143,19 @@ def load(path: str | os.PathLike) -> LoadedModel:
         if teacher is not None:
             check_shapes(*({name: leaf.shape for name, leaf in tree_paths(tree).items()} for tree in (teacher_params(params), teacher)))
             params = teacher
+        state = _statistics(path, objective.model)
     params = jax.device_put(params, parameter_shardings(params, make_mesh()))
-    return LoadedModel(objective, objective.model, params, config, metadata)
+    return LoadedModel(objective, objective.model, params, config, metadata, jax.device_put(state, replicated(make_mesh())))
+
+
+def _statistics(path: str | os.PathLike, model: Any) -> dict[str, Any]:
+    """The running means and variances of a head that keeps some, {"statistics": ...}; else {}."""
+    if not isinstance(model, TaskNetwork):
+        return {}
+    stored = {"statistics": load_statistics(path)}
+    expected = {"statistics": jax.eval_shape(model.init_statistics)}
+    check_shapes(*({name: tuple(leaf.shape) for name, leaf in tree_paths(tree).items()} for tree in (expected, stored)))
+    return stored if stored["statistics"] else {}
 
 
 def _with_durations(objective: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:

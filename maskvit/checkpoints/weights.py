@@ -99,23 +99,33 @@ def load_epochs_done(path: str | os.PathLike) -> float | None:
 
 def load_teacher(path: str | os.PathLike) -> Params | None:
     """The teacher of a verified checkpoint of self-distillation, which stands for the run; None where there is none."""
+    return _kept_by_objective(path, "teacher")
+
+
+def load_statistics(path: str | os.PathLike) -> dict[str, Any]:
+    """Running means and variances of a verified checkpoint's head; empty where it keeps none."""
+    return _kept_by_objective(path, "statistics") or {}
+
+
+def _kept_by_objective(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
+    """One entry of what the objective of a verified checkpoint keeps; None where there is none."""
     step_dir = find_checkpoint(path)
-    part = ("objective_state", "teacher")
-    return read_state_part(step_dir, part) if part[1] in (stored_shapes(step_dir).get(part[0]) or {}) else None
+    part = ("objective_state", name)
+    return read_state_part(step_dir, part) if name in (stored_shapes(step_dir).get(part[0]) or {}) else None
 
 
 # Which weights of a checkpoint a run may begin from, and where they stand.
 WEIGHTS = {"params": ("params",), "teacher": ("objective_state", "teacher"), "ema": ("objective_state", "ema")}
 
 
-def load_weights(path: str | os.PathLike, weights: str = "params") -> Params:
-    """One of `WEIGHTS` of a verified checkpoint. Raises CheckpointError where it holds none of that name."""
+def load_weights(path: str | os.PathLike, weights: str = "params", key: str = "config.init_from.weights") -> Params:
+    """One of `WEIGHTS` of a verified checkpoint. Raises CheckpointError, naming `key`, where it holds none of that name."""
     step_dir, part = find_checkpoint(path), WEIGHTS[weights]
     tree: Any = stored_shapes(step_dir)
-    for key in part:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    for name in part:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
     if not tree:
-        raise CheckpointError(f"config.init_from.weights is {weights!r}, but the checkpoint {path} holds none")
+        raise CheckpointError(f"{key} is {weights!r}, but the checkpoint {path} holds none")
     return read_state_part(step_dir, part)
 
 

@@ -14,6 +14,7 @@ from maskvit.core.configuration import check_arguments, look_up, shown
 from maskvit.core.errors import Mistakes, message
 from maskvit.core.modalities import Modality, parse_modalities
 from maskvit.core.types import Params, tree_paths
+from maskvit.heads import HEADS
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives import OBJECTIVES, build_objective, check_blocks, parse_image_size
 
@@ -74,9 +75,22 @@ def _check_sizes(config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
         if "depth" in decoder:
             _agree("config.objective.decoder.depth", decoder["depth"], _count(found, f"outputs/{name}/block_"))
         _check_table(f"outputs/{name}", _spec(specs, name), size, decoder.get("width"), found)
+    if "task" in arguments:
+        _check_head({"name": "linear", **(arguments["head"] or {})}, found)
     if "num_visible" in arguments and "num_visible" not in block:
         return {"num_visible": max(1, sum(math.prod(specs[name].grid(size)) for name in arguments["inputs"]) // 6)}
     return {}
+
+
+def _check_head(block: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise where the head of a fine-tuned model would have other numbers of layers than are stored; their widths cost nothing."""
+    name = block["name"]
+    module: Any = HEADS[name].module if isinstance(name, str) and name in HEADS else None
+    if hasattr(module, "depth"):
+        _agree("config.objective.head.depth", block.get("depth", module.depth), _count(found, f"{name}/block_"))
+    if hasattr(module, "pools"):
+        stored = {int(match[1]) for path in found if (match := re.match(rf"{name}/pool_(\d+)/", path))}
+        _agree("config.objective.head.pools", sorted(block.get("pools", module.pools)), sorted(stored))
 
 
 def _spec(specs: Mapping[str, Modality], name: str) -> Modality:
