@@ -24,6 +24,7 @@ from maskvit.data.builders.__main__ import main as build
 from maskvit.objectives import build_objective
 from maskvit.training import setup
 from maskvit.training.config import check_config
+from maskvit.training.config import init_block
 from maskvit.training.start import start_params
 from tests.runs import ROOT, make_scenes
 
@@ -229,7 +230,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     config = load_config("garden.py").to_dict()
     assert config["modalities"]["rgb"]["patch"] == 8 and config["objective"]["encoder"]["width"] == 128
     assert config["init_from"]["drop"] == () and all("semseg" in pattern for pattern in config["init_from"]["fresh"])
-    params, _ = start_params(build_objective(config), 0, config["init_from"])
+    params, _ = start_params(build_objective(config), 0, init_block(**config["init_from"]))
     stored, _ = load_params(here / "imported")
     name = "block_00"
     np.testing.assert_array_equal(params["encoder"][name]["attn"]["qkv"]["kernel"], stored["encoder"][name]["attn"]["qkv"]["kernel"])
@@ -239,7 +240,7 @@ def test_a_converted_checkpoint_is_continued_on_other_data(folder, here, capsys)
     assert main(["init", "photos", "--checkpoint", "imported"]) == 0
     config = load_config("photos.py").to_dict()
     assert config["objective"]["inputs"] == ("rgb",) and config["init_from"]["drop"]
-    start_params(build_objective(config), 0, config["init_from"])
+    start_params(build_objective(config), 0, init_block(**config["init_from"]))
     assert "a tenth of that from a checkpoint" in capsys.readouterr().out
 
 
