@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from maskvit.core.configuration import check_arguments, look_up
 from maskvit.core.modalities import Modality
-from maskvit.evaluators.answers import Classification
+from maskvit.evaluators.classes import Backgrounds, Classification, Corruptions
 from maskvit.evaluators.dense import Depth, Maps, Normals, Segmentation
 from maskvit.evaluators.knn import Knn
 from maskvit.evaluators.logistic import Logistic
@@ -39,7 +39,7 @@ class Evaluator(Protocol):
 
 EVALUATORS: dict[str, Any] = {
     "knn": Knn, "classification": Classification, "segmentation": Segmentation, "depth": Depth, "normals": Normals, "maps": Maps,
-    "probe": Probe, "logistic": Logistic,
+    "corruptions": Corruptions, "backgrounds": Backgrounds, "probe": Probe, "logistic": Logistic,
 }  # fmt: skip
 
 # What the loop supplies to every evaluator beside its config block.

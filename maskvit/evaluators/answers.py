@@ -1,4 +1,4 @@
-"""Figures of what a supervised model says: what all share, and classes of pictures (`maskvit.evaluators.dense`: of pixels)."""
+"""What evaluators of a supervised model's answers share: `maskvit.evaluators.classes` of pictures, `maskvit.evaluators.dense` of pixels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 from maskvit.core.configuration import check_arguments
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch
-from maskvit.data.sources import has_labels
-from maskvit.evaluators.reading import Reading, check_shown, merged, nothing
-from maskvit.metrics import classification
+from maskvit.data.sources import Source, has_labels
+from maskvit.evaluators.reading import Reading, check_shown, nothing
 from maskvit.sharding import replicated
 
 Figures = Iterator[tuple[str, Any]]
@@ -66,16 +65,24 @@ class Answers:
         self.num_classes = self.spec.num_classes if self.spec else objective.task.num_classes
         check_arguments("config.evaluators options", self.read_options, options or {})
         self.options = self.read_options(**(options or {}))
-        block = data_from or {**dict(data["train"]), "split": "val"}
+        block = dict(data_from or {**dict(data["train"]), "split": "val"})
         read = {name: modalities[name] for name in names}
         geometry: dict[str, Any] = dict(crop=crop)
         if self.options.get("resolution") == "original":
             if crop not in ("pad", None):
                 raise ValueError(f"crop is {crop!r}, but answers at the original resolution need whole pictures: set it to 'pad' or None")
             geometry["originals"] = names if self.options["sliding"] else (self.target,)
-        self.reading = Reading(block, read, image_size, mesh, data, inputs=self.inputs, batch_size=batch_size, limit=limit, **geometry)
-        if not self.target and not has_labels(self.reading.source):
-            raise ValueError(f"an accuracy needs labels, but the data have none: {self.reading.source.describe()}")
+        self.readings = {
+            split: Reading(
+                block | ({"split": split} if split else {}), read, image_size, mesh, data, inputs=self.inputs, batch_size=batch_size,
+                limit=limit, **geometry,
+            )
+            for split in self.splits() or ("",)
+        }  # fmt: skip
+        self.reading = next(iter(self.readings.values()))
+        for source in [] if self.target else [reading.source for reading in self.readings.values()]:
+            if not self.labeled(source):
+                raise ValueError(f"an accuracy needs labels, but the data have none: {source.describe()}")
         if self.channels and self._spec().channels != self.channels:
             raise ValueError(
                 f"the evaluator {type(self).__name__.lower()!r} is for {self.channels} channel(s), but {self.target!r} has "
@@ -83,6 +90,14 @@ class Answers:
             )
         self.sums = jax.jit(self._sums, out_shardings=replicated(mesh))
         self.prepare(read, image_size, crop)
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are read, where an evaluator is of several; () for the one that the data's block names."""
+        return ()
+
+    def labeled(self, source: Source) -> bool:
+        """Whether the data say which class a picture has."""
+        return has_labels(source)
 
     def prepare(self, read: Mapping[str, Modality], image_size: tuple[int, int], crop: Any) -> None:
         """What an evaluator needs beside; nothing here."""
@@ -96,7 +111,8 @@ class Answers:
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
         options = {name: value for name, value in self.options.items() if name != "examples"}  # a picture is no figure
-        return dict(self.reading.protocol(), figures=type(self).__name__.lower(), **options)
+        several = dict(splits=self.splits()) if self.splits() else {}
+        return dict(self.reading.protocol(), figures=type(self).__name__.lower(), **several, **options)
 
     @staticmethod
     def read_options() -> dict[str, Any]:
@@ -126,35 +142,10 @@ class Answers:
         """The figures out of the sums of all batches."""
         raise NotImplementedError
 
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
+    def _sums(self, params: Any, state: Any, batch: Any) -> Any:
         """The sums of a batch, padding left out."""
         raise NotImplementedError
 
     def _answers(self, params: Any, state: Any, batch: Batch) -> Any:
         """The model's one answer, in stored units where it is numbers."""
         return next(iter(self.objective.answers(params, state, batch, self.inputs).values()))
-
-
-class Classification(Answers):
-    """Top-1 and top-5 of one class per picture, mean over classes, cross-entropy; a picture of the confusion matrix.
-
-    Figures: "top1", "top5", "mean_class" in percent, "loss" in nats.
-    """
-
-    task = "classification"
-    given = ("top1", "top5", "mean_class", "loss")
-
-    def _sums(self, params: Any, state: Any, batch: Batch) -> Any:
-        logits = self._answers(params, state, batch)
-        confusion = classification.confusion_matrix(logits.argmax(axis=-1), batch.label, self.num_classes, batch.valid)
-        return classification.counts(logits, batch.label, batch.valid), confusion
-
-    def figures(self, sums: Callable[[Any], Any], batches: Iterator[Any]) -> Figures:
-        """The figures, and "confusion", a picture where there are few enough classes."""
-        from maskvit.plots.confusion import MOST_CLASSES, confusion_picture
-
-        counts, confusion = merged(sums, batches)
-        yield from classification.summarize(counts).items()
-        if self.num_classes <= MOST_CLASSES:
-            names = self.reading.source.label_names or tuple(map(str, range(self.num_classes)))
-            yield "confusion", confusion_picture(confusion, names)

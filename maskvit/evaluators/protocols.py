@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from maskvit.core.configuration import look_up, shown
+from maskvit.metrics.test_sets import ALEXNET_ERRORS, BACKGROUNDS, SEVERITIES
 
 
 class Protocol(NamedTuple):
@@ -36,6 +37,11 @@ PROTOCOLS: dict[str, Protocol] = {
     # Classes of pictures: the short side at 256 / 224 of the model's, the middle cut out; beyond 224 pixels all of it (MAE, MultiMAE).
     "imagenet_224": Protocol("classification", (224, 224), dict(crop=0.875, limit=None)),
     "imagenet_384": Protocol("classification", (384, 384), dict(crop=1.0, limit=None)),
+    # Stored at 224 pixels.
+    "imagenet_c": Protocol(
+        "corruptions", (224, 224), dict(crop=1.0, limit=None, options=dict(corruptions=tuple(ALEXNET_ERRORS), severities=SEVERITIES))
+    ),
+    "imagenet_9": Protocol("backgrounds", (224, 224), dict(crop=1.0, limit=None, options=dict(variants=BACKGROUNDS))),
     # DINO's, iBOT's and AttMask's k-NN; efficient probing's, of tokens before the final norm.
     "imagenet_knn_224": _knn((10, 20, 100, 200), True),
     "imagenet_knn_unnormed_224": _knn((5, 10, 15, 20, 50, 100, 200), False),
