@@ -23,8 +23,7 @@ from maskvit.core.config_files import apply_overrides, load_config, split_overri
 from maskvit.data.builders.__main__ import main as build
 from maskvit.objectives import build_objective
 from maskvit.training import setup
-from maskvit.training.config import check_config
-from maskvit.training.config import init_block
+from maskvit.training.config import check_config, init_block
 from maskvit.training.start import start_params
 from tests.runs import ROOT, make_scenes
 
