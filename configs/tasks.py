@@ -38,7 +38,7 @@ def task(encoder: str, task: dict, init: str, data: dict, augment: dict, **objec
             best=config_dict.placeholder(dict),
             init_from=dict(path=init, fresh=(), drop=(), weights="params"),
             log_every=50,
-            picture_every=0,
+            picture_every="0 steps",
             checkpoint=dict(every="1 epochs", keep=2),
             writers=(),
         )
@@ -286,3 +286,33 @@ def ibot_imagenet(encoder: str, init: str, epochs: int, drop_path: float, layer_
     config.objective.task.update(mixup=0.0, cutmix=0.0)
     config.init_from.weights = "teacher"
     return run_for(config, epochs, 20, 1024, 1e-3, min_lr=1e-6)
+
+
+# Rendered scenes
+
+SCENES_HEAD = dict(name="convnext", width=512, preds_per_patch=16, depth=2)
+
+
+def scenes_task(
+    goal: dict, head: dict, evaluator: str, epochs: int, encoder: dict, data: dict, inputs: tuple[str, ...] = ("rgb",), **subset
+) -> ConfigDict:
+    """A task on rendered scenes of 64 x 64 pixels, evaluated once, at the end, on the split "val"."""
+    config = task("B", goal, "", {}, dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5), drop_path=0.1, pool="all")
+    modalities, target = common.scenes().modalities, goal.get("target")
+    with config.unlocked(), config.ignore_type():
+        config.image_size = (64, 64)
+        config.modalities = {name: modalities[name].to_dict() for name in inputs}
+        if target == "semseg":
+            config.modalities.semseg = dict(modalities.semseg.to_dict(), stride=1, missing=-1)
+        if target == "depth":
+            # Counts of 1/512 m; mean and deviation are the scenes'.
+            config.modalities.depth = dict(modalities.depth.to_dict(), standardize=False, scale=1 / 512, mean=(8.0,), std=(5.4,))
+        config.objective.update(inputs=inputs, encoder=encoder, head=head, compute_dtype="float32")
+        config.data.train = dict(data, split="train", **subset)
+        config.data.workers = 0
+        config.optimizer.layer_decay = 0.75
+        block = dict(type=evaluator, every="100 percent", crop=1.0, batch_size=250, data_from=dict(data, split="val"))
+        config.evaluators = {evaluator: block}
+    config.picture_every = "0 steps"
+    config.checkpoint = dict(every="100 percent", keep=1)
+    return run_for(config, epochs, max(1, epochs // 10), 64, 4e-3)

@@ -332,7 +332,7 @@ def test_mistakes_in_stages(cells, message, tmp_path):
         grid.load_experiment(staged(tmp_path / "stages.py", "data", cells))
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "guided_continuation"])
+@pytest.mark.parametrize("name", ["fashion_mnist", "guided_continuation", "downstream_scenes"])
 def test_shipped_stages(name, tmp_path):
     experiment = grid.load_experiment(ROOT / "configs" / "sweeps" / f"{name}.py")
     runs = running.make_runs(experiment, grid.make_cells(experiment, []), 1, tmp_path)

@@ -15,6 +15,7 @@ EPOCHS = 32.0
 DATA = dict(source="tfds", name="scenes", data_dir="data/guided_continuation")
 ENCODER = dict(width=96, depth=4, heads=3)
 GUIDANCE = dict(name="self_attention", query="global")
+CLASSES = dict(name="classification", num_classes=12, smoothing=0.1)
 
 
 def get_config():
@@ -42,60 +43,27 @@ def continued():
     return config
 
 
-def fine_tuned(task: dict, head: dict, figure: str, epochs: int, **subset):
-    """From rgb alone."""
-    config = tasks.task("B", task, "", {}, dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5), drop_path=0.1, pool="all")
-    modalities = common.scenes().modalities
-    with config.unlocked(), config.ignore_type():
-        config.image_size = (64, 64)
-        config.modalities = dict(rgb=modalities.rgb)
-        if task.get("target") == "semseg":
-            config.modalities.semseg = dict(modalities.semseg.to_dict(), stride=1, missing=-1)
-        if task.get("target") == "depth":
-            # Counts of 1/512 m; mean and deviation are the scenes'.
-            depth = dict(modalities.depth.to_dict(), standardize=False, scale=1 / 512, mean=(8.0,), std=(5.4,))
-            config.modalities.depth = depth
-        config.objective.update(encoder=ENCODER, head=head, compute_dtype="float32")
-        config.data.train = dict(DATA, split="train", **subset)
-        config.data.workers = 0
-        config.optimizer.layer_decay = 0.75
-        kind = figure.partition("/")[0]
-        config.evaluators = {kind: dict(type=kind, every="100 percent", crop=1.0, batch_size=250, data_from=dict(DATA, split="val"))}
-    config.checkpoint = dict(every="100 percent", keep=1)
-    return tasks.run_for(config, epochs, max(1, epochs // 10), 64, 4e-3)
-
-
 def full():
-    return fine_tuned(dict(name="classification", num_classes=12, smoothing=0.1), {}, "classification/top1", 4)
+    return tasks.scenes_task(CLASSES, {}, "classification", 4, ENCODER, DATA)
 
 
 def ten_percent():
-    return fine_tuned(dict(name="classification", num_classes=12, smoothing=0.1), {}, "classification/top1", 20, share=0.1)
+    return tasks.scenes_task(CLASSES, {}, "classification", 20, ENCODER, DATA, share=0.1)
 
 
 def one_percent():
-    # 60 pictures are less than a batch of 64: two and a half epochs of 24 each.
-    config = fine_tuned(dict(name="classification", num_classes=12, smoothing=0.1), {}, "classification/top1", 60, share=0.01)
+    # 60 pictures are less than a batch of 64.
+    config = tasks.scenes_task(CLASSES, {}, "classification", 60, ENCODER, DATA, share=0.01)
     config.global_batch = 20
     return config
 
 
 def segmentation():
-    return fine_tuned(
-        dict(name="segmentation", target="semseg"),
-        dict(name="convnext", width=512, preds_per_patch=16, depth=2),
-        "segmentation/mean_iou",
-        4,
-    )
+    return tasks.scenes_task(dict(name="segmentation", target="semseg"), tasks.SCENES_HEAD, "segmentation", 4, ENCODER, DATA)
 
 
 def depth():
-    return fine_tuned(
-        dict(name="regression", target="depth", loss="l1"),
-        dict(name="convnext", width=512, preds_per_patch=16, depth=2),
-        "depth/delta_1",
-        4,
-    )
+    return tasks.scenes_task(dict(name="regression", target="depth", loss="l1"), tasks.SCENES_HEAD, "depth", 4, ENCODER, DATA)
 
 
 def get_sweep():
