@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 from configs import common
 from maskvit.checkpoints import CheckpointError, CheckpointStore, find_checkpoint
 from maskvit.core.durations import to_steps
+from maskvit.core.types import tree_paths
 from maskvit.data.batches import Batches
 from maskvit.data.workers import LoaderError
 from maskvit.evaluators import EVALUATORS
@@ -70,7 +72,37 @@ def test_shipped_config_has_its_full_size(path):
 ON_ALL_DEVICES = ("configs/demo.py", "configs/pretrain/ibot_s_800e.py")
 
 
-@pytest.mark.parametrize("path", distinct_smoke_forms())
+# Forms that differ from one that is run in these values alone: their step is traced on their first batch, and not compiled.
+TRACED = {
+    "configs/pretrain/scenes.py": ("configs/pretrain/multimae_b_1600e.py", {"compute_dtype", "embed_dim"}),  # as in configs/demo.py
+    "configs/pretrain/multimae_b_attention_low_tail.py": ("configs/pretrain/multimae_b_attention_restart.py", {"name"}),  # of the scores
+    "configs/pretrain/crossmae_h.py": ("configs/pretrain/crossmae_b.py", {"kept_mask_ratio"}),
+    "configs/pretrain/attmask_s_20percent_100e.py": ("configs/pretrain/attmask_s_100e.py", {"teacher_momentum"}),
+}
+
+
+class Traced(Exception):
+    """The step was traced."""
+
+
+@pytest.mark.parametrize("path", TRACED)
+def test_smoke_form_is_traced(path, data_dir, tmp_path, monkeypatch, one_device):
+    def trace(step, arguments, *, global_batch, micro_batch, **_):
+        state, results = jax.eval_shape(functools.partial(step, micro_batches=global_batch // micro_batch), *arguments)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, arguments[0]) and results.metrics["loss"][0].shape == ()
+        raise Traced
+
+    run, differing = TRACED[path]
+    assert run in distinct_smoke_forms()
+    settings, other = (on_scenes(common.smoke(get_config(name)), data_dir).to_dict() for name in (path, run))
+    ours, theirs = (tree_paths({part: form[part] for part in ("modalities", "objective", "data")}) for form in (settings, other))
+    assert {name.split("/")[-1] for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} == differing
+    monkeypatch.setattr(setup, "compile_step", trace)
+    with pytest.raises(Traced):
+        setup.train(str(tmp_path), **settings | dict(evaluators={}))
+
+
+@pytest.mark.parametrize("path", [path for path in distinct_smoke_forms() if path not in TRACED])
 def test_smoke_form_runs_saves_and_resumes(path, data_dir, tmp_path, monkeypatch):
     if path not in ON_ALL_DEVICES:
         on_one_device(monkeypatch)
@@ -171,7 +203,7 @@ def test_skips_in_a_row_go_back_to_a_healthy_checkpoint_that_nothing_replaced(da
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_skips_that_never_end_stop_the_run_with_what_is_true(data_dir, tmp_path, monkeypatch):
+def test_skips_that_never_end_stop_the_run_with_what_is_true(data_dir, tmp_path, monkeypatch, one_device):
     config = small_run(data_dir, total="40 steps", log_every=1, checkpoint=dict(every="2 steps", keep=1), guard=dict(max_skipped=3))
     skip_steps(monkeypatch, 2, 1000)
     with pytest.raises(FloatingPointError, match="step 10: 3 updates in a row were skipped, and it was so again after returning to step 2"):
@@ -246,24 +278,24 @@ def test_killed_and_terminated_runs_and_those_that_lost_a_worker_go_on(data_dir,
     config = small_run(data_dir, guided=True, total="26 steps", checkpoint=dict(every="2 steps", keep=2))
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     setup.train(str(whole), **config)
-    config["data"]["workers"] = 1
     file = write_config(tmp_path / "config.py", config)
 
-    def run_three_steps(act) -> tuple[str, int]:
+    def run_three_steps(act, *flags: str) -> tuple[str, int]:
         """Act on a child once it has logged three steps more than were there; its words and exit status."""
         metrics = workdir / "metrics.jsonl"
         step = 3 + max(map(int, re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")), default=0)
-        process = child(file, workdir)
+        process = child(file, workdir, *flags)
         while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
             time.sleep(0.02)
         act(process)
         return process.communicate(timeout=120)[0], process.returncode
 
-    assert run_three_steps(lambda process: process.kill())[1] == -signal.SIGKILL
-    said, status = run_three_steps(lambda process: os.kill(loader_workers(process.pid)[0], signal.SIGKILL))
+    worker = "--config.data.workers=1"
+    assert run_three_steps(lambda process: process.kill(), worker)[1] == -signal.SIGKILL
+    said, status = run_three_steps(lambda process: os.kill(loader_workers(process.pid)[0], signal.SIGKILL), worker)
     assert status == 2 and "Traceback" not in said
     assert re.search(r"\nthe state of step (\d+) is saved.*\nerror: loader worker 0 of 1 \(process \d+\) died", said), said[-2000:]
-    said, status = run_three_steps(lambda process: process.send_signal(signal.SIGTERM))
+    said, status = run_three_steps(lambda process: process.send_signal(signal.SIGTERM), worker)
     assert status == 128 + signal.SIGTERM and re.search(r"stopped by SIGTERM at step \d+, state saved", said)
     said = finish(child(file, workdir))[0]
     assert "resuming at step" in said
