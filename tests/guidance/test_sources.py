@@ -25,6 +25,7 @@ from maskvit.optim.transforms import adamw
 from maskvit.training.step import init_state, train_step
 
 LAYOUT = TokenLayout(("rgb", "depth"), ((4, 4), (2, 4)))
+ONE_BLOCK = dict(width=48, depth=1, heads=3)
 
 
 # Reading the attention
@@ -74,8 +75,8 @@ def test_absent_tokens_do_not_count_when_shares_are_made():
 
 
 def run_steps(steps: int = 3, **objective):
-    """A few steps of a tiny objective: (objective, states)."""
-    built = tiny_objective(**{"outputs": ("rgb", "depth", "semseg"), **objective})
+    """A few steps of a tiny objective with one block: (objective, states)."""
+    built = tiny_objective(**{"outputs": ("rgb", "depth", "semseg"), "encoder": ONE_BLOCK, **objective})
     shapes = jax.eval_shape(lambda key: built.init(key)[0], jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), Cosine(1e-2, 10, 0, 0, 0.0))
     states = [init_state(built, optimizer, 0, 16)]
@@ -99,7 +100,7 @@ def test_the_teacher_is_a_moving_average_of_the_parameters():
     state = states[-1].objective_state
     teacher = {**states[-1].params, **state["guidance"]}
     plan = jax.jit(lambda p, s: objective.plan(p, batch, keys, s)[0].masked)
-    own = tiny_objective(outputs=("rgb",), scores=dict(name="attention_high"), guidance=dict(name="self_attention"))
+    own = tiny_objective(outputs=("rgb",), encoder=ONE_BLOCK, scores=dict(name="attention_high"), guidance=dict(name="self_attention"))
     np.testing.assert_array_equal(plan(states[-1].params, state), jax.jit(lambda p: own.plan(p, batch, keys)[0].masked)(teacher))
 
 
