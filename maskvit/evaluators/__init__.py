@@ -15,6 +15,7 @@ from maskvit.evaluators.knn import Knn
 from maskvit.evaluators.logistic import Logistic
 from maskvit.evaluators.probe import Probe
 from maskvit.evaluators.protocols import with_protocol
+from maskvit.evaluators.subsets import Subsets, subsets
 
 
 @runtime_checkable
@@ -58,14 +59,21 @@ def build_evaluators(
     """The evaluators of `config.evaluators` by their names there.
 
     `type` says which one it is, `every` is the loop's, `protocol` stands for the arguments of a published protocol
-    (`maskvit.evaluators.protocols`), all else are the evaluator's arguments. `data` is `config.data`.
+    (`maskvit.evaluators.protocols`), `subsets=True` evaluates every subset of `shown` (by default of all inputs), all else are the
+    evaluator's arguments. `data` is `config.data`.
     Raises ValueError for an unknown type or key, listing the known ones.
     """
     context = dict(objective=objective, modalities=modalities, image_size=image_size, mesh=mesh, data=data)
     built: dict[str, Evaluator] = {}
     for name, block in evaluators.items():
         constructor, arguments = check_evaluator(name, block, image_size)
-        built[name] = constructor(**context, **arguments)
+        if not block.get("subsets"):
+            built[name] = constructor(**context, **arguments)
+            continue
+        shown = tuple(arguments.pop("shown", None) or objective.model.inputs)
+        # A head of dense tasks cannot do without the tokens that it reads.
+        needed = objective.model.read_from if getattr(getattr(objective, "task", None), "dense", False) else ()
+        built[name] = Subsets({chosen: constructor(**context, **arguments, shown=chosen) for chosen in subsets(shown, needed)})
     return built
 
 
@@ -79,6 +87,8 @@ def check_evaluator(name: str, block: Any, image_size: tuple[int, int] | None = 
         raise ValueError(f"{where} lacks the key 'type'; known types: {', '.join(EVALUATORS)}")
     constructor = look_up(f"{where}.type", EVALUATORS, block["type"])
     block = with_protocol(where, block, image_size)
-    arguments = {key: value for key, value in block.items() if key not in ("type", "every")}
+    if not isinstance(block.get("subsets", False), bool):
+        raise ValueError(f"{where}.subsets is {block['subsets']!r}; it must be True or False")
+    arguments = {key: value for key, value in block.items() if key not in ("type", "every", "subsets")}
     check_arguments(where, constructor, arguments, given=CONTEXT)
     return constructor, arguments
