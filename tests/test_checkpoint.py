@@ -644,6 +644,12 @@ RAMP = {"total": "2 steps", "objective": {"guided_share": {"ramp": "100 percent"
             "record 0 of the stored maps has other contents .*: config.objective.guidance.path names other data",
         ),
         (same({}), same({"objective": {"scores": "random"}}), "objective.scores: '.absent.' in the checkpoint"),
+        (
+            same({}, label_names=["ant", "bee", "cow"]),
+            same({}, label_names=["ant", "cat", "cow"]),
+            "class 1 of the data is 'cat'; it was 'bee' when the checkpoint was written",
+        ),
+        (same({}, label_names=["ant", "bee"]), same({}, label_names=["ant"]), "class 1 of the data is missing; it was 'bee'"),
     ],
 )
 def test_what_is_computed_must_be_the_same(saved, now, expected):
@@ -658,6 +664,15 @@ def test_a_longer_run_and_moved_data_are_the_same_run(caplog):
     longer = {"total": "4 steps", "objective": {"guided_share": {"ramp": "2 steps"}}, "data": {"train": {"data_dir": "/b"}}}
     allowed = check_same_run(saved, same(longer, durations={"objective.guided_share.ramp": 2}))
     assert [line.partition(":")[0] for line in allowed] == ["data.train.data_dir", "objective.guided_share.ramp", "total"]
+
+
+def test_classes_that_one_side_does_not_name_are_not_compared(caplog):
+    """An older checkpoint holds no names; others only count the classes."""
+    named = same({}, label_names=["ant", "bee"])
+    with caplog.at_level("INFO"):
+        assert check_same_run(same({}), named) == []
+    assert "written before they were stored: label_names" in caplog.text
+    assert check_same_run(same({}, label_names=["0", "1"]), named) == check_same_run(named, same({})) == []
 
 
 def test_stored_maps_may_be_moved_where_their_contents_are_known():

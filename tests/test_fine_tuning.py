@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskvit.checkpoints import load_objective_state
+import maskvit
+from maskvit.checkpoints import load_objective_state, load_params
 from maskvit.core.types import tree_paths
-from maskvit.training import setup
+from maskvit.data import open_source
+from maskvit.data.scenes import KIND_NAMES
+from maskvit.evaluators import reading
+from maskvit.training import parts, setup
 from tests.runs import make_scenes, same_params, small_run
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "one_device")
@@ -67,6 +71,45 @@ def test_classes_that_are_not_the_datas(changes, message, data_dir, tmp_path):
     config["objective"]["task"] |= changes
     with pytest.raises(ValueError, match=message):
         setup.train(str(tmp_path), **config)
+
+
+class Renamed:
+    """A source whose first class has another name."""
+
+    def __init__(self, source):
+        self.source = source
+        self.label_names = ("other", *source.label_names[1:])
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+
+def test_a_run_keeps_the_names_of_its_classes(data_dir, tmp_path, monkeypatch):
+    """Its checkpoints name them; it is neither resumed nor evaluated on others, nor is its head taken over for others."""
+    config = fine_tuning(data_dir, total="1 steps", evaluators={}, checkpoint=dict(every="1 steps", keep=1))
+    setup.train(str(tmp_path / "run"), **config)
+    names = load_params(tmp_path / "run")[1]["label_names"]
+    assert names == list(KIND_NAMES) and maskvit.load(tmp_path / "run").class_names == KIND_NAMES
+
+    again = config | dict(init_from=dict(path=str(tmp_path / "run")))
+    setup.setup(again, str(tmp_path / "same")).closing.close()
+    evaluated = config | dict(evaluators=dict(accuracy=dict(type="classification", batch_size=4)))
+    monkeypatch.setattr(reading, "open_source", lambda *args, **kwargs: Renamed(open_source(*args, **kwargs)))
+    with pytest.raises(ValueError, match=f"config.evaluators.accuracy: class 0 of its data is 'other', but the run learns '{names[0]}'"):
+        setup.setup(evaluated, str(tmp_path / "evaluated"))
+    monkeypatch.setattr(parts, "open_source", lambda *args, **kwargs: Renamed(open_source(*args, **kwargs)))
+    with pytest.raises(ValueError, match=f"class 0 of the data is 'other'; it was '{names[0]}' when the checkpoint was written"):
+        setup.setup(config | dict(total="2 steps"), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=rf"its class 0 is '{names[0]}', and that of the data 'other': .*fresh = \('probe/\.\*',\)"):
+        setup.setup(again, str(tmp_path / "other"))
+    again["init_from"]["fresh"] = ("probe/.*",)
+    setup.setup(again, str(tmp_path / "fresh")).closing.close()
 
 
 def test_data_without_labels(data_dir, tmp_path):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from maskvit.checkpoints.arrays import trusting
 from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, manifest_digest, verify, write_manifest
-from maskvit.checkpoints.resume import check_same_config, check_same_run
+from maskvit.checkpoints.resume import check_same_config, check_same_run, other_classes
 from maskvit.checkpoints.store import CheckpointStore
 from maskvit.checkpoints.weights import (
     LoadRow,
@@ -25,6 +25,7 @@ from maskvit.checkpoints.weights import (
     init_from,
     load_adam,
     load_epochs_done,
+    load_label_names,
     load_objective_state,
     load_params,
     load_statistics,
@@ -48,11 +49,13 @@ __all__ = [
     "manifest_digest",
     "load_adam",
     "load_epochs_done",
+    "load_label_names",
     "load_objective_state",
     "load_params",
     "load_statistics",
     "load_teacher",
     "load_weights",
+    "other_classes",
     "save_imported",
     "trusting",
     "verify",

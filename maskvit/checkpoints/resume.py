@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,8 +42,8 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
     """Compare the metadata of a checkpoint with what this run would write, before resuming.
 
     Both hold "config" and, unless the checkpoint is older than they are, "steps_per_epoch", "data" (`data.identity`), "maps" (the
-    same of stored maps, where there are any) and "durations": {dotted config key: steps} of the schedules in use. What the
-    checkpoint lacks is logged and not compared.
+    same of stored maps, where there are any), "label_names" (of the classes, where they are learned and have names) and
+    "durations": {dotted config key: steps} of the schedules in use. What the checkpoint lacks is logged and not compared.
 
     Args:
       saved: the checkpoint's metadata. `now`: this run's.
@@ -50,7 +51,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
 
     Returns the allowed differences as lines (they are logged too). Raises ValueError listing all others.
     """
-    now = _as_json({key: now[key] for key in ("config", "steps_per_epoch", *DATA, "durations") if key in now})
+    now = _as_json({key: now[key] for key in ("config", "steps_per_epoch", *DATA, "label_names", "durations") if key in now})
     unknown = [key for key in now if type(saved.get(key)) is not type(now[key])]
     if "config" in unknown:
         raise ValueError("the checkpoint holds no config, so nothing says which run it is of: choose another --workdir")
@@ -59,6 +60,8 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults: M
     refused: list[str] = []
     if "steps_per_epoch" not in unknown and saved.get("steps_per_epoch") != now.get("steps_per_epoch"):
         refused.append(f"an epoch has {now['steps_per_epoch']} steps; it had {saved['steps_per_epoch']} when the checkpoint was written")
+    if "label_names" in now and "label_names" not in unknown and (other := other_classes(saved["label_names"], now["label_names"])):
+        refused.append(f"class {other[0]} of the data is {other[2]}; it was {other[1]} when the checkpoint was written")
     free = list(MAY_DIFFER)
     for name, (keys, words) in DATA.items():
         if name in now and name not in unknown:
@@ -105,6 +108,20 @@ def other_data(saved: Mapping[str, Any], now: Mapping[str, Any], words: str = "t
     if changed and not differences:
         differences = [f"record {changed[0]} of {words} has other contents ({len(changed)} of the {len(compared)} records compared)"]
     return [f"{line}: config.{key} names other data" for line in differences]
+
+
+def other_classes(saved: Sequence[str], now: Sequence[str]) -> tuple[int, str, str] | None:
+    """(number of the first class that has another name, the saved one, the present one), both as they are shown; None: there is none.
+
+    Names that only count the classes ("0", "1", ...), or no names at all, are those of any classes.
+    """
+    if any(list(names) == [str(number) for number in range(len(names))] for names in (saved, now)):
+        return None
+    for number, (before, after) in enumerate(itertools.zip_longest(saved, now)):
+        if before != after:
+            shown = ["missing" if name is None else repr(name) for name in (before, after)]
+            return number, shown[0], shown[1]
+    return None
 
 
 def _compare_configs(

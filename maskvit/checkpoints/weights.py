@@ -97,6 +97,12 @@ def load_epochs_done(path: str | os.PathLike) -> float | None:
     return epochs
 
 
+def load_label_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the classes that a verified checkpoint's head was trained on; () where it does not say."""
+    names = read_metadata(find_checkpoint(path)).get("label_names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def load_teacher(path: str | os.PathLike) -> Params | None:
     """The teacher of a verified checkpoint of self-distillation, which stands for the run; None where there is none."""
     return _kept_by_objective(path, "teacher")

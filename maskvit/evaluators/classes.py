@@ -94,6 +94,11 @@ class Classification(Answers):
         if self._sets is not None:
             self.given = (*self.given, "real")
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What the data call the model's classes; () where they have other classes, or no names."""
+        return self.reading.source.label_names
+
     def labeled(self, source: Source) -> bool:
         """Whether pictures have a class or a set of them."""
         return has_labels(source) or label_sets(source) is not None
@@ -268,6 +273,11 @@ class Backgrounds(SeveralSets):
             self._of_nine[list(members)] = number
         gap = ("background_gap",) if {"mixed_same", "mixed_rand"} <= set(self.options["variants"]) else ()
         self.given = (*self.options["variants"], *gap)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """None: the nine are classes of their own."""
+        return ()
 
     def splits(self) -> tuple[str, ...]:
         """One per variant."""

@@ -34,6 +34,11 @@ class Subsets:
         """Of all figures that `run` yields."""
         return tuple(f"{name}/{figure}" for name, evaluator in self._members.items() for figure in evaluator.names)
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What the data call the model's classes, where the members have classes: all read the same data."""
+        return getattr(next(iter(self._members.values())), "label_names", ())
+
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken, as plain data."""
         return dict(subsets={name: evaluator.protocol() for name, evaluator in self._members.items()})

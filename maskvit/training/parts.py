@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,8 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
                 {name: {key: value for key, value in block.items() if key != "every"} for name, block in blocks.items()},
                 objective=objective, modalities=specs, image_size=objective.model.image_size, mesh=mesh, data=data,
             )  # fmt: skip
+            for name, evaluator in evaluators.items():
+                check_classes(f"config.evaluators.{name}", getattr(evaluator, "label_names", ()), source.label_names)
             if best:
                 check_figure(best["figure"], evaluators)
     return Parts(
@@ -129,14 +131,30 @@ def check_labels(source: Any, num_classes: int) -> None:
         raise ValueError(f"config.objective.task needs labels, but the data have none: {source.describe()}")
 
 
+def check_classes(where: str, read: Sequence[str], learned: Sequence[str]) -> None:
+    """Raise ValueError where the classes that an evaluator reads are not those that the run learns."""
+    if other := checkpoints.other_classes(learned, read):
+        raise ValueError(
+            f"{where}: class {other[0]} of its data is {other[2]}, but the run learns {other[1]} as that class: pack both with the same "
+            "list of classes (--class_names)"
+        )
+
+
 def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     """What of a run goes into its checkpoints so that `checkpoints.check_same_run` can compare it."""
     durations = resolved_durations(parts.objective)
     if parts.optimizer.get("freeze"):
         durations["optimizer.freeze.until"] = parts.optimizer["freeze"]["until"]
     maps = parts.objective.needs.maps
-    of_maps = dict(maps=data_identity(open_maps(maps))) if maps else {}
-    return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations, **of_maps)
+    more: dict[str, Any] = dict(maps=data_identity(open_maps(maps))) if maps else {}
+    if learned_classes(parts):
+        more["label_names"] = list(learned_classes(parts))
+    return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations, **more)
+
+
+def learned_classes(parts: Parts) -> tuple[str, ...]:
+    """Names of the classes that the run's head learns; () where it learns none, or they have no names."""
+    return tuple(parts.source.label_names) if parts.objective.needs.num_classes else ()
 
 
 def imported_epochs(config: Mapping[str, Any], parts: Parts, saved: Mapping[str, Any]) -> float | None:

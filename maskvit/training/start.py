@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import Optimizer, with_adam_moments
 from maskvit.training.loop import Run
 from maskvit.training.microbatches import memory_limit
-from maskvit.training.parts import Parts
+from maskvit.training.parts import Parts, learned_classes
 from maskvit.training.step import state_from_params
 
 LOG = logging.getLogger("maskvit")
@@ -35,7 +35,7 @@ def fresh_params(objective: Any, key: Any) -> Any:
 def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records: int) -> TrainState:
     """The state of step 0: fresh, or from a checkpoint's parameters, moments and teacher. `num_records`: rows of what is kept of each."""
     init_from = parts.init_from
-    params, moments = start_params(parts.objective, seed, init_from)
+    params, moments = start_params(parts.objective, seed, init_from, learned_classes(parts))
     # Through host memory: every process holds the same values, and places its own part of them.
     placed = lambda tree, where: jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tree, where)  # noqa: E731
 
@@ -53,16 +53,20 @@ def first_state(parts: Parts, optim: Any, shardings: Any, seed: int, num_records
     return state
 
 
-def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+def start_params(
+    objective: Any, seed: int, init_from: Mapping[str, Any], label_names: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any] | None]:
     """Fresh parameters, replaced by a checkpoint's where `init_from` names one: (params, moments).
 
-    Imported optimizer moments come along only where every trained tensor was loaded as it is.
+    Imported optimizer moments come along only where every trained tensor was loaded as it is. `label_names`: of the classes that the
+    run learns; ValueError where the head is taken over from one that was trained on others.
     """
     params = fresh_params(objective, jax.random.key(seed))
     if not init_from["path"]:
         return params, None
     params, rows = checkpoints.init_from(params, **init_from, differences=objective.differences)
     LOG.info("%s", checkpoints.format_report(rows))
+    check_head(objective, rows, init_from["path"], label_names)
     changed = [row for row in rows if row.action in ("fresh", "dropped")]
     moments = checkpoints.load_adam(init_from["path"]) if init_from["weights"] == "params" else None
     if moments is not None and changed:
@@ -71,6 +75,20 @@ def start_params(objective: Any, seed: int, init_from: Mapping[str, Any]) -> tup
     if moments is not None:
         LOG.info("optimizer moments imported, at update %d", int(moments["count"]))
     return params, moments
+
+
+def check_head(objective: Any, rows: Sequence[checkpoints.LoadRow], path: str, label_names: Sequence[str]) -> None:
+    """Raise ValueError where a head is taken over whose classes have other names."""
+    if not label_names:
+        return
+    head = objective.model.task_head or "head"
+    if not any(row.action == "loaded" and row.path.startswith(f"{head}/") for row in rows):
+        return
+    if other := checkpoints.other_classes(checkpoints.load_label_names(path), label_names):
+        raise ValueError(
+            f"config.init_from.path: the head of {path} has the shape of this run's, but its class {other[0]} is {other[1]}, and that of "
+            f"the data {other[2]}: config.init_from.fresh = ('{head}/.*',) begins with a new head"
+        )
 
 
 def write_parameter_table(workdir: str, shapes: Any) -> None:
