@@ -6,7 +6,8 @@ Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/mae_b`
 --data_dir data`.
 Published hardware: 7 h 11 min on 32 V100.
 Published by the MAE repository, top-1: 83.6 (four trials 83.57 +- 0.08; the public file evaluates to 83.664).
-Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier. Unknown: seeds.
+Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier, the class token and its
+position are one parameter. Unknown: seeds.
 """
 
 from configs import tasks

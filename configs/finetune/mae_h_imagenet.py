@@ -6,7 +6,8 @@ Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/mae_h`
 --data_dir data`.
 Published hardware: 13 h 9 min on 64 V100.
 Published by the MAE repository, top-1: 86.9 (the public file 86.928).
-Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier. Unknown: seeds.
+Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier, the class token and its
+position are one parameter. Unknown: seeds.
 """
 
 from configs import tasks

@@ -6,7 +6,8 @@ Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/mae_l`
 --data_dir data`.
 Published hardware: 8 h 52 min on 32 V100.
 Published by the MAE repository, top-1: 85.9 (85.87 +- 0.07; the public file 85.952).
-Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier. Unknown: seeds.
+Differs: bfloat16 in place of float16, the warm-up reaches its peak one step earlier, the class token and its
+position are one parameter. Unknown: seeds.
 """
 
 from configs import tasks
