@@ -12,6 +12,7 @@ from maskvit.core.modalities import Modality
 from maskvit.evaluators.classes import Backgrounds, Classification, Corruptions
 from maskvit.evaluators.dense import Depth, Maps, Normals, Segmentation
 from maskvit.evaluators.knn import Knn
+from maskvit.evaluators.localization import Localization
 from maskvit.evaluators.logistic import Logistic
 from maskvit.evaluators.probe import Probe
 from maskvit.evaluators.protocols import with_protocol
@@ -41,6 +42,7 @@ class Evaluator(Protocol):
 EVALUATORS: dict[str, Any] = {
     "knn": Knn, "classification": Classification, "segmentation": Segmentation, "depth": Depth, "normals": Normals, "maps": Maps,
     "corruptions": Corruptions, "backgrounds": Backgrounds, "probe": Probe, "logistic": Logistic,
+    "localization": Localization,
 }  # fmt: skip
 
 # What the loop supplies to every evaluator beside its config block.

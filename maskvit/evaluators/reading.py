@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maskvit.core.modalities import Modality
+from maskvit.core.modalities import Modality, parse_modalities
 from maskvit.core.types import Batch
 from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
@@ -153,3 +153,27 @@ def check_labels(what: str, examples: Any, reading: Reading) -> None:
     """Raise ValueError where examples have no class."""
     if missing := int((examples.labels < 0).sum()):
         raise ValueError(f"{what} needs labels, but {missing} of {len(examples.labels)} records have none: {reading.source.describe()}")
+
+
+def target_modality(
+    what: str, target: str | Mapping[str, Any], modalities: Mapping[str, Modality], kind: str, inputs: Sequence[str]
+) -> Modality:
+    """What the evaluator `what` compares with: a declared modality by its name, or a declaration of its own with a "name".
+
+    Raises ValueError unless it is of `kind` and none of the inputs.
+    """
+    if isinstance(target, str):
+        if target not in modalities:
+            known = ", ".join(modalities)
+            raise ValueError(f"{what} target is {target!r}; the model has {known}. Of another write a block with its name and fields")
+        spec = modalities[target]
+    else:
+        fields = dict(target)
+        if not isinstance(name := fields.pop("name", None), str):
+            raise ValueError(f"{what} target lacks the key 'name', under which the data have it")
+        spec = parse_modalities({name: fields})[name]
+    if spec.kind != kind:
+        raise ValueError(f"{what} target {spec.name!r} is {spec.kind}; it must be {kind}")
+    if spec.name in inputs:
+        raise ValueError(f"{what} target {spec.name!r} is also shown to the model: leave it out of shown")
+    return spec

@@ -67,7 +67,7 @@ def exact_cut(features: Float[np.ndarray, "n d"], grid: tuple[int, int], tau: fl
     mask.flat[seed] = True
     while previous is None or (mask != previous).any():
         previous = mask
-        mask = _with_neighbors(mask, np) & part
+        mask = with_neighbors(mask, np) & part
     return Cut(mask, x.reshape(grid))
 
 
@@ -88,7 +88,7 @@ def cut(features: Float[Array, "b n d"], grid: tuple[int, int], tau: float = 0.2
 
     def grow(masks: tuple[Array, Array]) -> tuple[Array, Array]:
         mask, _ = masks
-        return _with_neighbors(mask, jnp) & part, mask
+        return with_neighbors(mask, jnp) & part, mask
 
     mask, _ = jax.lax.while_loop(lambda masks: (masks[0] != masks[1]).any(), grow, (start, jnp.zeros_like(start)))
     return Cut(mask, x.reshape(part.shape))
@@ -123,7 +123,7 @@ def second_eigenvector(w: Float[Array, "b n n"], there: Bool[Array, "b n"] | Non
     return y if there is None else jnp.where(jnp.isfinite(y), y, 0.0)  # a graph of one node or none has no second eigenvector
 
 
-def _with_neighbors(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh gw"], xp: Any) -> Any:
+def with_neighbors(mask: Shaped[Array, "*b gh gw"] | Shaped[np.ndarray, "*b gh gw"], xp: Any) -> Any:
     """Each patch or one of its four neighbors; `xp` is numpy or jax.numpy."""
     wide = xp.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(1, 1), (1, 1)])
     return mask | wide[..., :-2, 1:-1] | wide[..., 2:, 1:-1] | wide[..., 1:-1, :-2] | wide[..., 1:-1, 2:]
