@@ -282,3 +282,11 @@ def _smoke_task(config: ConfigDict) -> None:
         config.objective.encoder.depth = 4
     for evaluator in config.evaluators.values():
         evaluator.batch_size = 8
+        protocol = evaluator.get("protocol", "")
+        if protocol:  # of pictures of full size: the same ways of cutting without its name
+            del evaluator["protocol"]
+            evaluator.crop = (
+                "pad" if "padded" in protocol else "shortest" if "depth" in protocol else None if "sliding" in protocol else 1.0
+            )
+        if "sliding" in protocol:
+            evaluator.options = dict(resolution="original", sliding=dict(window=32, stride=16))

@@ -75,7 +75,7 @@ def imagenet(encoder: str, init: str, erasing: float, drop_path: float, layer_de
     config = task(encoder, goal, init, dict(name="imagenet"), augment, drop_path=drop_path, **objective)
     with config.unlocked():
         config.optimizer.layer_decay = layer_decay
-    return watch(config, "accuracy/top1", "1 epochs", type="classification", crop=0.875, batch_size=1024)
+    return watch(config, "accuracy/top1", "1 epochs", type="classification", protocol="imagenet_224", batch_size=1024)
 
 
 def mae_imagenet(encoder: str, init: str, epochs: int, blr: float, layer_decay: float, drop_path: float) -> ConfigDict:
@@ -163,7 +163,9 @@ def multimae_segmentation(
             del config.data.augment["color_jitter"]
     run_for(config, epochs, 1, batch, absolute(1e-4, batch))
     source = dict(config.data.train.to_dict(), split=test)
-    return watch(config, "segmentation/mean_iou", every, type="segmentation", crop="pad", batch_size=batch, data_from=source)
+    return watch(
+        config, "segmentation/mean_iou", every, type="segmentation", protocol=f"{name}_padded_{size}", batch_size=batch, data_from=source
+    )
 
 
 def multimae_depth() -> ConfigDict:
@@ -181,7 +183,7 @@ def multimae_depth() -> ConfigDict:
     config.objective.compute_dtype = "float32"
     run_for(config, 2000, 100, 128, absolute(1e-4, 128))
     source = dict(config.data.train.to_dict(), split="test")
-    return watch(config, "depth/delta_1", "250 epochs", type="depth", crop="shortest", batch_size=96, data_from=source)
+    return watch(config, "depth/delta_1", "250 epochs", type="depth", protocol="nyuv2_depth_256", batch_size=96, data_from=source)
 
 
 # Target: (channels, stored value times this is the target, what is stored where there is none).
@@ -208,10 +210,12 @@ def multimae_taskonomy(target: str) -> ConfigDict:
         if target == "depth":
             config.modalities.depth.metres_per_count = 1 / 512
     run_for(config, 100, 5, 8, absolute(3e-4, 8))
-    return watch(config, "maps/l1", "5 epochs", mode="min", type="maps", crop="shortest", batch_size=12)
+    return watch(config, "maps/l1", "5 epochs", mode="min", type="maps", protocol="taskonomy_384", batch_size=12)
 
 
-def upernet(encoder: str, init: str, rate: float, layer_decay: float, drop_path: float, **objective) -> ConfigDict:
+def upernet(
+    encoder: str, init: str, rate: float, layer_decay: float, drop_path: float, protocol: str = "ade20k_sliding_512", **objective
+) -> ConfigDict:
     """UPerNet on ADE20K as mmsegmentation trains it: crops of 512, 160,000 steps of 16 pictures, linear decay of the rate."""
     augment = dict(crop="ratio_range", flip=0.5, photometric_distortion=dict())
     goal = dict(name="segmentation", target="semseg", auxiliary=0.4)
@@ -227,7 +231,7 @@ def upernet(encoder: str, init: str, rate: float, layer_decay: float, drop_path:
         name="polynomial", power=1.0, start_factor=1e-6 / rate, total_epochs=160000 / 1263, start_epochs=0.0, warmup_epochs=1500 / 1263,
         min_lr=0.0,
     )  # fmt: skip
-    return watch(config, "segmentation/mean_iou", "16000 steps", type="segmentation", crop="pad", batch_size=16)
+    return watch(config, "segmentation/mean_iou", "16000 steps", type="segmentation", protocol=protocol, batch_size=16)
 
 
 # Probes of a frozen encoder
@@ -242,7 +246,7 @@ def probe(encoder: str, init: str, head: dict, **objective) -> ConfigDict:
     config.objective.head = head
     with config.unlocked():
         config.optimizer = dict(name="lars", base_lr=0.1, weight_decay=0.0, momentum=0.9, frozen=FROZEN)
-    return watch(config, "accuracy/top1", "1 epochs", type="classification", crop=0.875, batch_size=1024)
+    return watch(config, "accuracy/top1", "1 epochs", type="classification", protocol="imagenet_224", batch_size=1024)
 
 
 def mae_linear_probe(encoder: str, init: str, epochs: int) -> ConfigDict:

@@ -6,7 +6,7 @@ Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/ibot_l
 --data_dir data`.
 Published hardware: 8 GPUs with 2 pictures each.
 Published mIoU by sliding windows at the original size: no number in what was read.
-Differs: evaluated during training on padded squares, which is another protocol; batch normalization is per device.
+Differs: batch normalization is per device.
 """
 
 from configs import tasks

@@ -6,12 +6,19 @@ Weights: `python convert_torch_checkpoint.py --src FILE --dst checkpoints/mae_b`
 --data_dir data`.
 Published hardware: 8 GPUs with 2 pictures each.
 Published mIoU by sliding windows at the original size: 48.13 (48.1 in the MAE paper).
-Differs: evaluated during training on padded squares, which is another protocol; batch normalization is per device; layer scale is
-left out.
+Differs: batch normalization is per device; layer scale is left out.
 """
 
 from configs import tasks
 
 
 def get_config():
-    return tasks.upernet("B", "checkpoints/mae_b", rate=1e-4, layer_decay=0.65, drop_path=0.1, positions="columns_first")
+    return tasks.upernet(
+        "B",
+        "checkpoints/mae_b",
+        rate=1e-4,
+        layer_decay=0.65,
+        drop_path=0.1,
+        positions="columns_first",
+        protocol="ade20k_sliding_512_stride_256",
+    )
