@@ -221,6 +221,9 @@ class Faulty:
     def __init__(self, objective, modalities, image_size, mesh, data):
         del objective, modalities, image_size, mesh, data
 
+    def protocol(self):
+        return dict(figure="the number of calls")
+
     def run(self, params, objective_state, between):
         Faulty.calls += 1
         if Faulty.calls == 1:
