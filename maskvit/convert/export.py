@@ -6,6 +6,7 @@ Sizes are read off the tensors themselves, so that a trained run and a converted
 from __future__ import annotations
 
 import collections
+import inspect
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from maskvit.convert.rules import Rule, listed, nested, path_shapes, to_torch
 from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import tree_paths
 from maskvit.nn.backbone import encoder_sizes
+from maskvit.objectives import OBJECTIVES
 
 LOG = logging.getLogger("maskvit")
 
@@ -75,6 +77,7 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
         num_global_tokens=params["global_tokens"].shape[0] if "global_tokens" in params else 0,
         final_norm="norm" in params,
         num_classes=params["head"]["bias"].shape[0] if "head" in params else 0,
+        pool=given.get("pool", _default_pool(given.get("name"))),
     )
     decoder = ""
     if outputs:
@@ -93,6 +96,13 @@ def _model(config: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     size = config["image_size"]
     described = dict(config, modalities=modalities, objective=objective, image_size=(size, size) if isinstance(size, int) else tuple(size))
     return Model(described, params, decoder)
+
+
+def _default_pool(objective: Any) -> str:
+    """What a classifier reads where the config does not say."""
+    constructor = OBJECTIVES.get(objective)
+    parameter = inspect.signature(constructor).parameters.get("pool") if constructor else None
+    return parameter.default if parameter else "global"
 
 
 def _projection(tensors: Mapping[str, Any]) -> dict[str, int]:
@@ -129,13 +139,15 @@ def _vit(model: Model, names: vit.Names) -> list[Rule]:
 
 
 def _timm(model: Model) -> list[Rule]:
+    of_all = model.objective["pool"] == "all" and "head" in model.params
+    _require(not of_all, "classifies the mean of all tokens, and timm that of the patches")
     return _vit(model, vit.TIMM)
 
 
 def _hugging_face(model: Model) -> list[Rule]:
     _require(model.objective["num_global_tokens"] == 1, "has not one global token, and a ViT at Hugging Face has one class token")
     _require(model.objective["final_norm"], "has no final norm (MultiMAE's encoder has none), and a ViT at Hugging Face always has one")
-    _require(model.objective.get("pool") != "mean", "classifies the mean of its tokens, and a ViT at Hugging Face its class token")
+    _require(model.objective["pool"] == "global", "classifies the mean of its tokens, and a ViT at Hugging Face its class token")
     return _mae(model, vit.HUGGING_FACE) if model.decoder == "mae" else _vit(model, vit.HUGGING_FACE)
 
 

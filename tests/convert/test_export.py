@@ -14,6 +14,7 @@ from maskvit import convert, features
 from maskvit.checkpoints import load_objective_state, load_params, save_imported
 from maskvit.commands import convert as command
 from maskvit.convert.reader import ConversionError, read_checkpoint
+from maskvit.core.modalities import RGB
 from maskvit.core.types import Batch, tree_paths
 from maskvit.objectives import build_objective
 
@@ -254,3 +255,30 @@ def plain_shapes(classes: int) -> dict[str, tuple[int, ...]]:
     for name, shape in modules.items():
         shapes |= {f"blocks.0.{name}.weight": shape, f"blocks.0.{name}.bias": shape[:1]}
     return shapes | {"fc_norm.weight": (8,), "fc_norm.bias": (8,), "head.weight": (classes, 8), "head.bias": (classes,)}
+
+
+# ------------------------------------------------------------------------------------------ fine-tuned here
+
+
+@pytest.mark.parametrize("pool", [None, "global", "all"])
+def test_a_classifier_trained_here_goes_out_as_it_pools(pool, tmp_path):
+    """By default the mean of the patch tokens, with the norm behind it, though the config does not say so."""
+    block = dict(name="supervised", encoder=dict(width=12, depth=1, heads=2), positions="columns_first", num_global_tokens=1)
+    block |= dict(task=dict(name="classification", num_classes=5), **({"pool": pool} if pool else {}))
+    config = dict(image_size=(16, 16), modalities=dict(rgb=dict(RGB, patch=8)), objective=block)
+    save_imported(tmp_path / "ours", jax.device_get(build_objective(config).init(jax.random.key(0))[0]), {"config": config})
+    if pool == "all":
+        with pytest.raises(ConversionError, match="classifies the mean of all tokens, and timm that of the patches"):
+            convert.export(tmp_path / "ours", tmp_path / "vit.safetensors", "timm")
+        return
+    convert.export(tmp_path / "ours", tmp_path / "vit.safetensors", "timm")
+    names = load_file(tmp_path / "vit.safetensors").keys()
+    assert ("fc_norm.weight" in names) == (pool is None) and ("norm.weight" in names) == (pool == "global")
+    convert.convert(tmp_path / "vit.safetensors", tmp_path / "again", num_heads=2)
+    images = {"rgb": jax.random.normal(jax.random.key(1), (2, 16, 16, 3))}
+    logits = []
+    for path in ("ours", "again"):
+        loaded = maskvit.load(tmp_path / path)
+        encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, images).tokens)
+        logits.append(loaded.model.logits(loaded.params, encoded))
+    np.testing.assert_allclose(*logits, rtol=1e-6)
