@@ -50,8 +50,9 @@ def read(key: str, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    from_cache = compilation_cache.get_executable_and_time
-    compilation_cache.get_cache_key = key_of
-    compilation_cache.get_executable_and_time = read
+    if all(hasattr(compilation_cache, name) for name in ("get_executable_and_time", "get_cache_key")):  # else each compiles its own
+        from_cache = compilation_cache.get_executable_and_time
+        compilation_cache.get_cache_key = key_of
+        compilation_cache.get_executable_and_time = read
     sys.argv[0] = str(MAIN)
     runpy.run_path(str(MAIN), run_name="__main__")
