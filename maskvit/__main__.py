@@ -22,6 +22,11 @@ COMMANDS = {
         "--src FILE --dst DIR",
     ),
     "train": ("maskvit.commands.train", "train, resume or evaluate (main.py)", "--config=FILE.py --workdir=DIR"),
+    "predict": (
+        "maskvit.commands.predict",
+        "what a fine-tuned model says of a folder of pictures: classes, maps of classes, depth",
+        "--checkpoint DIR --images DIR --out DIR",
+    ),
     "features": ("maskvit.features", "features of your own pictures", "--checkpoint DIR --images DIR --out FILE.npz"),
     "report": (
         "maskvit.commands.report.__main__",

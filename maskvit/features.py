@@ -229,6 +229,29 @@ def unreadable(paths: Sequence[Path]) -> dict[Path, str]:
     return wrong
 
 
+def readable(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The image files below the folder `root`, and those that are none, with the reason.
+
+    Raises FileNotFoundError where `root` is no folder or holds no images, ValueError where none can be read.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"--images is {str(root)!r}, which is no folder")
+    paths = find_pictures([root])
+    left_out = unreadable(paths)
+    if len(left_out) == len(paths):
+        raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
+    return [path for path in paths if path not in left_out], left_out
+
+
+def tell_left_out(left_out: Mapping[Path, str]) -> int:
+    """Say on standard error which files were left out, and why; the exit status that follows."""
+    if left_out:
+        print(f"{len(left_out)} file(s) left out:", file=sys.stderr)
+    for path, reason in left_out.items():
+        print(printable(f"  {path}: {reason}"), file=sys.stderr)
+    return 1 if left_out else 0
+
+
 def first_input(model: Any) -> Modality:
     """The modality that pictures are given as. Raises ValueError where it has class ids."""
     spec = model.modality(model.inputs[0])
@@ -293,13 +316,7 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
         raise ValueError(f"--out is {str(out)!r}; its suffix says the format: {' or '.join(FORMATS)}")
     check_output(out)
     root = Path(images)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--images is {images!r}, which is no folder")
-    paths = find_pictures([root])
-    left_out = unreadable(paths)
-    paths = [path for path in paths if path not in left_out]
-    if not paths:
-        raise ValueError(f"none of the {len(left_out)} image files below {root} can be read; the first: {next(iter(left_out.values()))}")
+    paths, left_out = readable(root)
     loaded = load(checkpoint)
     if feature == "global" and not loaded.model.num_global_tokens:
         raise ValueError(f"--feature is 'global', but the model of {checkpoint} has no global token: give --feature mean")
@@ -317,11 +334,7 @@ def _write_folder(checkpoint: str, images: str, out: Path, feature: str, batch_s
     about = dict(checkpoint=str(checkpoint), feature=feature, modality=first_input(loaded.model).name, crop=str(crop))
     write_features(out, ids, rows, about)
     print(f"{len(ids)} x {rows.shape[1]} features ({feature}) written to {out}")
-    if left_out:
-        print(f"{len(left_out)} file(s) left out:", file=sys.stderr)
-        for path, reason in left_out.items():
-            print(printable(f"  {path}: {reason}"), file=sys.stderr)
-    return 1 if left_out else 0
+    return tell_left_out(left_out)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 
 
 FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
+PREDICT = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "answers"]
 SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("table", ["missing_run"], "no missing_run: a run writes it when an evaluator"),
@@ -72,6 +73,12 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("features", [*FEATURES[:3], "text.txt", *FEATURES[4:]], "no folder"),
     ("features", [*FEATURES[:5], "f.csv"], ".npz or .safetensors"),
     ("features", [*FEATURES[:5], "none/f.npz"], "the folder none does not exist"),
+    ("predict", PREDICT, "nowhere"),
+    ("predict", [*PREDICT[:1], "checkpoint", *PREDICT[2:]], "checkpoint"),
+    ("predict", [*PREDICT[:3], "empty", *PREDICT[4:]], "no images below empty"),
+    ("predict", [*PREDICT[:3], "text.txt", *PREDICT[4:]], "no folder"),
+    ("predict", [*PREDICT[:5], "runs"], "--out is 'runs', which is there already: give a new folder"),
+    ("predict", [*PREDICT[:5], "text.txt"], "--out is 'text.txt', which is there already"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "a.html"], "nowhere"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "empty", "--out", "a.html"], "no images below empty"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "empty"], "--out is 'empty', which is a folder"),
@@ -160,6 +167,10 @@ ARGPARSE = [
     ("features", [*FEATURES, "--crop", "nan"], "--crop: nan must be"),
     ("features", [*FEATURES, "--batch_size", "many"], "--batch_size: 'many' is no whole number"),
     ("features", FEATURES[2:], "--checkpoint"),
+    ("predict", [*PREDICT, "--crop", "2"], "--crop: 2 must be above 0 and at most 1; or give pad or none"),
+    ("predict", [*PREDICT, "--crop", "whole"], "--crop: 'whole' is no number; or give pad or none"),
+    ("predict", [*PREDICT, "--weights", "best"], "--weights"),
+    ("predict", [*PREDICT, "--top", "0"], "--top: 0 must be at least 1"),
     ("report", ["masks", "--config", "run.py", "--images", "0", "--out", "a.html"], "--images: 0 must be at least 1"),
     ("report", ["guidance", "--config", "run.py", "--tau", "-1", "--out", "a.html"], "--tau"),
     ("report", ["rows", "--checkpoint", "x", "--data_dir", "x", "--limit", "-3"], "--limit: -3 must be at least 1"),

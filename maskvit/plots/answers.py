@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Integer, Shaped, UInt8
 
 from maskvit.core.modalities import Modality
-from maskvit.plots.panels import labeled_grid
-from maskvit.plots.pictures import to_picture
+from maskvit.plots.panels import _Sheet, labeled_grid
+from maskvit.plots.pictures import Picture, palette, to_picture
 
 
 def answers_picture(
@@ -30,3 +30,21 @@ def answers_picture(
         rows.append((str(i + 1), [(picture, "") for picture in shown]))
     page = labeled_grid([*inputs, name, "answer"], rows, side=160)
     return np.asarray(Image.open(io.BytesIO(page)).convert("RGB"))
+
+
+def class_overlay(picture: Picture, ids: Integer[np.ndarray, "h w"], num_classes: int) -> Picture:
+    """The colors of the classes (`palette`) over a picture of the same size, half of each."""
+    colors = palette(num_classes)[ids].astype(np.uint16)
+    return ((picture.astype(np.uint16) + colors) // 2).astype(np.uint8)
+
+
+def legend(classes: Sequence[tuple[str, UInt8[np.ndarray, "3"]]], columns: int = 4) -> bytes:
+    """Names of classes beside their colors (red, green, blue), as PNG."""
+    wide, line = 28 + 8 * max([len(name) for name, _ in classes] + [8]), 24
+    rows = -(-len(classes) // columns)
+    sheet = _Sheet(12 + wide * min(columns, len(classes)), 12 + line * rows)
+    for place, (name, color) in enumerate(classes):
+        x, y = 12 + wide * (place // rows), 10 + line * (place % rows)
+        sheet.draw.rectangle((x, y, x + 13, y + 13), fill=tuple(map(int, color)))
+        sheet.text((x + 20, y - 2), name)
+    return sheet.png()
