@@ -195,7 +195,7 @@ class Supervised(ReadsFeatures):
     def visualize(
         self, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""] | int = 0
     ) -> dict[str, dict[str, Array]]:
-        """The inputs, and for a dense task target and answer, in stored units or class ids."""
+        """For a dense task its inputs, its target and the answer, in stored units or class ids; nothing to see for classes."""
         shown = {"inputs": {spec.name: batch.values[spec.name] for spec in self.model.modalities if spec.name in batch.values}}
         nothing: dict[str, dict[str, Array]] = {"masked": {}, "guidance": {}, "reconstructions": {}}
         if not self.task.dense:

@@ -142,30 +142,6 @@ COLUMNS = ("input", "guidance", "visible", "reconstruction", "raw prediction")
 MEANING = ("what is there", "", "grey is hidden", "hidden rebuilt, visible kept", "the decoder's output everywhere")
 
 
-def answers_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality], samples: int = 3) -> bytes:
-    """What a supervised model is shown, what is true and what it says, as PNG: one row per sample.
-
-    `arrays`: what its objective's `visualize` gives, "inputs" (true values too) and "reconstructions" {target: answer}. A task without
-    a map to show has the inputs alone.
-    """
-    inputs, answers = ({name: np.asarray(x) for name, x in arrays[key].items()} for key in ("inputs", "reconstructions"))
-    names = [name for name in modalities if name in inputs]
-    columns = [(name, "true" if name in answers else "input") for name in names] + [(name, "answer") for name in answers]
-    samples = min(samples, min(len(values) for values in inputs.values()))
-    wide, tall = _tile_size([values.shape[1:] for values in inputs.values()])
-    gap, top = 10, 50
-    sheet = _Sheet(gap + len(columns) * (wide + gap), top + samples * (tall + gap))
-    for place, (name, what) in enumerate(columns):
-        x = gap + place * (wide + gap)
-        sheet.text((x, top - 26), name, 17, INK, "ls")
-        sheet.text((x, top - 8), what, 13, FAINT, "ls")
-        for sample in range(samples):
-            values = (answers if what == "answer" else inputs)[name][sample]
-            picture = to_picture(modalities[name], values, inputs[name][sample])
-            sheet.tile((x, top + sample * (tall + gap)), picture, (wide, tall))
-    return sheet.png()
-
-
 def masking_panel(arrays: Mapping[str, Any], modalities: Mapping[str, Modality], samples: int = 3, title: str = "") -> bytes:
     """The picture of masked training, as PNG: one row per sample and modality, columns as in `COLUMNS`.
 

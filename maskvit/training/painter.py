@@ -47,10 +47,6 @@ class Painter:
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
         """{name: picture} for the writers; empty on other processes, which must take part: they hold what is kept of some records."""
-        from PIL import Image
-
-        from maskvit.plots.panels import answers_panel, masking_panel
-
         kept = self._kept(state.objective_state, self._index)
         if jax.process_index():
             return {}
@@ -59,5 +55,17 @@ class Painter:
         params, shared, kept, step = jax.tree.map(lambda x: x.addressable_data(0), (state.params, shared, kept, state.step))
         keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
         arrays = jax.device_get(self._visualize(params, shared, self._batch._replace(kept=kept), keys, step=step))
-        panel = masking_panel if arrays["masked"] else answers_panel
-        return {"masking": np.asarray(Image.open(io.BytesIO(panel(arrays, self._modalities, PICTURE_SAMPLES))).convert("RGB"))}
+        if arrays["masked"]:
+            from PIL import Image
+
+            from maskvit.plots.panels import masking_panel
+
+            page = masking_panel(arrays, self._modalities, PICTURE_SAMPLES)
+            return {"masking": np.asarray(Image.open(io.BytesIO(page)).convert("RGB"))}
+        from maskvit.plots.answers import answers_picture
+
+        pictures = {}
+        for name, answer in arrays["reconstructions"].items():  # of one target, if any: classes have nothing to see
+            shown = dict(arrays["inputs"])
+            pictures["masking"] = answers_picture(shown, shown.pop(name), answer, self._modalities, name)
+        return pictures
