@@ -118,7 +118,7 @@ class Extraction:
         """All but the weights that the features depend on."""
         return dict(
             version=VERSION, reading=self.protocol(), data=data_identity(self.reading.source), model=repr(self._objective.model),
-            inputs=self.inputs, target=self.target,
+            modalities=repr(self.reading.modalities), inputs=self.inputs, target=self.target,
         )  # fmt: skip
 
     def _digest(self, params: Any, state: Any) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from maskvit.core.configuration import named_function
 from maskvit.core.modalities import Modality
-from maskvit.core.types import Batch, DataNeeds
+from maskvit.core.types import Batch, DataNeeds, TokenBatch, TokenLayout
 from maskvit.evaluators.reading import Reading, check_shown, merged, nothing, target_modality
 from maskvit.guidance import GUIDANCE, Request, build_source
 from maskvit.guidance.discovery import attention_map
@@ -92,6 +92,13 @@ class Localization:
         name = self._guidance.get("name")
         if name in MAPS:
             function, pairs = named_function(WHERE, MAPS, self._guidance, ("model", "params", "batch", "modality"))
+            layout = TokenLayout(self._inputs, tuple(model.modality(name).grid(model.image_size) for name in self._inputs))
+            tokens = jax.ShapeDtypeStruct((1, layout.num_tokens, model.width), jnp.float32)
+            # Wrong values of its fields are said here, and not after a run's first steps.
+            jax.eval_shape(
+                lambda params, tokens: function(model, params, TokenBatch(tokens, layout), **dict(pairs)),
+                jax.eval_shape(model.init, jax.random.key(0)), tokens,
+            )  # fmt: skip
             return lambda params, values, tokens, batch: function(model, params, tokens, **dict(pairs))
         if name not in GUIDANCE:
             raise ValueError(f"{WHERE}.name is {name!r}; known: {', '.join((*MAPS, *GUIDANCE))}")

@@ -60,7 +60,7 @@ class Reading:
             timeout=float(data.get("timeout", 600.0)), **geometry,
         )  # fmt: skip
         self._inputs, self._geometry = tuple(inputs), geometry
-        self._modalities, self._image_size = dict(modalities), (image_size[0], image_size[1])
+        self.modalities, self._image_size = dict(modalities), (image_size[0], image_size[1])
 
     def protocol(self) -> dict[str, Any]:
         """How and of what the figures are taken, as plain data."""
@@ -83,7 +83,7 @@ class Reading:
         from tqdm import tqdm
 
         batches = eval_batches(
-            self.source, self._modalities, self._image_size, process_index=jax.process_index(), process_count=jax.process_count(),
+            self.source, self.modalities, self._image_size, process_index=jax.process_index(), process_count=jax.process_count(),
             **self._settings,
         )  # fmt: skip
         hidden = True if jax.process_index() else None  # None: shown on a terminal only

@@ -129,6 +129,8 @@ def test_figures_do_not_depend_on_devices(objective, guidance):
         (dict(threshold=1.5), "threshold is 1.5; it must be between 0 and 1"),
         (dict(guidance=dict(name="saliency")), "guidance.name is 'saliency'; known: attention, tokencut, self_attention"),
         (dict(guidance=dict(name="stored", path="maps")), "needs maps, errors or a memory that an evaluator has not"),
+        (dict(guidance=dict(name="tokencut", tau=2.0)), "TokenCut's tau is 2.0; it is a cosine"),
+        (dict(guidance=dict(name="attention", head=5)), "head is 5; the encoder has heads 0 ... 1"),
         (dict(guidance=dict(name="tokencut", lam=1)), "config.evaluators guidance has unknown key 'lam'"),
     ],
 )

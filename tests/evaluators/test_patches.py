@@ -173,6 +173,15 @@ def test_mistakes_are_named(objective, kind, block, message):
         evaluator(objective, kind, **block)
 
 
+def test_files_of_tokens_are_not_those_of_another_declaration(objective, params, tmp_path):
+    kept = dict(cache=str(tmp_path), options=dict(ks=(1,)))
+    one = evaluator(objective, "patch_knn", **kept)
+    train = one.extractions["train"](params, {}, ("tokens",))
+    assert isinstance(train.features["tokens"], np.memmap) and (np.asarray(train.labels) == -1).any()
+    other = evaluator(objective, "patch_knn", target=dict(IDS, missing=2, num_classes=256), **kept)
+    assert (np.asarray(other.extractions["train"](params, {}, ("tokens",)).labels) == 255).any()
+
+
 def test_more_neighbors_than_patches_is_an_error(objective, params):
     with pytest.raises(ValueError, match="with k = 1000 over .* labeled training patches: lower ks"):
         dict(evaluator(objective, "patch_knn", options=dict(ks=(1000,))).run(params, {}))
