@@ -42,7 +42,7 @@ def distinct_smoke_forms() -> list[str]:
     forms = {}
     for path in shipped_configs()[::-1]:
         form = on_scenes(common.smoke(get_config(path)), "").to_dict()
-        del form["schedule"], form["optimizer"]["base_lr"]
+        del form["schedule"], form["evaluators"], form["optimizer"]["base_lr"]
         forms[json.dumps(form, sort_keys=True)] = path
     return sorted(forms.values())
 
