@@ -20,9 +20,9 @@ from maskvit.data.sources import Source, has_labels
 from maskvit.evaluators.answers import Answers, Figures
 from maskvit.evaluators.reading import merged
 from maskvit.guidance.attention import self_attention
+from maskvit.heads.values import prepare
 from maskvit.metrics import classification
 from maskvit.metrics.test_sets import ALEXNET_ERRORS, BACKGROUNDS, NINE_OF_THOUSAND, SEVERITIES
-from maskvit.objectives.values import prepare
 from maskvit.sharding import batch_sharding, place_batch
 
 WHERE = "config.evaluators options"

@@ -70,7 +70,7 @@ class Extraction:
 
     Args:
       name: what progress bars and messages call it.
-      reading: the data; `inputs`: what the model is shown of them; `norm`: as `maskvit.objectives.values.encoded_tokens`.
+      reading: the data; `inputs`: what the model is shown of them; `norm`: as `maskvit.heads.values.encoded_tokens`.
       target: a modality whose maps are the labels; "" for the classes of the examples.
       cache: a folder for files of features; None keeps them in memory. What is found there is used only where weights, data,
         geometry and model are the same, and is replaced where the weights are others. Several processes must share the folder.

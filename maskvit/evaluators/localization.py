@@ -18,9 +18,9 @@ from maskvit.evaluators.reading import Reading, check_shown, merged, nothing, ta
 from maskvit.guidance import GUIDANCE, Request, build_source
 from maskvit.guidance.discovery import attention_map
 from maskvit.guidance.tokencut import tokencut_map, with_neighbors
+from maskvit.heads.values import prepare
 from maskvit.losses.weights import unit_range
 from maskvit.metrics import localization
-from maskvit.objectives.values import prepare
 from maskvit.sharding import replicated
 
 WHERE = "config.evaluators guidance"

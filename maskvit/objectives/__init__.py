@@ -31,7 +31,7 @@ class Objective(Protocol):
     batch (a teacher's average, what is learned of the samples); where `accepted` is False the state stays bit for bit;
     `differences(stored, own) -> (fresh, dropped)`, names of tensors: what may differ from a checkpoint that a run begins from, or None;
     `predict(params, state, batch, inputs=None, norm=True) -> {feature: "b d"}`, `tokens` of the same arguments -> `Encoded`, and
-    `encoder_params(params, state)`, whose features these are (`maskvit.objectives.values.ReadsFeatures`);
+    `encoder_params(params, state)`, whose features these are (`maskvit.heads.values.ReadsFeatures`);
     `visualize(params, state, batch, keys) -> pictures' arrays`.
     """
 

@@ -25,12 +25,12 @@ from maskvit.core.types import Batch, DataNeeds, Guidance, Metrics, Params, Toke
 from maskvit.guidance.stored import BlockMask, maps_to_tokens
 from maskvit.heads.network import Network
 from maskvit.heads.prototypes import redraw
+from maskvit.heads.values import Prepared, ReadsFeatures, prepare
 from maskvit.losses.distillation import across_views, at_masked_tokens, distillation_targets
 from maskvit.losses.weights import cosine_between
 from maskvit.masking.scores import SCORES, hint_reveals
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import Duration, ToSteps, resolved
-from maskvit.objectives.values import Prepared, ReadsFeatures, prepare
 from maskvit.optim.transforms import guarded
 
 GLOBAL_VIEWS = 2

@@ -23,6 +23,7 @@ from maskvit.core.types import Batch, DataNeeds, Guidance, MaskPlan, Metrics, Pa
 from maskvit.guidance import Request, Source
 from maskvit.guidance.errors import predict_errors
 from maskvit.heads.network import Network
+from maskvit.heads.values import Prepared, ReadsFeatures, check_targets, prepare, split_channels, take
 from maskvit.losses.pixels import PIXEL_LOSSES, masked_mean, normalize_patches
 from maskvit.losses.ranking import ranking_loss
 from maskvit.losses.weights import guidance_weights
@@ -30,7 +31,6 @@ from maskvit.masking.budgets import BUDGETS, moved_averages
 from maskvit.masking.plan import drop, gather_tokens, mix_with_random, predicted_mask
 from maskvit.masking.scores import random_scores
 from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, ToSteps
-from maskvit.objectives.values import Prepared, ReadsFeatures, check_targets, prepare, split_channels, take
 from maskvit.optim.transforms import guarded
 
 

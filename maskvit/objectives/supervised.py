@@ -20,11 +20,11 @@ from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, DataNeeds, Metrics, Params, batch_of, path_name, tree_paths
 from maskvit.heads import HEADS, head_options
 from maskvit.heads.task_network import TaskNetwork
+from maskvit.heads.values import ReadsFeatures, prepare
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import ToSteps, check_inputs
 from maskvit.objectives.tasks import build_task
-from maskvit.objectives.values import ReadsFeatures, prepare
 from maskvit.optim.transforms import guarded
 
 STATISTICS = "statistics/"  # metrics of this name are running means and variances of a head on their way to the state

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Key, Num
 from maskvit.core.configuration import check_arguments, hashable, look_up
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch
+from maskvit.heads.values import Prepared
 from maskvit.losses import dense
 from maskvit.losses.classes import cross_entropy, soft_target_cross_entropy
 from maskvit.objectives.mixing import erase, mix
-from maskvit.objectives.values import Prepared
 
 WHERE = "config.objective.task"
 Values = dict[str, Num[Array, "b h w *c"]]

@@ -17,9 +17,9 @@ from maskvit.data import SOURCES
 from maskvit.data.sources import ListSource
 from maskvit.evaluators import build_evaluators
 from maskvit.guidance.attention import self_attention
+from maskvit.heads.values import prepare
 from maskvit.metrics.test_sets import ALEXNET_ERRORS, BACKGROUNDS, NINE_OF_THOUSAND
 from maskvit.objectives import build_objective
-from maskvit.objectives.values import prepare
 from maskvit.sharding import make_mesh, replicated
 
 SIZE, CLASSES, RECORDS = (16, 16), 9, 11

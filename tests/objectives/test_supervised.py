@@ -17,9 +17,9 @@ from maskvit.checkpoints.manifest import CheckpointError
 from maskvit.checkpoints.weights import format_report
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TrainState, batch_of, tree_paths
+from maskvit.heads.values import prepare
 from maskvit.objectives import build_objective
 from maskvit.objectives.supervised import STATISTICS
-from maskvit.objectives.values import prepare
 from maskvit.training.step import gradients
 
 ENCODER = dict(width=48, depth=2, heads=3)

@@ -10,10 +10,10 @@ import pytest
 from maskvit.convert.reader import read_checkpoint
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import batch_of, tree_paths
+from maskvit.heads.values import prepare
 from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.distillation import teacher_params, views_of
-from maskvit.objectives.values import prepare
 
 FORWARD = dict(rtol=1e-4, atol=1e-5)
 GRADIENT = dict(rtol=1e-3, atol=1e-5)
