@@ -3,6 +3,7 @@
 Read are .pth, .safetensors, folders and shards of Hugging Face, and ViTs exported to ONNX:
 
   MultiMAE           its pretraining files, with optimizer; MultiViT, its encoder alone, with --allow 'outputs/.*' (fresh decoders)
+                     fine-tuned ones with their head: classes of pictures (linear), or of pixels, or depth (ConvNeXt, DPT, Segmenter)
   MAE, CrossMAE      with their decoders; Hugging Face's ViTMAEForPreTraining. --target says raw or normalized where the file does not;
                      MAE's encoder alone, with --target and --allow 'outputs/.*' (a fresh decoder)
   plain ViTs         timm (with or without class token, LayerScale), MAE's encoder and its fine-tuned forms, DINO, DINOv2, iBOT and

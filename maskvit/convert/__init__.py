@@ -268,11 +268,14 @@ def inspect(
         lines += [
             f"image       {config['image_size']}, {objective.get('num_global_tokens', 1)} global token(s)",
             f"objective   {objective['name']}",
+            *([f"task        {objective['task']}, by the head {objective['head']}"] if "task" in objective else []),
             f"encoder     {objective['encoder']}",
             f"decoders    {objective.get('decoder', 'none')}",
             f"outputs     {', '.join(objective.get('outputs', ())) or 'none'}",
         ]
-        lines += [f"modality    {n}: {config['modalities'][n]}" for n in objective["inputs"]]
+        target = objective.get("task", {}).get("target")
+        shown = (*objective["inputs"], *([target] if target else []))
+        lines += [f"modality    {n}: {config['modalities'][n]}" for n in shown]
     parts: dict[str, list[int]] = {}
     for key, value in state.items():
         part = ".".join(key.split(".")[: 2 if "adapters" in key else 1])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvit.checkpoints import covering
-from maskvit.convert import distillation, mae, multimae, resnet, vit
+from maskvit.convert import distillation, fine_tuned, mae, multimae, resnet, vit
 from maskvit.convert.containers import model_names
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, allow_flags
@@ -39,6 +39,7 @@ class Family(NamedTuple):
 
 # The first that knows the keys.
 FAMILIES = (
+    Family("fine-tuned MultiMAE", fine_tuned.is_fine_tuned, fine_tuned.infer_config, fine_tuned.rules, fine_tuned.LEFT_OUT),
     Family("MultiMAE", multimae.is_multimae, multimae.infer_config, lambda _, config: multimae.rules(config)),
     Family(
         "MultiViT (MultiMAE's encoder without decoders)",

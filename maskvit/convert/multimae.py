@@ -5,8 +5,9 @@ MultiViT is its encoder with the input adapters, without decoders.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,38 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
 
     A MultiViT becomes a MultiMAE with the usual decoders for all its inputs, whose tensors the file then lacks.
     """
-    state, where, args = source.tensors, source.where, hints.args
-    _, num_global, width = source.shape("global_tokens", 3)
-    inputs = _parts(state, "input_adapters")
-    inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
+    state = source.tensors
+    inputs, image_size, modalities = read_inputs(source, hints)
     outputs = _parts(state, "output_adapters")
     outputs = [n for n in inputs if n in outputs or not outputs] + sorted(n for n in outputs if n not in inputs)
-    odd = [name for name in inputs + outputs if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+    _check_names(outputs, source.where)
+    for name in outputs:
+        if name not in modalities and name.removeprefix("norm_") not in modalities:
+            raise ConversionError(f"{source.where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")
+    encoder = read_encoder(source, hints)
+    decoder = _decoder(source, hints, outputs[0]) if is_multimae(state) else dict(DECODER)
+    objective = dict(
+        name="multimae", inputs=tuple(inputs), outputs=tuple(outputs), encoder=encoder, decoder=decoder,
+        num_global_tokens=source.shape("global_tokens", 3)[1],
+    )  # fmt: skip
+    tokens = sum(math.prod(source.shape(f"input_adapters.{name}.pos_emb", 4)[2:]) for name in inputs)
+    visible = hints.args.get("num_encoded_tokens")
+    objective["num_visible"] = visible if type(visible) is int and 1 <= visible <= tokens else max(round(tokens / 6), 1)
+    return dict(image_size=image_size, modalities=modalities, objective=objective)
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
     if odd:
         raise ConversionError(f"{where}: a modality is named {odd[0]!r}; letters, digits, - and _ only")
+
+
+def read_inputs(source: Source, hints: Hints) -> tuple[list[str], tuple[int, ...], dict[str, Any]]:
+    """(the inputs in the order of their tokens, (height, width) of the image, their declarations as in a config)."""
+    state, where = source.tensors, source.where
+    inputs = _parts(state, "input_adapters")
+    inputs = [n for n in FIRST_INPUTS if n in inputs] + sorted(n for n in inputs if n not in FIRST_INPUTS)
+    _check_names(inputs, where)
     projections = {name: source.shape(f"input_adapters.{name}.proj.weight", 4) for name in inputs}
     grids = {name: source.shape(f"input_adapters.{name}.pos_emb", 4)[2:] for name in inputs}
     # The modality with the finest pixels per token has the image's own resolution.
@@ -86,24 +110,19 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         elif not alike and fields["kind"] == "continuous":
             change = f"config.modalities.{name}.scale, mean and std change it"
             hints.said.append(f"assumed: values of {name!r} are read as they are stored; {change}")
-    for name in outputs:
-        if name not in modalities and name.removeprefix("norm_") not in modalities:
-            raise ConversionError(f"{where}: output {name!r} belongs to none of the inputs {', '.join(inputs)}")
-    variant = ENCODER_NAMES.get(str(args.get("model")))
-    encoder = dict(
+    return inputs, image_size, modalities
+
+
+def read_encoder(source: Source, hints: Hints) -> dict[str, Any]:
+    """Sizes of the encoder."""
+    width = source.shape("global_tokens", 3)[2]
+    variant = ENCODER_NAMES.get(str(hints.args.get("model")))
+    return dict(
         width=width,
-        depth=_count(state, r"encoder\.(\d+)\."),
-        heads=hints.heads(width, where, VARIANTS[variant]["heads"] if variant else None),
+        depth=_count(source.tensors, r"encoder\.(\d+)\."),
+        heads=hints.heads(width, source.where, VARIANTS[variant]["heads"] if variant else None),
         mlp_ratio=source.shape("encoder.0.mlp.fc1.weight", 2)[0] / width,
     )
-    decoder = _decoder(source, hints, outputs[0]) if is_multimae(state) else dict(DECODER)
-    objective = dict(
-        name="multimae", inputs=tuple(inputs), outputs=tuple(outputs), encoder=encoder, decoder=decoder, num_global_tokens=num_global
-    )
-    tokens = sum(rows * columns for rows, columns in grids.values())
-    visible = args.get("num_encoded_tokens")
-    objective["num_visible"] = visible if type(visible) is int and 1 <= visible <= tokens else max(round(tokens / 6), 1)
-    return dict(image_size=image_size, modalities=modalities, objective=objective)
 
 
 def _decoder(source: Source, hints: Hints, output: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.convert import distillation, multimae
+from maskvit.convert import distillation, fine_tuned, multimae
 from maskvit.convert.containers import AVERAGED, LOSSES, find_models, model_names, stand_ins
 from maskvit.convert.facts import facts_beside, settings_in
 from maskvit.convert.families import family_of
@@ -83,14 +83,14 @@ def open_checkpoint(path: str | Path, model: str = "teacher", allow: Container[s
     beside, sources, idle = facts_beside(files[0])
     said += [*idle, *_used(beside, sources, state)]
     adam = None
-    if isinstance(content, Mapping) and "optimizer" in content and multimae.is_multimae(state):
+    if isinstance(content, Mapping) and "optimizer" in content and multimae.is_multimae(state) and not fine_tuned.is_fine_tuned(state):
         if AVERAGED.search(place) and len(models) > 1:
             said.append("the optimizer's moments belong to the model itself, not to its average, and are left out")
         else:
             balancer = content.get("loss_balancer")
             adam = multimae.adam_by_key(content["optimizer"], state, str(path), len(balancer) if isinstance(balancer, Mapping) else 0)
     elif isinstance(content, Mapping) and "optimizer" in content:
-        said.append("the optimizer's moments are left out: they come along for MultiMAE alone")
+        said.append("the optimizer's moments are left out: they come along for MultiMAE's pretraining alone")
     digest = sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     named = NAMED_DIGEST.fullmatch(path.name)
     if named and len(files) == 1 and not digest.startswith(named[1]):
@@ -178,6 +178,6 @@ def _epochs_done(content: Any, state: Mapping[str, Any]) -> int | None:
     epoch = content.get("epoch") if isinstance(content, Mapping) else None
     if type(epoch) is not int or not 0 <= epoch < MAX_EPOCHS:
         return None
-    if family_of(state)[1] in ("MultiMAE", "MAE", "CrossMAE"):
+    if family_of(state)[1] in ("MultiMAE", "fine-tuned MultiMAE", "MAE", "CrossMAE"):
         return epoch + 1
     return epoch if distillation.is_distilled(model_names(state).values()) else None

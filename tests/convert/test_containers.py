@@ -149,7 +149,7 @@ def test_moments_that_are_not_read_are_named(tmp_path, caplog):
     moments = {"state": {0: {"step": 5, "exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
     path = saved(tmp_path / "x.pth", {"model": tensors(timm_state()), "optimizer": moments})
     convert.convert(path, tmp_path / "ours", 3)
-    assert "the optimizer's moments are left out: they come along for MultiMAE alone" in caplog.text
+    assert "the optimizer's moments are left out: they come along for MultiMAE's pretraining alone" in caplog.text
 
 
 def test_models_that_no_name_tells_apart_are_asked_for(tmp_path):
