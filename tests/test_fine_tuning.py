@@ -11,9 +11,12 @@ import pytest
 
 import maskvit
 from maskvit.checkpoints import load_objective_state, load_params
+from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import tree_paths
 from maskvit.data import open_source
+from maskvit.data.batches import train_batches
 from maskvit.data.scenes import KIND_NAMES
+from maskvit.data.sources import ListSource
 from maskvit.evaluators import reading
 from maskvit.training import parts, setup
 from tests.runs import make_scenes, same_params, small_run
@@ -117,3 +120,14 @@ def test_data_without_labels(data_dir, tmp_path):
     config["data"]["train"]["label"] = None
     with pytest.raises(ValueError, match="needs labels, but the data have none"):
         setup.train(str(tmp_path), **config)
+
+
+def test_labels_out_of_range_are_bad_records():
+    """Of data that name no classes: they are replaced like other bad records, and too many of them end the run."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    source = ListSource([dict(rgb=picture, label=7 if i % 2 else 1) for i in range(40)])
+    specs = parse_modalities(dict(rgb=dict(patch=8)))
+    with train_batches(source, specs, (8, 8), seed=0, global_batch=8, num_classes=5) as batches:
+        with pytest.raises(RuntimeError, match="label 7 is none of the 5 classes of config.objective.task.num_classes"):
+            for _ in range(20):
+                assert (next(batches)["label"] == 1).all()

@@ -135,7 +135,7 @@ class DataNeeds(NamedTuple):
 
     def loading(self) -> dict[str, Any]:
         """Arguments of `maskvit.data.batches.train_batches`."""
-        return dict(extras=self.record, whole_every=self.whole_every, maps=self.maps, blocks=self.blocks)
+        return dict(extras=self.record, whole_every=self.whole_every, maps=self.maps, blocks=self.blocks, num_classes=self.num_classes)
 
 
 class TokenBatch(NamedTuple):

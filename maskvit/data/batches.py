@@ -243,6 +243,7 @@ def train_batches(
     whole_every: int = 0,
     maps: str | None = None,
     blocks: tuple[Any, Any] | None = None,
+    num_classes: int = 0,
 ) -> Batches:
     """This process's rows of the global batches of steps start_step, start_step + 1, ... without end.
 
@@ -261,6 +262,7 @@ def train_batches(
       maps: a stored map set (`maskvit.data.maps`), cropped and mirrored with the picture: `guidance` float32 "b m gh gw" in
         0 ... 1 at the token grid of the first input; m is 1 (one map for all inputs) or one per input.
       blocks: (ratio, ratio_var) of `maskvit.data.block.draw_ratio`: `guidance` is then a block mask on that grid, 1 where hidden.
+      num_classes: a record whose label is not below it is a bad one; 0: any label is fine.
 
     Returns: an iterator of dicts: modalities as `maskvit.core.types.Batch` says, `label` int32 "b" (-1 where there is none),
       `present` bool "b m" if the source may lack modalities (columns: `inputs` in their order, then the other modalities in
@@ -279,7 +281,7 @@ def train_batches(
     settings = parse_augment(augment)
     chunks = _TrainChunks(
         source, modalities, image_size, rows, augment=settings, seed=int(seed), global_batch=global_batch,
-        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
+        inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks, num_classes=num_classes,
     )  # fmt: skip
     return Batches(chunks, int(start_step), None, workers, prefetch, timeout)
 
@@ -305,6 +307,7 @@ def eval_batches(
     maps: str | None = None,
     blocks: tuple[Any, Any] | None = None,
     originals: Sequence[str] = (),
+    num_classes: int = 0,
 ) -> Batches:
     """Every record (or `limit` of them) once, in stored order, middle crop, over all processes together.
 
@@ -315,7 +318,7 @@ def eval_batches(
         middle: the protocols of dense tasks, by OpenCV's rules (`maskvit.data.augment.dense`).
       limit: only so many records, evenly spread over the data.
       start_batch: batches to leave out at the beginning.
-      extras, whole_every, maps, blocks: as `train_batches`.
+      extras, whole_every, maps, blocks, num_classes: as `train_batches`.
       originals: modalities whose values come at their stored size too, for figures at the original resolution.
 
     Returns: an iterator of dicts as `train_batches` gives, and `valid` bool "b" (False for padding and for unusable records),
@@ -331,6 +334,6 @@ def eval_batches(
     num_records = len(source) if limit is None else min(limit, len(source))
     chunks = _EvalChunks(
         source, modalities, image_size, rows, crop=crop, resize=resize, batch_size=batch_size, num_records=num_records,
-        originals=originals, inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks,
+        originals=originals, inputs=inputs, extras=extras, whole_every=whole_every, maps=maps, blocks=blocks, num_classes=num_classes,
     )  # fmt: skip
     return Batches(chunks, start_batch, math.ceil(num_records / batch_size), workers, prefetch, timeout)

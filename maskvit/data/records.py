@@ -46,6 +46,7 @@ class _Records:
         whole_every: int,
         maps: str | None,
         blocks: tuple[Any, Any] | None,
+        num_classes: int = 0,
     ):
         self.source = source
         self.rows = rows
@@ -70,7 +71,7 @@ class _Records:
                 f"each process, now {rows[1] - rows[0]}: change config.objective.guidance or config.global_batch"
             )
         self.whole_every = whole_every
-        self.blocks = blocks
+        self.blocks, self.num_classes = blocks, num_classes
         if blocks is not None:
             if maps is not None:
                 raise ValueError("stored maps and block masks are both the batch's guidance: ask for one of them")
@@ -121,7 +122,10 @@ class _Records:
     def facts(self, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The label of a record, and which modalities it has."""
         there = {"present": np.array([name in arrays for name in self.columns])} if self.source.may_lack else {}
-        return {"label": np.int32(record.get("label", -1)), **there}
+        label = record.get("label", -1)
+        if self.num_classes and label >= self.num_classes:
+            raise RecordError(f"label {label} is none of the {self.num_classes} classes of config.objective.task.num_classes")
+        return {"label": np.int32(label), **there}
 
     def dense_example(
         self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]
