@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import maskvit
+from maskvit import convert
 from maskvit.checkpoints import CheckpointError, find_checkpoint, save_imported
 from maskvit.checkpoints.manifest import write_best
 from maskvit.core.types import tree_paths
@@ -198,3 +199,15 @@ def test_the_models_that_the_hostile_configs_are_made_of_are_sound(tuned, monkey
         monkeypatch.setattr("maskvit.features.load_statistics", lambda path, w=wrong: w)
         with pytest.raises(CheckpointError, match="not those of the config inside it: statistics/"):
             maskvit.load("nowhere")
+
+
+def test_an_imported_classifier_answers_too(fixtures, tmp_path):
+    """A ViT that came with its classifier: MAE's recorded one says what it said there."""
+    convert.convert(fixtures / "mae_tiny_finetuned.pth", tmp_path, num_heads=3)
+    loaded, golden = maskvit.load(tmp_path), np.load(fixtures / "mae_tiny_finetuned.npz")
+    spec = loaded.model.modality("rgb")
+    stored = (golden["image"].transpose(0, 2, 3, 1) * np.array(spec.std) + np.array(spec.mean)) / spec.scale
+    found = loaded.predict(stored.astype(np.float32))
+    odds = np.exp(golden["finetuned_logits"])
+    np.testing.assert_allclose(found["probabilities"], odds / odds.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-6)
+    assert found["classes"] == ("0", "1", "2", "3", "4") == loaded.class_names

@@ -19,12 +19,13 @@ from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, DataNeeds, Metrics, Params, batch_of, path_name, tree_paths
 from maskvit.heads import HEADS, head_options
+from maskvit.heads.network import Network
 from maskvit.heads.task_network import TaskNetwork
 from maskvit.heads.values import ReadsFeatures, prepare
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import ToSteps, check_inputs
-from maskvit.objectives.tasks import build_task
+from maskvit.objectives.tasks import Classification, build_task
 from maskvit.optim.transforms import guarded
 
 STATISTICS = "statistics/"  # metrics of this name are running means and variances of a head on their way to the state
@@ -203,6 +204,12 @@ class Supervised(ReadsFeatures):
         answers = self.answers(params, state, batch)
         answer = answers["logits"].argmax(axis=-1).astype(jnp.int32) if "logits" in answers else answers["values"]
         return {**shown, **nothing, "reconstructions": {self.task.target: answer}}
+
+
+def classifier_of(model: Network) -> Supervised:
+    """The answers of an encoder that came with a classifier, as of timm or Hugging Face."""
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return Supervised(TaskNetwork(**fields), Classification(model.num_classes))
 
 
 def supervised(
