@@ -16,12 +16,13 @@ from tiny import MODALITIES, fresh_params, on_device, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys, step_key, stream_keys
 from maskvit.core.modalities import RGB, parse_modalities
-from maskvit.core.types import Record, TokenLayout
+from maskvit.core.types import Batch, Record, TokenLayout
 from maskvit.data import scenes
 from maskvit.data.batches import train_batches
 from maskvit.data.builders.folder import Folder
 from maskvit.data.order import epoch_order
 from maskvit.data.sources import ListSource
+from maskvit.heads import HEADS
 from maskvit.masking.budgets import BUDGETS
 from maskvit.masking.plan import mix_with_random
 from maskvit.masking.scores import SCORES
@@ -51,6 +52,8 @@ def keys_of(seed: int):
 
 def initial(name: str) -> Callable[[int], Any]:
     """The parameters that an objective draws: those that are the same number everywhere, and position tables, are not drawn."""
+    if name == "supervised":
+        return fine_tuned()
     block = dict(projection=dict(hidden=32, bottleneck=16, num_prototypes=24)) if name in ("dino", "ibot") else {}
     sizes = dict(SMALL) if not block else dict(encoder=SMALL["encoder"], **block)
     outputs = {} if block else dict(outputs=("norm_rgb",))
@@ -59,14 +62,47 @@ def initial(name: str) -> Callable[[int], Any]:
     )
     if name == "multimae":
         config["objective"]["num_visible"] = 2
-    objective = build_objective(config)
+    return parameters_of(build_objective(config))
 
+
+def parameters_of(objective: Any) -> Callable[[int], Any]:
     def draw(seed: int) -> list[np.ndarray]:
         params = fresh_params(objective, seed)
         named = jax.tree_util.tree_leaves_with_path(params)
         return [np.asarray(x) for path, x in named if np.ptp(x) and not str(path[-1].key).startswith("pos_embed")]
 
     return draw
+
+
+def classifier(**task: Any) -> Any:
+    block = dict(name="supervised", encoder=SMALL["encoder"], task=dict(name="classification", num_classes=5, **task))
+    return build_objective(dict(image_size=(16, 16), modalities=dict(rgb=MODALITIES["rgb"]), objective=block))
+
+
+def fine_tuned() -> Callable[[int], Any]:
+    return parameters_of(classifier())
+
+
+def augmented(**task: Any) -> Callable[[int], Any]:
+    """What fine-tuning does to pictures on the device: one key for each part of a batch, one for each sample."""
+    objective, images = classifier(**task), jax.random.normal(jax.random.key(9), (SAMPLES, 16, 16, 3))
+    batch = Batch({"rgb": images}, label=jnp.arange(SAMPLES) % 5)
+
+    def draw(seed: int) -> Any:
+        keys = keys_of(seed)
+        part = stream_keys(stream_keys(keys[0], "part"), "mix")
+        return objective.task.augment(part, stream_keys(keys, "erase"), {"rgb": images}, batch)[0]["rgb"]
+
+    return draw
+
+
+def dropped(seed: int) -> Any:
+    """What a head drops in training."""
+    head = HEADS["upernet"].module(channels=3, width=8, pools=(1, 2), auxiliary_width=4, dtype=jnp.float32)
+    maps = tuple(jax.random.normal(jax.random.key(i), (2, 4, 4, 8)) for i in range(4))
+    variables = head.init(jax.random.key(0), maps, (8, 8))
+    key = stream_keys(stream_keys(keys_of(seed)[0], "part"), "head")
+    return head.apply(variables, maps, (8, 8), train=True, rngs={"dropout": key}, mutable=["statistics"])[0][0]
 
 
 def scores(name: str) -> Callable[[int], Any]:
@@ -161,10 +197,18 @@ DRAWS: dict[str, Callable[[int], Any]] = {
     "keys of the large views": lambda seed: jax.random.key_data(split_views(keys_of(seed), "global views", 2)),
     "keys of the small views": lambda seed: jax.random.key_data(split_views(keys_of(seed), "local views", 2)),
     "drop path": lambda seed: drop_path(stream_keys(keys_of(seed), "drop path"), 4, 0.5),
+    "mixup and CutMix": augmented(mixup=0.8, cutmix=1.0),
+    "random erasing": augmented(erasing=1.0),
+    "what a head drops": dropped,
     "order of the records": lambda seed: epoch_order(seed, 0, 50),
     "order of the records in a later epoch": lambda seed: epoch_order(seed, 7, 50),
     "crops": loaded("rgb", augment=dict(flip=0.0)),
     "mirrored pictures": loaded("rgb", augment=dict(crop="center", flip=0.5)),
+    "RandAugment": loaded("rgb", augment=dict(crop="center", flip=0.0, randaugment="rand-m9-mstd0.5-inc1")),
+    "color jitter": loaded("rgb", augment=dict(crop="center", flip=0.0, color_jitter=dict(probability=1.0, brightness=(0.5, 1.5)))),
+    "three-augment": loaded("rgb", augment=dict(crop="center", flip=0.0, three_augment=True)),
+    "gray pictures": loaded("rgb", augment=dict(crop="center", flip=0.0, gray=0.5)),
+    "clamped crops": loaded("rgb", augment=dict(crop="random_resized_once", flip=0.0)),
     "block masks of the loader": loaded("guidance", blocks=(0.4, 0.1)),
     "large views": loaded("global/rgb", augment=dict(views=PLAIN)),
     "small views": loaded("local/rgb", augment=dict(views=PLAIN)),
@@ -194,5 +238,7 @@ def test_no_draw_is_left_out():
     assert streams == {
         "scores", "hints", "budget", "share", "predicted", "joint", "errors {i}", "heads", "sampled", "unpredicted", "unknown",
         "random map", "block mask", "drop path", "masked at all", "global views", "local views",
+        "part", "mix", "erase", "head",
+        "hidden",  # patches that an evaluator hides, by its own seed: figures of one picture do not depend on the run's
     }  # fmt: skip
     assert set(BUDGETS) == {*RANDOM_BUDGETS, "equal", "fixed", "joint"}

@@ -21,7 +21,7 @@ STAGES = 4
 
 
 def _conv(params: Params, x: Float[Array, "b h w c"], stride: int = 1) -> Float[Array, "b i j k"]:
-    return convolve(params["kernel"], x, stride) + params["bias"]
+    return convolve(jnp.asarray(params["kernel"]), x, stride) + params["bias"]
 
 
 def bottleneck(params: Params, x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j k"]:

@@ -7,8 +7,8 @@ One draw of `mix` serves a whole batch, and a sample's partner is the one in its
 over devices, or taken in micro-batches, each of these works on its own samples as if alone: that is the reference's "one draw per GPU
 and batch". Their keys must differ then. The key of the first sample, of a purpose of its own, does:
 
-    mixed, targets = mix(stream_keys(keys, "mixing")[0], images, labels, ...)
-    erased = erase(stream_keys(keys, "erasing"), mixed, probability)
+    mixed, targets = mix(stream_keys(keys, "mix")[0], images, labels, ...)
+    erased = erase(stream_keys(keys, "erase"), mixed, probability)
 """
 
 from __future__ import annotations

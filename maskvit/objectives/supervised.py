@@ -119,7 +119,7 @@ class Supervised(ReadsFeatures):
         values, targets = self.task.augment(
             stream_keys(key, "mix"), stream_keys(keys, "erase"), prepared.values_of(self.model.inputs), batch
         )
-        branches = drop_path(stream_keys(keys, "drop_path"), dict(self.model.encoder)["depth"], self.drop_path) if self.drop_path else None
+        branches = drop_path(stream_keys(keys, "drop path"), dict(self.model.encoder)["depth"], self.drop_path) if self.drop_path else None
         output, statistics = self._output(params, state or {}, values, prepared.present, branches, True, stream_keys(key, "head"))
         sums = self.task.losses(output, targets, batch, prepared)
         total = jnp.zeros(())
