@@ -19,7 +19,7 @@ CLASSES = dict(name="classification", num_classes=12, smoothing=0.1)
 
 
 def get_config():
-    """The pretraining with random masks: rgb, depth and semantic maps, the first fifteen sixteenths of its schedule and one more."""
+    """The pretraining with random masks: rgb, depth and semantic maps, to the end of its schedule."""
     config = common.scenes()
     with config.unlocked(), config.ignore_type():
         config.objective.encoder = ENCODER

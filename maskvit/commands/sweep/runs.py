@@ -68,21 +68,15 @@ def make_runs(experiment: Experiment, cells: Mapping[str, Mapping[str, Any]], se
                     raise Mistakes([f"cell {name!r}: {mistake}" for mistake in error.mistakes]) from error
                 runs += [(seed, Run(name, changed.get("seed", 0) + seed, Path(), changed)) for seed in range(seeds)]
     runs.sort(key=lambda pair: pair[0])  # stable
-    placed: list[Run] = []
+    placed: dict[tuple[str, int], Run] = {}
     for seed, run in runs:
         settings = {**run.config, "seed": run.seed}
         if after := cells[run.cell].get(AFTER):
-            (before,) = [other for other in placed if other.cell == after and other.seed - settings_seed(experiment, cells[after]) == seed]
-            settings["init_from"] = {**settings.get("init_from", {}), "path": str(before.folder)}
-        placed.append(run._replace(folder=out / run.cell / f"seed_{run.seed}", config=settings))
-    for run in placed:
+            settings["init_from"] = {**settings.get("init_from", {}), "path": str(placed[after, seed].folder)}
+        placed[run.cell, seed] = run._replace(folder=out / run.cell / f"seed_{run.seed}", config=settings)
+    for run in placed.values():
         run.result()
-    return placed
-
-
-def settings_seed(experiment: Experiment, changes: Mapping[str, Any]) -> int:
-    """The seed of a cell's first run."""
-    return overrides(experiment.base(changes), own_keys(changes), "cell").get("seed", 0)
+    return list(placed.values())
 
 
 def carry_out(run: Run) -> dict[str, Any]:
