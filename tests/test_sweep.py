@@ -96,22 +96,22 @@ def test_spread_is_the_sample_deviation_of_the_finite():
     assert alone.mean == 1.0 and math.isnan(alone.deviation) and table.spread([])[2] == 0
 
 
-def test_difference_and_pooled_spread():
-    first, second = table.spread([1.0, 2.0, 3.0]), table.spread([4.0, 8.0])  # variances 1 (2 degrees) and 8 (1 degree)
-    result = table.difference(first, second)
-    assert result.value == -4.0 and result.pooled == pytest.approx(math.sqrt(10 / 3)) and result.beyond is True
-    assert table.difference(first, table.spread([1.0, 2.5])).beyond is False
-    assert table.difference(table.spread([1.0]), table.spread([9.0])).beyond is None
-    assert table.difference(table.spread([1.0]), second).pooled == pytest.approx(math.sqrt(8))
+def test_differences_are_paired_by_seed():
+    cell, baseline = {0: 1.0, 1: 2.0, 2: 3.0, 3: 9.0}, {0: 0.5, 1: 1.0, 2: 2.5, 3: math.nan, 4: 7.0}
+    found = table.paired(cell, baseline)
+    error = np.std([0.5, 1.0, 0.5], ddof=1) / math.sqrt(3)
+    assert found.difference == pytest.approx(2 / 3) and found.pairs == 3 and found.told is False
+    np.testing.assert_allclose([found.low, found.high], [2 / 3 - 4.30265 * error, 2 / 3 + 4.30265 * error], rtol=1e-5)  # t of 2 degrees
+    assert found.least == pytest.approx((4.30265 + 1.06066) * error, rel=1e-5)
+    assert table.paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).told is True  # exactly one apart
+    alone = table.paired({0: 2.0, 1: 3.0}, {1: 1.0})
+    assert alone.difference == 2.0 and alone.told is None and math.isnan(alone.low) and table.paired(cell, {}).pairs == 0
 
 
-def test_chance_beyond_the_spread():
+def test_an_interval_leaves_out_the_truth_once_in_twenty():
     rng = np.random.default_rng(0)
-    draws = rng.normal(size=(2, 20000, 3))
-    pooled = np.sqrt(draws.var(axis=2, ddof=1).mean(axis=0))
-    share = (abs(draws[0].mean(1) - draws[1].mean(1)) > pooled).mean()
-    assert table.chance_beyond(3, 3) == pytest.approx(share, abs=0.01)
-    assert math.isnan(table.chance_beyond(1, 1))
+    found = [table.paired(dict(enumerate(rng.normal(size=3) + 1)), dict(enumerate(rng.normal(size=3)))) for _ in range(4000)]
+    assert np.mean([not f.low <= 1 <= f.high for f in found]) == pytest.approx(0.05, abs=0.01)
 
 
 def results(values: dict[str, list[float]]) -> list[dict]:
@@ -123,27 +123,27 @@ def results(values: dict[str, list[float]]) -> list[dict]:
 
 
 def test_power_is_said_either_way():
-    found = table.summarize(
-        results({"random": [10.0, 11.0, 12.0], "low": [5.0, 6.0, 7.0], "null": [10.0, 11.5, 12.0]}), ["random", "low", "null"], "random"
+    cells = {"random": {}, "low": {}, "null": {"against": "low"}}
+    found = table.summarize(results({"random": [10.0, 11.0, 12.0], "low": [5.0, 6.5, 7.0], "null": [6.0, 5.5, 7.5]}), cells, "random")
+    assert table.power(found, ["low", "null"]) == (
+        "1 of 2 comparisons of a control leave out zero, where 0.1 would if nothing differed: low by -4.83 in knn/top1 against random."
     )
-    assert table.power(found, ["low", "null"], "random") == (
-        "1 of 2 comparisons of a control with random exceed the spread over seeds, where 0.6 would if nothing differed: "
-        "low by -5 in knn/top1 (spread 1)."
-    )
-    assert table.power(found, ["null"], "random").startswith("No power: none of the controls (null) differs from random")
-    assert found["knn/top1"]["random"]["beyond"] is None
-    single = table.summarize(results({"random": [10.0], "low": [5.0]}), ["random", "low"], "random")
-    assert table.power(single, ["low"], "random").startswith("Power not known")
+    assert table.power(found, ["null"]).startswith("No power: none of the controls (null) is told from what it is compared with")
+    assert found["knn/top1"]["random"]["against"] is None and found["knn/top1"]["null"]["against"] == "low"
+    single = table.summarize(results({"random": [10.0], "low": [5.0]}), {"random": {}, "low": {}}, "random")
+    assert table.power(single, ["low"]).startswith("Power not known")
 
 
 def test_tables_of_known_numbers(tmp_path):
-    cells = {"random": {}, "low": {"objective.scores": {"name": "low"}}, "not run": {}}
-    given = results({"random": [10.0, 12.0], "low": [5.0, math.nan]})
+    cells = {"random": {}, "low": {"objective.scores": {"name": "low"}}, "lost": {}, "not run": {}}
+    given = results({"random": [10.0, 12.0], "low": [5.0, 7.0], "lost": [5.0, math.nan]})
     text = table.write_tables(tmp_path, given, cells, "random", ["low"], "the <command>")
-    assert "random    11   1.414      2    baseline" in text and "low        5       -      1          -6          1.414        yes" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "random 11 1.414 2 -" in lines and "low 6 1.414 2 random -5 -5 ... -5 yes 0" in lines
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert record["metrics"]["knn/top1"]["low"] == dict(mean=5.0, deviation=None, seeds=1, difference=-6.0, pooled=2**0.5, beyond=True)
-    assert record["runs"][3]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
+    row = dict(mean=5.0, deviation=None, seeds=1, against="random", difference=-5.0, low=None, high=None, least=None, pairs=1, told=None)
+    assert record["metrics"]["knn/top1"]["lost"] == row
+    assert record["runs"][5]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
     page = (tmp_path / "sweep.html").read_text()
     assert (
         page.count('<img src="data:image/png;base64,') == 1
@@ -315,7 +315,7 @@ def test_seeds_of_stages_go_together(tmp_path):
     runs = running.make_runs(experiment, experiment.cells, 2, tmp_path)
     begin = {(run.cell, run.seed): run.config["init_from"]["path"] for run in runs}
     assert begin["tuned", 1] == str(tmp_path / "tail" / "seed_1") and begin["tuned_from_random", 6] == "" == begin["long", 0]
-    with pytest.raises(ValueError, match="some of this sweep come after others"):
+    with pytest.raises(ValueError, match="some of this sweep refer to others"):
         grid.make_cells(experiment, [("seed", [1])])
 
 
@@ -324,6 +324,7 @@ def test_seeds_of_stages_go_together(tmp_path):
     [
         ({"a": {"config": "nobody"}}, "a cell of .* has config = 'nobody', which is no function of that file"),
         ({"a": {"after": "b"}, "b": {}}, "cell 'a' of .* comes after 'b', which is no cell before it"),
+        ({"a": {"against": "b"}}, "cell 'a' of .* is against 'b', which is no cell of it"),
         ({"a": {"config": "tuned", "seed.x": 1}}, "cell 'a' of .* sets 'seed.x'"),
     ],
 )

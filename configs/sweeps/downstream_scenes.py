@@ -1,7 +1,7 @@
 """Class, segmentation and depth of rendered scenes: a small pretrained MultiMAE against the same heads on a random encoder.
 
 python -m maskvit data scenes --data_dir data/downstream_scenes --num_train 6000 --num_val 1000
-python -m maskvit sweep --config configs/sweeps/downstream_scenes.py --out runs/downstream_scenes --baseline classes_rgb_from_random
+python -m maskvit sweep --config configs/sweeps/downstream_scenes.py --out runs/downstream_scenes
 
 From rgb alone, and from rgb and depth (depth itself from rgb alone). Every run's pictures/ hold what its evaluator shows: the confusion
 matrix of a classifier.
@@ -57,5 +57,5 @@ def get_sweep():
     stages = ("classes_rgb", "classes_rgb_depth", "segmentation_rgb", "segmentation_rgb_depth", "depth_rgb")
     cells = {"pretrained": {}}
     for stage in stages:
-        cells |= {stage: dict(config=stage, after="pretrained"), f"{stage}_from_random": dict(config=stage)}
+        cells |= {stage: dict(config=stage, after="pretrained", against=f"{stage}_from_random"), f"{stage}_from_random": dict(config=stage)}
     return cells

@@ -2,11 +2,12 @@
 
 python -m maskvit data scenes --data_dir data/guided_continuation --num_train 6000 --num_val 1000
 python -m maskvit sweep --config configs/sweeps/guided_continuation.py --seeds 3 --out runs/guided_continuation \
-    --baseline full_none --controls full_random
+    --controls full_random
 
 Every continuation has 1/16 of the pretraining's epochs on the tail of its schedule, as the published 100 after 1,600; `none` is the
 pretraining itself and `random` the control of equal compute. Each is then fine-tuned to the classes of all, 10 % and 1 % of the labels, and
-with all of them to segmentation and depth. The evaluation at the end of a continuation is k-NN.
+with all of them to segmentation and depth. At the end of a continuation stand
+k-NN and the loss of held-out scenes at random masks that are the same for all.
 """
 
 from configs import common, tasks
@@ -26,6 +27,7 @@ def get_config():
         config.objective.decoder = dict(width=48, depth=1, heads=2)
         config.data.train = dict(DATA, split="train")
         config.evaluators = dict(knn=dict(type="knn", every="100 percent", crop=1.0, ks=(20,), batch_size=250))
+        config.evaluators.held_out = dict(type="masked_loss", every="100 percent", batch_size=250)
     config.total = f"{EPOCHS:g} epochs"
     config.global_batch = config.micro_batch = 64
     config.optimizer.base_lr = 4e-3
@@ -80,8 +82,12 @@ def get_sweep():
             "schedule.warmup_epochs": EPOCHS / 80,
         },
     }  # fmt: skip
-    cells = {"none": {}, **{name: dict(changes, config="continued", after="none") for name, changes in ways.items()}}
+    against = {name: "none" if name in ("random", "from_random") else "random" for name in (*ways, "from_random")}
+    cells = {"none": {}}
+    cells |= {name: dict(changes, config="continued", after="none", against=against[name]) for name, changes in ways.items()}
     for stage in ("full", "ten_percent", "one_percent", "segmentation", "depth"):
-        cells |= {f"{stage}_{name}": dict(config=stage, after=name) for name in ("none", *ways)}
-        cells[f"{stage}_from_random"] = dict(config=stage)
+        compared = {name: f"{stage}_{other}" for name, other in against.items()}
+        cells[f"{stage}_none"] = dict(config=stage, after="none", against=f"{stage}_none")
+        cells |= {f"{stage}_{name}": dict(config=stage, after=name, against=compared[name]) for name in ways}
+        cells[f"{stage}_from_random"] = dict(config=stage, against=compared["from_random"])
     return cells

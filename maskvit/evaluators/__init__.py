@@ -14,6 +14,7 @@ from maskvit.evaluators.dense import Depth, Maps, Normals, Segmentation
 from maskvit.evaluators.knn import Knn
 from maskvit.evaluators.localization import Localization
 from maskvit.evaluators.logistic import Logistic
+from maskvit.evaluators.masked import MaskedLoss
 from maskvit.evaluators.patches import PatchKnn, PatchLogistic, PatchRidge
 from maskvit.evaluators.probe import Probe
 from maskvit.evaluators.protocols import with_protocol
@@ -44,6 +45,7 @@ EVALUATORS: dict[str, Any] = {
     "knn": Knn, "classification": Classification, "segmentation": Segmentation, "depth": Depth, "normals": Normals, "maps": Maps,
     "corruptions": Corruptions, "backgrounds": Backgrounds, "probe": Probe, "logistic": Logistic,
     "localization": Localization, "patch_knn": PatchKnn, "patch_logistic": PatchLogistic, "patch_ridge": PatchRidge,
+    "masked_loss": MaskedLoss,
 }  # fmt: skip
 
 # What the loop supplies to every evaluator beside its config block.

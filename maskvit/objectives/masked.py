@@ -141,6 +141,11 @@ class MaskedAutoencoder(ReadsFeatures):
         """What the loader delivers, in model values."""
         return prepare(self.model, batch)
 
+    def with_random_masks(self) -> MaskedAutoencoder:
+        """The same with random masks under a symmetric Dirichlet budget and plain losses, whatever hides or weighs in training."""
+        plain = dataclasses.replace(self, scores=(random_scores, ()), budget=(BUDGETS["dirichlet"], ()))
+        return dataclasses.replace(plain, guidance=None, guided_share=None, loss_weight=None, predicted=None)
+
     # From tokens to a plan
 
     def _request(

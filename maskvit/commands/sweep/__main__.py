@@ -6,8 +6,9 @@ Every cell of the grid is one experiment, trained once per seed in DIR/CELL/seed
 command resumes where it was stopped. A config file may also define `get_sweep()`, which names cells that differ in several
 keys: {name: {dotted key: value, ...}}; a grid then multiplies them. A value that is a dict replaces the whole block. A cell may also name
 its "config", another function of the file, and the cell that it comes "after", whose weights it begins with: pretraining, what continues
-it, and what is fine-tuned from either are then one sweep.
-DIR/sweep.json, .txt and .html hold the mean and the spread over seeds of the final loss and of every evaluator's figures.
+it, and what is fine-tuned from either are then one sweep. "against" names the cell that one is compared with, where not the baseline.
+DIR/sweep.json, .txt and .html hold the mean and the spread over seeds of the final loss and of every evaluator's figures, and each cell's
+difference from what it is compared with, seed by seed, with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=whole(), default=1, help="runs per cell, under config.seed, config.seed + 1, ...")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs and tables; the same command again goes on there")
     parser.add_argument("--only", type=_names, default=(), metavar="NAME,NAME", help="run these cells alone; the tables show all finished")
-    parser.add_argument("--baseline", default=None, help="cell that the others are compared with; the first unless given")
+    parser.add_argument("--baseline", default=None, help="what cells are compared with that name none; the first unless given")
     parser.add_argument(
         "--controls", type=_names, default=(), metavar="NAME,NAME", help="cells that must differ for the table to have power"
     )

@@ -15,8 +15,8 @@ from maskvit.core.configuration import shown
 from maskvit.core.errors import all_mistakes
 
 # Keys of a cell that are none of its config: which function of the file gives the config that the others change, by default
-# `get_config`; and the cell whose weights of the same seed it begins with.
-CONFIG, AFTER = "config", "after"
+# `get_config`; the cell whose weights of the same seed it begins with; and the one that it is compared with, by default the baseline.
+CONFIG, AFTER, AGAINST = "config", "after", "against"
 
 
 class Experiment(NamedTuple):
@@ -52,7 +52,7 @@ def load_cells(path: str | os.PathLike, config: Mapping[str, Any]) -> dict[str, 
     if not hasattr(module, "get_sweep"):
         raise ValueError(f"{path} defines no get_sweep()")
     cells = run_part(path, module.get_sweep)
-    if named := _asked(cells, CONFIG) + _asked(cells, AFTER):
+    if named := [*_asked(cells, CONFIG), *_asked(cells, AFTER), *_asked(cells, AGAINST)]:
         raise ValueError(f"the cells of {path} are stages with configs of their own ({shown(named[0])}), not ways of masking of one config")
     return _checked(cells, path, lambda changes: config)
 
@@ -80,12 +80,14 @@ def _checked(cells: Any, path: str | os.PathLike, base: Callable[[Mapping[str, A
                 overrides(base(changes), own_keys(changes), f"cell {name!r} of {path}")
                 if AFTER in changes and changes[AFTER] not in list(cells)[:number]:
                     raise ValueError(f"cell {name!r} of {path} comes after {shown(changes[AFTER])}, which is no cell before it")
+                if AGAINST in changes and changes[AGAINST] not in cells:
+                    raise ValueError(f"cell {name!r} of {path} is against {shown(changes[AGAINST])}, which is no cell of it")
     return {name: dict(changes) for name, changes in cells.items()}
 
 
 def own_keys(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of a config that a cell sets."""
-    return {key: value for key, value in changes.items() if key not in (CONFIG, AFTER)}
+    return {key: value for key, value in changes.items() if key not in (CONFIG, AFTER, AGAINST)}
 
 
 def overrides(config: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -122,8 +124,8 @@ def make_cells(experiment: Experiment, grid: Sequence[tuple[str, Sequence[Any]]]
     """
     if not experiment.cells and not grid:
         raise ValueError("nothing to sweep: give --grid key=a,b, or a config file with get_sweep()")
-    if grid and any(AFTER in changes for changes in experiment.cells.values()):
-        raise ValueError("--grid multiplies cells, but some of this sweep come after others: name what varies in its get_sweep()")
+    if grid and any(AFTER in changes or AGAINST in changes for changes in experiment.cells.values()):
+        raise ValueError("--grid multiplies cells, but some of this sweep refer to others: name what varies in its get_sweep()")
     cells: dict[str, dict[str, Any]] = {}
     for name, changes in (experiment.cells or {"": {}}).items():
         for values in itertools.product(*[values for _, values in grid]):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
+from maskvit.commands.sweep.cells import AGAINST
 from maskvit.commands.sweep.runs import write
 from maskvit.plots import curves, page
 
@@ -32,53 +34,59 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Difference(NamedTuple):
-    """Mean less the baseline's mean, the pooled standard deviation, and whether the former exceeds the latter (None: unknown)."""
+    """Mean over seeds of a cell's figure less its baseline's of the same seed, and what is known of it (NaN for fewer than two pairs).
 
-    value: float
-    pooled: float
-    beyond: bool | None
-
-
-def difference(cell: Spread, baseline: Spread) -> Difference:
-    """Compare two cells; the pooled deviation weighs each variance by its degrees of freedom."""
-    freedom = [max(s.seeds - 1, 0) for s in (cell, baseline)]
-    value = cell.mean - baseline.mean
-    if not sum(freedom):
-        return Difference(value, math.nan, None)
-    variance = sum(n * s.deviation**2 for n, s in zip(freedom, (cell, baseline), strict=True) if n) / sum(freedom)
-    return Difference(value, math.sqrt(variance), abs(value) > math.sqrt(variance) if math.isfinite(value) else None)
-
-
-def chance_beyond(first: int, second: int) -> float:
-    """How often two cells of so many seeds that do not differ at all lie further apart than their pooled deviation.
-
-    The two-sided tail of Student's t at 1 / sqrt(1/first + 1/second); normal errors of equal size assumed.
+    `low`, `high`: its 95 % interval. `least`: the true difference that runs as noisy as these would tell from zero four times in five.
     """
-    freedom = first + second - 2
-    if freedom < 1 or min(first, second) < 1:
-        return math.nan
-    limit = 1 / math.sqrt(1 / first + 1 / second)
-    t = np.linspace(0, limit, 2001)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    return float(1 - 2 * np.trapezoid(scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t))
+
+    difference: float
+    low: float
+    high: float
+    least: float
+    pairs: int
+
+    @property
+    def told(self) -> bool | None:
+        """Whether the interval leaves out zero; None where there is none."""
+        return None if math.isnan(self.low) else not self.low <= 0 <= self.high
 
 
-def summarize(results: Sequence[Mapping[str, Any]], cells: Sequence[str], baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """{metric: {cell: {"mean", "deviation", "seeds", "difference", "pooled", "beyond"}}}, cells in the order given."""
+def paired(cell: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Compare {seed: figure} of two cells, seed by seed: runs of one seed share initial weights, order of data and earlier stages.
+
+    Student's t over the differences; those that are not finite are left out.
+    """
+    found = [cell[seed] - baseline[seed] for seed in cell if seed in baseline and math.isfinite(cell[seed] - baseline[seed])]
+    mean, deviation, pairs = spread(found)
+    if pairs < 2:
+        return Difference(mean, math.nan, math.nan, math.nan, pairs)
+    error = deviation / math.sqrt(pairs)
+    outer, inner = (float(stdtrit(pairs - 1, share)) for share in (0.975, 0.8))
+    return Difference(mean, mean - outer * error, mean + outer * error, (outer + inner) * error, pairs)
+
+
+def summarize(
+    results: Sequence[Mapping[str, Any]], cells: Mapping[str, Mapping[str, Any]], baseline: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """{metric: {cell: {"mean", "deviation", "seeds", "against", "difference", "low", "high", "least", "pairs", "told"}}}.
+
+    Cells in the order given; "against": the cell that one is compared with, None for one that is compared with none.
+    """
     metrics = dict.fromkeys(name for result in results for name in result["final"])
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for metric in metrics:
-        spreads = {
-            cell: spread([r["final"][metric] for r in results if r["cell"] == cell and metric in r["final"]])
-            for cell in cells
-            if any(r["cell"] == cell and metric in r["final"] for r in results)  # stages have figures of their own
-        }
+        figures: dict[str, dict[int, float]] = {cell: {} for cell in cells}
+        for result in results:
+            if metric in result["final"] and result["cell"] in figures:
+                figures[result["cell"]][result["seed"]] = result["final"][metric]
+        figures = {cell: values for cell, values in figures.items() if values}  # stages have figures of their own
         table[metric] = {}
-        for cell, here in spreads.items():
-            against = Difference(math.nan, math.nan, None)
-            if cell != baseline and baseline in spreads:
-                against = difference(here, spreads[baseline])
-            table[metric][cell] = {**here._asdict(), "difference": against.value, "pooled": against.pooled, "beyond": against.beyond}
+        for cell, values in figures.items():
+            against = cells[cell].get(AGAINST, baseline)
+            other = figures.get(against) if against != cell else None
+            found = paired(values, other or {})
+            row = {**spread(list(values.values()))._asdict(), "against": against if other else None}
+            table[metric][cell] = {**row, **found._asdict(), "told": found.told}
     return table
 
 
@@ -91,27 +99,25 @@ def judged(metrics: Sequence[str]) -> list[str]:
     return evaluated or [name for name in metrics if name == "loss"]
 
 
-def power(table: Mapping[str, Mapping[str, Mapping[str, Any]]], controls: Sequence[str], baseline: str) -> str:
-    """Whether a control differs from the baseline by more than the spread: if none does, nothing else can be read either."""
+def power(table: Mapping[str, Mapping[str, Mapping[str, Any]]], controls: Sequence[str]) -> str:
+    """Whether a control differs from what it is compared with: if none does, nothing else can be read either."""
     compared = [
-        (control, metric, table[metric][control], table[metric][baseline])
+        (control, metric, table[metric][control])
         for metric in judged(list(table))
         for control in controls
-        if table[metric].get(control, {}).get("beyond") is not None
+        if table[metric].get(control, {}).get("told") is not None
     ]
     names = " and ".join(controls)
     if not compared:
-        return f"Power not known: the controls ({names}) and {baseline} need at least two seeds each."
-    found = [f"{c} by {row['difference']:+.3g} in {m} (spread {row['pooled']:.3g})" for c, m, row, _ in compared if row["beyond"]]
+        return f"Power not known: the controls ({names}) need at least two seeds in common with what they are compared with."
+    found = [f"{c} by {row['difference']:+.3g} in {m} against {row['against']}" for c, m, row in compared if row["told"]]
     if not found:
-        return (
-            f"No power: none of the controls ({names}) differs from {baseline} by more than the spread over seeds, so differences between "
-            "the other cells say nothing either."
-        )
-    by_chance = sum(chance_beyond(row["seeds"], base["seeds"]) for *_, row, base in compared)
+        untold = f"none of the controls ({names}) is told from what it is compared with"
+        return f"No power: {untold}, so differences of other cells say nothing either."
+    by_chance = 0.05 * len(compared)
     return (
-        f"{len(found)} of {len(compared)} comparisons of a control with {baseline} exceed the spread over seeds, where {by_chance:.1f} "
-        f"would if nothing differed: {'; '.join(found)}."
+        f"{len(found)} of {len(compared)} comparisons of a control leave out zero, where {by_chance:.1f} would if nothing differed: "
+        f"{'; '.join(found)}."
     )
 
 
@@ -119,44 +125,49 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
-def table_rows(cells: Mapping[str, Mapping[str, Any]], baseline: str) -> list[list[str]]:
-    """One metric's rows, as text: cell, mean, spread, seeds, difference from the baseline, pooled spread, beyond it."""
+def table_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """One metric's rows, as text, in the columns of `HEADER`."""
     words = {None: "-", True: "yes", False: "no"}
     rows = []
     for cell, row in cells.items():
-        against = ["baseline", "", ""] if cell == baseline else [_number(row["difference"]), _number(row["pooled"]), words[row["beyond"]]]
-        rows.append([cell, _number(row["mean"]), _number(row["deviation"]), str(row["seeds"]), *against])
+        rows.append([cell, _number(row["mean"]), _number(row["deviation"]), str(row["seeds"])])
+        if row["against"] is None:
+            rows[-1] += ["-", "", "", "", ""]
+        else:
+            interval = f"{row['low']:+.3g} ... {row['high']:+.3g}" if math.isfinite(row["low"]) else "-"
+            rows[-1] += [row["against"], _number(row["difference"]), interval, words[row["told"]], _number(row["least"])]
     return rows
 
 
-HEADER = ("cell", "mean", "spread", "seeds", "difference", "pooled spread", "beyond it")
+HEADER = ("cell", "mean", "spread", "seeds", "against", "difference", "95 % interval", "told from zero", "least")
 
 
-def notes(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], baseline: str, controls: Sequence[str]) -> list[str]:
+def notes(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], controls: Sequence[str]) -> list[str]:
     """What a reader must know beside the numbers."""
-    said = ["Spread: sample standard deviation over seeds. The loss is that of the tokens a cell hides, at its own weights."]
-    counts = [row["seeds"] for metric in table.values() for row in metric.values()]
-    share = chance_beyond(max(counts), max(counts)) if counts else math.nan
-    if math.isfinite(share):
-        said.append(f"Two equal cells of {max(counts)} seeds each lie further apart than their pooled spread in {share:.0%} of all cases.")
+    said = [
+        "Spread: sample standard deviation over seeds. The loss is that of the tokens a cell hides, at its own weights.",
+        "Difference: mean over seeds of the cell less what it is compared with, run by run of the same seed, with Student's 95 % interval; "
+        "of twenty pairs of equal cells one is told from zero by chance. Least: the true difference that such runs would tell from zero "
+        "four times in five.",
+    ]
     if controls:
-        said.append(power(table, controls, baseline))
+        said.append(power(table, controls))
     failed = [f"{r['cell']} seed {r['seed']}" for r in results if r["failed"]]
     if failed:
         said.append(f"Lost their loss (not finite) and stopped: {', '.join(failed)}.")
     return said
 
 
-def text_table(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], baseline: str, controls: Sequence[str] = ()) -> str:
+def text_table(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], controls: Sequence[str] = ()) -> str:
     """The sweep as plain text, a block per metric."""
     lines = []
     for metric, cells in table.items():
-        rows = [list(HEADER), *table_rows(cells, baseline)]
+        rows = [list(HEADER), *table_rows(cells)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
         lines.append(metric)
         lines += ["  " + row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows]
         lines.append("")
-    return "\n".join(lines + notes(results, table, baseline, controls)) + "\n"
+    return "\n".join(lines + notes(results, table, controls)) + "\n"
 
 
 def result_page(
@@ -171,8 +182,8 @@ def result_page(
     }
     caption = "Every run as a point, the mean over its cell's seeds as a bar; the dashed line is the baseline's mean."
     sections = [page.Section("At a glance", [page.Figure(curves.points(points, baseline), caption)])] if points else []
-    sections[0:0] = [page.Section("What to make of it", [page.Prose(note) for note in notes(results, table, baseline, controls)])]
-    sections += [page.Section(metric, [page.Table(HEADER, table_rows(table[metric], baseline))]) for metric in table]
+    sections[0:0] = [page.Section("What to make of it", [page.Prose(note) for note in notes(results, table, controls)])]
+    sections += [page.Section(metric, [page.Table(HEADER, table_rows(table[metric]))]) for metric in table]
     changes = [
         (name, ", ".join(f"{key} = {value}" for key, value in cell.items()) or "the config as it is") for name, cell in cells.items()
     ]
@@ -185,10 +196,10 @@ def write_tables(
     command: str,
 ) -> str:  # fmt: skip
     """Write sweep.json, sweep.txt and sweep.html of what is finished; returns the text."""
-    table = summarize(results, list(cells), baseline)
+    table = summarize(results, cells, baseline)
     runs = [{key: result[key] for key in ("cell", "seed", "seconds", "failed", "final")} for result in results]
     record = dict(command=command, baseline=baseline, controls=list(controls), cells=cells, runs=runs, metrics=table)
-    text = text_table(results, table, baseline, controls)
+    text = text_table(results, table, controls)
     write(out / "sweep.json", json.dumps(_finite(record), indent=1, allow_nan=False))
     write(out / "sweep.txt", text)
     write(out / "sweep.html", result_page(results, cells, table, baseline, controls, command))
