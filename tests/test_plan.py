@@ -1,0 +1,158 @@
+"""The planner: what it reads out of a program by hand, a real plan on the CPU, and, where the plugin is installed, one of an H100."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from maskvit.commands.plan import __main__ as command
+from maskvit.commands.plan import devices, program
+from tests.runs import ROOT, small_run, write_config
+
+DEVICE = devices.DEVICES["h100"]
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_rows (p.1: f32[1000,64], p.2: s32[]) -> f32[8,64] {
+  %p.1 = f32[1000,64]{1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %rows = f32[8,64]{1,0} dynamic-slice(%p.1, %p.2, %zero), dynamic_slice_sizes={8,64}
+  ROOT %twice = f32[8,64]{1,0} add(%rows, %rows)
+}
+
+%fused_write (q.1: f32[1000,64], q.2: f32[8,64], q.3: s32[]) -> f32[1000,64] {
+  %q.1 = f32[1000,64]{1,0} parameter(0)
+  %q.2 = f32[8,64]{1,0} parameter(1)
+  %q.3 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %update = f32[1000,64]{1,0} dynamic-update-slice(%q.1, %q.2, %q.3, %none)
+}
+
+%body (state: (s32[], bf16[256,512])) -> (s32[], bf16[256,512]) {
+  %state = (s32[], bf16[256,512]{1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%state), index=0
+  %x = bf16[256,512]{1,0} get-tuple-element(%state), index=1
+  %weights = bf16[512,512]{1,0} constant({...})
+  %product = bf16[256,512]{1,0} dot(%x, %weights), lhs_contracting_dims={1}, metadata={op_name="jit(step)/Encoder/mlp/dot"}
+  ROOT %pair = (s32[], bf16[256,512]{1,0}) tuple(%count, %product)
+}
+
+%condition (state.2: (s32[], bf16[256,512])) -> pred[] {
+  %state.2 = (s32[], bf16[256,512]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (table: f32[1000,64], x.0: bf16[256,512], i: s32[]) -> f32[1000,64] {
+  %table = f32[1000,64]{1,0:T(8,128)} parameter(0)
+  %x.0 = bf16[256,512]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (s32[], bf16[256,512]{1,0:T(8,128)(2,1)}) tuple(%i, %x.0)
+  %loop = (s32[], bf16[256,512]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %end = bf16[256,512]{1,0} get-tuple-element(%loop), index=1
+  %lib = (bf16[256,128]{1,0}, s8[4194304]{0}) custom-call(%end, %x.0), LIBRARY
+  %sum = f32[8,64]{1,0} all-reduce(%rows.2), replica_groups=[1,8]<=[8], to_apply=%add
+  %rows.2 = f32[8,64]{1,0} fusion(%table, %i), kind=kLoop, calls=%fused_rows
+  ROOT %new = f32[1000,64]{1,0} fusion(%table, %rows.2, %i), kind=kLoop, calls=%fused_write
+}
+"""
+
+
+LIBRARY = (
+    'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/transpose(jvp(Decoder))/attn/dot"}, '
+    'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+)
+
+
+def test_a_program_by_hand():
+    """Loops as often as they run, rows of a table and not the table, FLOPs of products, what is sent; shapes of any layout."""
+    rows = {row.name: row for row in program.kernels(program.parse(PROGRAM.replace("LIBRARY", LIBRARY)))}
+    product = 2 * 256 * 512 * 512
+    assert (rows["product"].times, rows["product"].flops) == (3, product) and rows["product"].bytes == 2 * (2 * 256 * 512 + 512 * 512)
+    assert rows["lib"].flops == 2 * 256 * 128 * 512 and rows["lib"].op == "__cublas$lt$matmul"
+    assert rows["rows.2"].bytes == rows["new"].bytes == 2 * 8 * 64 * 4 + 4  # read or written once each, and an index
+    assert program.collectives(list(rows.values())) == {"all-reduce": (1, 2 * 7 / 8 * 8 * 64 * 4)}
+    assert program.part_of(rows["lib"].source) == "decoder attention backward" and program.part_of("") == "rest of the step forward"
+    least = max(product / (0.78 * DEVICE.peak), rows["product"].bytes / (0.85 * DEVICE.rate), 2e-6)
+    assert rows["product"].seconds(DEVICE) == pytest.approx(3 * least)
+    parts = program.parts(list(rows.values()), DEVICE)
+    assert parts["encoder mlp forward"].kernels == 3 and sum(part.kernels for part in parts.values()) == 7
+    with pytest.raises(ValueError, match="no line that begins with ENTRY"):
+        program.parse("nothing")
+
+
+def test_fused_attention_counts_its_products():
+    rest = 'custom_call_target="__cudnn$fmhaSoftmax"'
+    attention = program.Instruction("a", "(bf16[4,2,6,8]{3,1,2,0})", "custom-call", ("q", "k", "v"), rest, False)
+    shapes = dict(q="bf16[4,6,2,8]{3,2,1,0}", k="bf16[4,10,2,8]{3,2,1,0}", v="bf16[4,10,2,8]{3,2,1,0}")
+    assert program.product_flops(attention, shapes) == 2 * 2 * 4 * 2 * 6 * 10 * 8
+    backward = attention._replace(rest='custom_call_target="__cudnn$fmhaSoftmaxBackward"')
+    assert program.product_flops(backward, shapes) == 2.5 * program.product_flops(attention, shapes)
+
+
+def test_devices_by_name():
+    found = {text: devices.parse_devices(text) for text in ("h100", "h200:8", "v5e", "v6e:4x4")}
+    assert found == {"h100": ("h100", "1"), "h200:8": ("h200", "8"), "v5e": ("v5e", "2x2"), "v6e:4x4": ("v6e", "4x4")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("h300", "--devices is 'h300'; known: "), ("h100:0", "write for example h100:8"), ("v5e:8", "for example v5e:2x2")],
+)
+def test_devices_that_there_are_not(text, message):
+    with pytest.raises(ValueError, match=message):
+        devices.parse_devices(text)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="the plugin is installed")
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"--devices h100:1 cannot be .* What it takes: pip install 'maskvit\[plan\]'"):
+        devices.make_devices("h100", "1")
+
+
+def test_a_plan_of_this_machine(tmp_path, capsys):
+    """A grid over the batch: every field, a comparison that passes and one that does not, the plot; no data are looked at."""
+    path = write_config(tmp_path / "run.py", small_run("nowhere"))
+    arguments = ["--config", str(path), "--devices", "cpu", "--num-records", "1000", "--top", "3"]
+    assert command.main([*arguments, "--batch", "8,16", "--json", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "plain attention" in said and "floor, from the compiled program" in said
+    assert "encoder mlp backward" in said and "| plan |" in said
+    small, large = (json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert small["batch"] == 8 and large["devices"] == "cpu:1" and not small["collectives"] and small["fits"]
+    assert 0 < small["floor_ms"] < large["floor_ms"]
+    assert large["temporary_gb"] > small["temporary_gb"] > 0 and 0 < small["share_of_peak"] < 1
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "ENTRY" in (tmp_path / "out" / "cpu_1_8.txt").read_text()
+
+    earlier = dict(small, floor_ms=small["floor_ms"] / 1.1, kernels=2 * small["kernels"])
+    (tmp_path / "b.jsonl").write_text(json.dumps(earlier) + "\n")
+    assert command.main([*arguments, "--batch", "8", "--against", str(tmp_path / "b.jsonl")]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"floor_ms .* WORSE", said) and re.search(r"kernels .* better", said) and re.search(r"gb_moved .* the same", said)
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    assert command.main([*arguments, "--against", str(tmp_path / "b.jsonl")]) == 2
+    assert "b.jsonl, line 1 is no plan: write such files with --json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="no CUDA plugin: pip install 'maskvit[plan]'")
+def test_a_step_for_an_h100(tmp_path):
+    """What must hold of every program for a GPU: fused attention in each block, nothing of 64 bits, no call back to Python."""
+    config = small_run("nowhere")
+    config["objective"]["compute_dtype"] = "bfloat16"
+    line = [sys.executable, "-m", "maskvit", "plan", "--config", write_config(tmp_path / "run.py", config), "--devices", "h100,h100:8"]
+    line += ["--json", str(tmp_path / "plan.jsonl"), "--out", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=550, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, eight = (json.loads(text) for text in (tmp_path / "plan.jsonl").read_text().splitlines())
+    assert one["attention"] == "cudnn" and one["collectives"] == {} and set(eight["collectives"]) == {"all-reduce"}
+    text = next(tmp_path.glob("h100_1_*.txt")).read_text()
+    calls = re.findall(r'custom_call_target="([^"]+)"', text)
+    assert calls.count("__cudnn$fmhaSoftmax") == calls.count("__cudnn$fmhaSoftmaxBackward") > 0
+    assert "f64[" not in text and not [call for call in calls if "callback" in call]
