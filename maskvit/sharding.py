@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,44 @@ AXES = ("data", "fsdp", "tensor")
 
 SAMPLES = ("data", "fsdp")  # the axes that the samples of a batch, and what is kept per record, are spread over
 
-# First match wins: (regex on the parameter's path, where its axes live). Data parallelism replicates everything but the maps that
-# guidance keeps per record; FSDP and tensor parallelism are rows above the last.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(.*/)?guidance(/maps)?", PartitionSpec(SAMPLES)),
-    (r".*", PartitionSpec()),
-)
+# What guidance keeps per record, by its path in a state: rows spread as the samples are. All else is placed by `fsdp_spec`.
+PER_RECORD = r"(.*/)?guidance(/maps)?"
+WHOLE = 2**12  # arrays of fewer values are not worth an exchange: every device holds them whole
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices on the data axis, process by process.
+def sharding_block(*, fsdp: int = 1) -> dict[str, Any]:
+    """`config.sharding`. `fsdp`: over how many devices parameters and optimizer state are spread, each holding a part; 0 for all.
+
+    Those devices are neighbors in the list of all, so best of one node. Samples are spread over all devices whatever it is.
+    """
+    if fsdp < 0:
+        raise ValueError(f"config.sharding.fsdp is {fsdp}; it must be a number of devices, or 0 for all")
+    return dict(fsdp=fsdp)
+
+
+def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
+    """All devices on the data axis, or in groups of `fsdp` (0: one group) that hold parts of the state; process by process.
 
     So the rows of a global batch lie as the loader deals them out, and which record gets which mask does not depend on the machine.
     `jax.make_mesh` orders devices by the network between them, and refuses those of several nodes of GPUs.
+    Raises ValueError where the devices do not divide into such groups.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices).reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    group = fsdp or len(devices)
+    if len(devices) % group:
+        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise ValueError(f"config.sharding.fsdp is {fsdp}, which does not divide {len(devices)} devices: use one of {divisors}")
+    return Mesh(np.array(devices).reshape(-1, group, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fsdp_spec(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """Where an array lies: its longest axis that the fsdp axis divides is spread over it; small ones, and all without it, are whole."""
+    shape, parts = getattr(leaf, "shape", ()), mesh.shape["fsdp"]
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < WHOLE or not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * longest, "fsdp")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -50,11 +72,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf by its path, first matching row of `PARAMETER_RULES`; works for whole train states."""
+    """A sharding for every leaf (arrays or shapes): rows per record by `PER_RECORD`, all else by `fsdp_spec`; of whole train states too."""
 
-    def place(path: Any, _: Any) -> NamedSharding:
-        name = path_name(path)
-        return next(NamedSharding(mesh, spec) for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, name))
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        per_record = re.fullmatch(PER_RECORD, path_name(path)) is not None
+        return NamedSharding(mesh, PartitionSpec(SAMPLES) if per_record else fsdp_spec(leaf, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -70,23 +92,56 @@ def sample_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SAMPLES)
 
 
-def on_each_device(function: Any, mesh: Mesh) -> Any:
-    """`function(common, samples, total) -> (sums, rows)` of global arrays, run by every device on its own samples.
+class Exchange(NamedTuple):
+    """What devices say to one another while each works on its own samples.
 
-    `common` and `sums` are the same on all devices, `samples` and `rows` are spread by their first axis. Nothing is communicated but
-    by `total`, which adds a tree of arrays up over the devices.
+    `total` adds a tree of arrays up over all devices. `gather` makes whole arrays of the parts of parameters that the devices of a
+    group hold; the gradient of what comes out arrives as that of the device's own part, summed over its group, and
+    `total_gradients` adds up what is left: over the groups, and of parameters that every device holds whole over all devices.
     """
 
-    def total(tree: Any) -> Any:
-        return jax.lax.psum(tree, SAMPLES)
+    total: Callable[[Any], Any]
+    gather: Callable[[Any], Any]
+    total_gradients: Callable[[Any], Any]
 
-    return jax.shard_map(
-        lambda common, samples: function(common, samples, total),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(SAMPLES)),
-        out_specs=(PartitionSpec(), PartitionSpec(SAMPLES)),
-        check_vma=False,
-    )
+
+def _gathered(tree: Any, specs: Any) -> Any:
+    def whole(leaf: Any, spec: PartitionSpec) -> Any:
+        return jax.lax.all_gather(leaf, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True) if "fsdp" in tuple(spec) else leaf
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def on_each_device(function: Any, mesh: Mesh, without: Callable[[Any], Any] = lambda tree: tree) -> Any:
+    """`function(params, shared, samples, exchange) -> (gradients, sums, rows)` of global arrays, by every device on its own samples.
+
+    `params` arrive as the parts that the device holds, `gradients` (a tree like `without(params)`) leave as such; `shared` and `sums`
+    are the same on all devices, `samples` and `rows` are spread by their first axis. Nothing is communicated but by the `Exchange`.
+    """
+
+    def run(params: Any, shared: Any, samples: Any) -> Any:
+        specs, shared_specs = (jax.tree.map(lambda leaf: fsdp_spec(leaf, mesh), tree) for tree in (params, shared))
+
+        def add(leaf: Any, spec: PartitionSpec) -> Any:
+            return jax.lax.psum(leaf, "data" if "fsdp" in tuple(spec) else SAMPLES)
+
+        def total_gradients(gradients: Any) -> Any:
+            return jax.tree.map(add, gradients, without(specs))
+
+        exchange = Exchange(lambda tree: jax.lax.psum(tree, SAMPLES), lambda tree: _gathered(tree, specs), total_gradients)
+
+        def on_device(params: Any, shared: Any, samples: Any) -> Any:
+            return function(params, _gathered(shared, shared_specs), samples, exchange)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs, shared_specs, PartitionSpec(SAMPLES)),
+            out_specs=(without(specs), PartitionSpec(), PartitionSpec(SAMPLES)),
+            check_vma=False,
+        )(params, shared, samples)
+
+    return run
 
 
 def check_batch(global_batch: int, mesh: Mesh, micro_batches: int = 1) -> None:

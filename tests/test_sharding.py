@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
 
 from maskvit.core.keys import sample_keys
+from maskvit.core.types import tree_paths
 from maskvit.nn.backbone import frozen_mask
-from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import adamw
 from maskvit.sharding import (
@@ -30,16 +32,20 @@ from maskvit.training.step import init_state, train_step
 STEPS = 20
 
 
-def run(objective: MaskedAutoencoder, devices: int) -> tuple[list[float], np.ndarray]:
+def run(objective: Any, devices: int, fsdp: int = 1, micro_batches: int = 1) -> tuple[list[float], np.ndarray]:
     """(losses of 20 steps at learning rate 1e-4, what is hidden at step 0) on that many devices."""
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000))
-    state = jax.device_put(init_state(objective, optimizer, 0), replicated(mesh))
+    state = init_state(objective, optimizer, 0)
+    places = parameter_shardings(state, mesh)
+    state = jax.device_put(state, places)
     step = jax.jit(
-        lambda state, batch: train_step(state, batch, objective=objective, optimizer=optimizer, seed=0, mesh=mesh),
-        in_shardings=(parameter_shardings(state, mesh), batch_sharding(mesh)),
-        out_shardings=(parameter_shardings(state, mesh), replicated(mesh)),
+        lambda state, batch: train_step(
+            state, batch, objective=objective, optimizer=optimizer, seed=0, micro_batches=micro_batches, mesh=mesh
+        ),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
         donate_argnums=0,
     )
     batches = [place_batch(tiny_batch(8, seed=i), mesh) for i in range(STEPS)]
@@ -60,6 +66,30 @@ def test_four_devices_give_the_losses_of_one(masking, tolerance):
     np.testing.assert_array_equal(masked_one, masked_four)
     np.testing.assert_allclose(four, one, rtol=tolerance)
     assert len(set(one)) == STEPS
+
+
+@pytest.mark.parametrize(("fsdp", "micro_batches"), [(4, 1), (2, 2)])
+def test_parts_of_the_state_train_as_the_whole(fsdp, micro_batches):
+    """Parameters and moments spread over all devices, or over pairs while batches are accumulated: the losses of one device."""
+    objective = tiny_objective(outputs=("rgb", "depth"), encoder=dict(width=48, depth=1, heads=3), **GUIDED)
+    (one, masked_one), (spread, masked) = run(objective, 1), run(objective, 4, fsdp, micro_batches)
+    np.testing.assert_array_equal(masked, masked_one)
+    np.testing.assert_allclose(spread, one, rtol=1e-5)
+
+
+def test_where_parts_lie():
+    mesh = make_mesh(fsdp=2)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 1} and make_mesh(fsdp=0).shape["fsdp"] == 4
+    shapes = {"kernel": (48, 144), "odd": (145, 51), "bias": (144,), "table": (64, 128)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()} | {"guidance": {"maps": jnp.zeros((8, 2))}}
+    found = {name: sharding.spec for name, sharding in tree_paths(parameter_shardings(tree, mesh)).items()}
+    none = PartitionSpec()
+    assert found == {
+        "kernel": PartitionSpec(None, "fsdp"), "odd": none, "bias": none, "table": PartitionSpec(None, "fsdp"),
+        "guidance/maps": PartitionSpec(("data", "fsdp")),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="config.sharding.fsdp is 3, which does not divide 4 devices: use one of 1, 2, 4"):
+        make_mesh(fsdp=3)
 
 
 @dataclasses.dataclass(frozen=True)

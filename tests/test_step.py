@@ -171,9 +171,10 @@ def plain() -> tuple[TrainState, float, dict[str, np.ndarray]]:
     return state, *gradients_of(objective, state)
 
 
-def test_rematerialization_changes_no_number(plain):
+@pytest.mark.parametrize("remat", [True, "dots"])
+def test_rematerialization_changes_no_number(plain, remat):
     state, loss, grads = plain
-    loss_remat, grads_remat = gradients_of(small_objective(remat=True), state)
+    loss_remat, grads_remat = gradients_of(small_objective(remat=remat), state)
     np.testing.assert_allclose(loss_remat, loss, rtol=1e-6)
     assert_trees_close(grads_remat, grads, 1e-5)
 

@@ -17,40 +17,40 @@ BOTH = ("rgb", "depth")
 
 
 def get_config():
-    """The pretraining: rgb, depth and semantic maps, random masks, 20 epochs."""
+    """The pretraining: rgb, depth and semantic maps, random masks, 10 epochs."""
     config = common.scenes()
     with config.unlocked(), config.ignore_type():
         config.objective.encoder = ENCODER
         config.objective.decoder = dict(width=48, depth=1, heads=2)
         config.data.train = dict(DATA, split="train")
         config.evaluators = dict(knn=dict(type="knn", every="100 percent", crop=1.0, ks=(20,), batch_size=250, baselines=True))
-    config.total = "20 epochs"
+    config.total = "10 epochs"
     config.global_batch = config.micro_batch = 64
     config.optimizer.base_lr = 4e-3
-    config.schedule = dict(total_epochs=20.0, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
+    config.schedule = dict(total_epochs=10.0, start_epochs=0.0, warmup_epochs=1.0, min_lr=0.0)
     config.picture_every = "0 steps"
     config.checkpoint = dict(every="100 percent", keep=1)
     return config
 
 
 def classes_rgb():
-    return tasks.scenes_task(CLASSES, {}, "classification", 10, ENCODER, DATA)
+    return tasks.scenes_task(CLASSES, {}, "classification", 4, ENCODER, DATA)
 
 
 def classes_rgb_depth():
-    return tasks.scenes_task(CLASSES, {}, "classification", 10, ENCODER, DATA, BOTH)
+    return tasks.scenes_task(CLASSES, {}, "classification", 4, ENCODER, DATA, BOTH)
 
 
 def segmentation_rgb():
-    return tasks.scenes_task(PIXELS, tasks.SCENES_HEAD, "segmentation", 10, ENCODER, DATA)
+    return tasks.scenes_task(PIXELS, tasks.SCENES_HEAD, "segmentation", 4, ENCODER, DATA)
 
 
 def segmentation_rgb_depth():
-    return tasks.scenes_task(PIXELS, tasks.SCENES_HEAD, "segmentation", 10, ENCODER, DATA, BOTH)
+    return tasks.scenes_task(PIXELS, tasks.SCENES_HEAD, "segmentation", 4, ENCODER, DATA, BOTH)
 
 
 def depth_rgb():
-    return tasks.scenes_task(dict(name="regression", target="depth", loss="l1"), tasks.SCENES_HEAD, "depth", 10, ENCODER, DATA)
+    return tasks.scenes_task(dict(name="regression", target="depth", loss="l1"), tasks.SCENES_HEAD, "depth", 4, ENCODER, DATA)
 
 
 def get_sweep():

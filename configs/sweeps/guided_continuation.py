@@ -6,8 +6,8 @@ python -m maskvit sweep --config configs/sweeps/guided_continuation.py --seeds 3
 
 Every continuation has 1/16 of the pretraining's epochs on the tail of its schedule, as the published 100 after 1,600; `none` is the
 pretraining itself and `random` the control of equal compute. Each is then fine-tuned to the classes of all, 10 % and 1 % of the labels, and
-with all of them to segmentation and depth. At the end of a continuation stand
-k-NN and the loss of held-out scenes at random masks that are the same for all.
+with all of them to segmentation and depth. At the end of a continuation stand k-NN, and the loss of held-out scenes at random masks that
+are the same for all.
 """
 
 from configs import common, tasks

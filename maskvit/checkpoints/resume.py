@@ -11,7 +11,7 @@ import ml_collections
 from absl import logging
 
 # Keys a resumed run may change, because none of them changes what is computed at a step: how often things are written
-# or evaluated, loader speed, how the global batch is split and in which order sums are taken (equal but for rounding),
+# or evaluated, loader speed, how batch and state are split and in which order sums are taken (equal but for rounding),
 # when to stop, what to do when the loss is lost, and where the data lie. What these keys could change after all is compared
 # by itself: the length of an epoch and of every schedule in steps (`total` moves a schedule of "100 percent"), and the data.
 # Everything else makes it another run.
@@ -26,6 +26,8 @@ MAY_DIFFER = (
     "guard",
     "data.train.data_dir",
     "micro_batch",
+    "sharding",
+    "objective.attention",
     "deterministic",
     "total",
 )

@@ -24,13 +24,14 @@ class CrossBlock(nn.Module):
     mlp_ratio: float = 4.0
     self_attention: bool = False
     dtype: Any = jnp.float32
+    kernel: str = "plain"
 
     def setup(self) -> None:
         if self.self_attention:
             self.norm0 = layer_norm(self.dtype)
-            self.self_attn = SelfAttention(self.width, self.heads, self.dtype, qkv_parts=1)
+            self.self_attn = SelfAttention(self.width, self.heads, self.dtype, qkv_parts=1, kernel=self.kernel)
         self.norm1 = layer_norm(self.dtype)
-        self.cross_attn = CrossAttention(self.width, self.heads, self.dtype, kv_parts=1)
+        self.cross_attn = CrossAttention(self.width, self.heads, self.dtype, kv_parts=1, kernel=self.kernel)
         self.norm2 = layer_norm(self.dtype)
         self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
 
@@ -68,6 +69,7 @@ class CrossMaeDecoder(nn.Module):
     self_attention: bool = False
     dtype: Any = jnp.float32
     columns_first: bool = False
+    kernel: str = "plain"
 
     def setup(self) -> None:
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
@@ -78,7 +80,8 @@ class CrossMaeDecoder(nn.Module):
             self.feature_weights = self.param("feature_weights", xavier_uniform(), (self.depth, len(self.features)), jnp.float32)
         for i in range(self.depth):
             setattr(self, f"context_norm_{i:02d}", layer_norm(self.dtype))
-            setattr(self, f"block_{i:02d}", CrossBlock(self.width, self.heads, self.mlp_ratio, self.self_attention, self.dtype))
+            block = CrossBlock(self.width, self.heads, self.mlp_ratio, self.self_attention, self.dtype, self.kernel)
+            setattr(self, f"block_{i:02d}", block)
         self.norm = layer_norm(self.dtype)
         self.head = Dense(self.modality.values_per_token, jnp.float32)
 

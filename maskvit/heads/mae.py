@@ -13,6 +13,7 @@ from maskvit.core.types import MaskPlan, TokenLayout
 from maskvit.heads.crossmae import ModalityEmbed
 from maskvit.heads.places import Memory, fill_hidden, places
 from maskvit.nn.adapters import frozen_position_table
+from maskvit.nn.attention import evened
 from maskvit.nn.encoder import Block
 from maskvit.nn.layers import Dense, layer_norm
 
@@ -33,6 +34,7 @@ class MaeDecoder(nn.Module):
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     columns_first: bool = False
+    kernel: str = "plain"
 
     def setup(self) -> None:
         self.context_proj = Dense(self.width, self.dtype)
@@ -41,7 +43,7 @@ class MaeDecoder(nn.Module):
         if len(self.inputs) > 1:
             self.modality_embed = ModalityEmbed(self.inputs, self.width)
         for i in range(self.depth):
-            setattr(self, f"block_{i:02d}", Block(self.width, self.heads, self.mlp_ratio, self.dtype, qkv_parts=1))
+            setattr(self, f"block_{i:02d}", Block(self.width, self.heads, self.mlp_ratio, self.dtype, qkv_parts=1, kernel=self.kernel))
         self.norm = layer_norm(self.dtype)
         self.head = Dense(self.modality.values_per_token, jnp.float32)
 
@@ -75,8 +77,9 @@ class MaeDecoder(nn.Module):
         """What norm and head make of the tokens after each block."""
         x, span = self.sequence(memory, plan, layout, query_grid)
         predictions = []
+        x, length = evened(x, self.kernel)
         for i in range(self.depth):
-            x = getattr(self, f"block_{i:02d}")(x)
+            x = getattr(self, f"block_{i:02d}")(x, length=length)
             predictions.append(self.head(self.norm(x[:, span])))
         return predictions
 

@@ -77,8 +77,8 @@ class Network(Backbone):
         return DECODERS[self.decoder_name].decodes_part
 
     def _decoder(self, name: str) -> Any:
-        spec, same = self.modality(name), dict(dtype=self._dtype(), columns_first=self._columns_first)
-        return DECODERS[self.decoder_name].module(spec, self.inputs, spec.grid(self.image_size), **same, **dict(self.decoder))
+        spec, shared = self.modality(name), dict(dtype=self._dtype(), columns_first=self._columns_first, kernel=self.attention_kernel)
+        return DECODERS[self.decoder_name].module(spec, self.inputs, spec.grid(self.image_size), **shared, **dict(self.decoder))
 
     def _head(self, name: str) -> nn.Module:
         return HEADS[name].module(dtype=self._dtype(), **dict(dict(self.heads)[name]))

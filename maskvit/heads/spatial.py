@@ -34,6 +34,7 @@ class SpatialDecoder(nn.Module):
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     columns_first: bool = False
+    kernel: str = "plain"
 
     @nn.compact
     def __call__(
@@ -57,7 +58,7 @@ class SpatialDecoder(nn.Module):
             place = places(table, embeds, (self.modality.name,), (query_grid,)).astype(self.dtype)
             queries = jnp.broadcast_to(mask_token + place, (visible.shape[0], *place.shape))
 
-        x = CrossAttention(self.width, self.heads, self.dtype, name="cross_attn")(
+        x = CrossAttention(self.width, self.heads, self.dtype, kernel=self.kernel, name="cross_attn")(
             layer_norm(self.dtype, "query_norm")(queries),
             layer_norm(self.dtype, "context_norm")(context),
             context_mask(plan, context.shape[1], has_padding),
@@ -65,6 +66,6 @@ class SpatialDecoder(nn.Module):
         hidden = round(self.width * self.mlp_ratio)
         x = x + Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "out_norm")(x))
         for i in range(self.depth):
-            x = Block(self.width, self.heads, self.mlp_ratio, self.dtype, name=f"block_{i:02d}")(x)
+            x = Block(self.width, self.heads, self.mlp_ratio, self.dtype, kernel=self.kernel, name=f"block_{i:02d}")(x)
         # The head and the loss are float32 whatever the compute type.
         return Dense(self.modality.values_per_token, jnp.float32, name="head")(x)

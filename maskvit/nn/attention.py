@@ -1,4 +1,4 @@
-"""Multi-head attention."""
+"""Multi-head attention: plain, or fused into one kernel where the device has one that is faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from maskvit.nn.layers import Dense, xavier_uniform
 
@@ -29,10 +29,86 @@ def attention_weights(
     return jax.nn.softmax(logits, axis=-1)
 
 
-def attend(
-    q: Float[Array, "b q d"], k: Float[Array, "b n d"], v: Float[Array, "b n d"], heads: int, mask: Bool[Array, "b n"] | None = None
+# What computes attention: "plain" is matrix products and a softmax, of any shape and on any device; "cudnn" cuDNN's fused kernel.
+KERNELS = ("plain", "cudnn")
+
+
+def attention_kernel(wanted: str, compute_dtype: str) -> str:
+    """One of `KERNELS` for `config.objective.attention`: "auto" is cuDNN's for bfloat16 on GPUs of compute capability 9 and more.
+
+    On older ones it is reported to be slower than plain attention at the lengths of ViTs. Raises ValueError for an unknown name, or
+    for "cudnn" in float32, which it does not compute.
+    """
+    if wanted not in ("auto", *KERNELS):
+        raise ValueError(f"config.objective.attention is {wanted!r}; known: auto, {', '.join(KERNELS)}")
+    if wanted == "cudnn" and compute_dtype != "bfloat16":
+        raise ValueError(f"config.objective.attention is 'cudnn', which is for compute_dtype 'bfloat16', not {compute_dtype!r}: use 'auto'")
+    if wanted != "auto":
+        return wanted
+    if compute_dtype != "bfloat16" or jax.default_backend() != "gpu":
+        return "plain"
+    return "cudnn" if float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9 else "plain"
+
+
+def evened(x: Float[Array, "b n d"], kernel: str) -> tuple[Float[Array, "b e d"], Int[Array, " b"] | None]:
+    """The tokens, with one of zeros behind them where `kernel` wants an even number and theirs is odd, and then their true number.
+
+    Done once in front of a stack of blocks: in every block it would be a copy of queries, keys and values and of their gradients.
+    """
+    b, n, _ = x.shape
+    if kernel == "plain" or n % 2 == 0:
+        return x, None
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0))), jnp.full((b,), n, jnp.int32)
+
+
+def fused_attend(
+    q: Float[Array, "b q d"],
+    k: Float[Array, "b n d"],
+    v: Float[Array, "b n d"],
+    heads: int,
+    queries: Int[Array, " b"] | None = None,
+    keys: Int[Array, " b"] | None = None,
+    implementation: Any = "cudnn",
 ) -> Float[Array, "b q d"]:
-    """Multi-head attention on projected tokens; `mask` as in `attention_weights`."""
+    """What `attend` gives without a mask, by JAX's fused attention: logits and weights never leave the processor's own memory.
+
+    `queries`, `keys`: how many tokens of each sample there are, where not all (`evened`); what lies behind them is not attended to,
+    and comes out as zeros with gradients of zero. Heads stay where the projection has put them, beside the tokens: nothing is
+    transposed.
+    """
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    whole = lambda x: jnp.full((x.shape[0],), x.shape[1], jnp.int32)  # noqa: E731
+    if queries is not None or keys is not None:  # one alone is not enough
+        queries = whole(q) if queries is None else queries
+        keys = whole(k) if keys is None else keys
+    out = jax.nn.dot_product_attention(
+        split(q), split(k), split(v), query_seq_lengths=queries, key_value_seq_lengths=keys, implementation=implementation
+    )
+    return out.reshape(q.shape)
+
+
+def attend(
+    q: Float[Array, "b q d"],
+    k: Float[Array, "b n d"],
+    v: Float[Array, "b n d"],
+    heads: int,
+    mask: Bool[Array, "b n"] | None = None,
+    kernel: str = "plain",
+    queries: Int[Array, " b"] | None = None,
+    keys: Int[Array, " b"] | None = None,
+) -> Float[Array, "b q d"]:
+    """Multi-head attention on projected tokens; `mask` as in `attention_weights`.
+
+    `kernel`: one of `KERNELS`. With a mask it is the plain one: a fused kernel would take a mask as a bias of full size. `queries`,
+    `keys`: as in `fused_attend`, where the caller has made their numbers even.
+    """
+    if kernel == "cudnn" and mask is None:
+        n = q.shape[1]
+        if n % 2:
+            q, queries = evened(q, kernel)
+        if k.shape[1] % 2:
+            (k, keys), (v, _) = evened(k, kernel), evened(v, kernel)
+        return fused_attend(q, k, v, heads, queries, keys)[:, :n]
     weights = attention_weights(split_heads(q, heads), split_heads(k, heads), mask)
     out = jnp.einsum("baqn,bane->baqe", weights.astype(v.dtype), split_heads(v, heads))
     b, a, n, e = out.shape
@@ -40,28 +116,39 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Fused q | k | v projection (initialized as `qkv_parts` kernels), attention, output projection."""
+    """Fused q | k | v projection (initialized as `qkv_parts` kernels), attention by `kernel`, output projection."""
 
     width: int
     heads: int
     dtype: Any = jnp.float32
     qkv_parts: int = 3
+    kernel: str = "plain"
 
     def setup(self) -> None:
         self.qkv = Dense(3 * self.width, self.dtype, xavier_uniform(parts=self.qkv_parts))
         self.proj = Dense(self.width, self.dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b n d"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        return self.proj(attend(q, k, v, self.heads, mask))
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, length: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """`length`: how many of the tokens there are, where not all (`evened`)."""
+        q, k, v = self._projected(x)
+        return self.proj(attend(q, k, v, self.heads, mask, self.kernel, length, length))
+
+    def _projected(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n d"]]:
+        """Queries, keys, values."""
+        if self.kernel == "plain":
+            return jnp.split(self.qkv(x), 3, axis=-1)
+        # A fused kernel wants each by itself: three products write them there, where one would be cut up by a copy.
+        return [self.qkv(x, columns=slice(i * self.width, (i + 1) * self.width)) for i in range(3)]
 
     def with_weights(
         self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b a q n"]]:
         """What calling it gives, and the softmax attention of the tokens in `queries`, off one projection."""
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = self._projected(x)
         weights = attention_weights(split_heads(q[:, queries], self.heads), split_heads(k, self.heads), mask)
-        return self.proj(attend(q, k, v, self.heads, mask)), weights
+        return self.proj(attend(q, k, v, self.heads, mask, self.kernel)), weights
 
     def weights(self, x: Float[Array, "b n d"], queries: slice, mask: Bool[Array, "b n"] | None = None) -> Float[Array, "b a q n"]:
         """The softmax attention of the tokens in `queries` over all tokens; values and projection are not computed."""
@@ -75,17 +162,25 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of queries over a context; fused k | v projection, initialized as `kv_parts` kernels."""
+    """Attention of queries over a context by `kernel`; fused k | v projection, initialized as `kv_parts` kernels."""
 
     width: int
     heads: int
     dtype: Any = jnp.float32
     kv_parts: int = 2
+    kernel: str = "plain"
 
     @nn.compact
     def __call__(
         self, queries: Float[Array, "b q d"], context: Float[Array, "b v w"], mask: Bool[Array, "b v"] | None = None
     ) -> Float[Array, "b q d"]:
         q = Dense(self.width, self.dtype, name="q")(queries)
-        k, v = jnp.split(Dense(2 * self.width, self.dtype, xavier_uniform(parts=self.kv_parts), name="kv")(context), 2, axis=-1)
-        return Dense(self.width, self.dtype, name="proj")(attend(q, k, v, self.heads, mask))
+        length = None
+        if mask is None:
+            context, length = evened(context, self.kernel)
+        kv = Dense(2 * self.width, self.dtype, xavier_uniform(parts=self.kv_parts), name="kv")
+        if self.kernel == "plain":
+            k, v = jnp.split(kv(context), 2, axis=-1)
+        else:  # each by itself, as in `SelfAttention`
+            k, v = (kv(context, columns=slice(i * self.width, (i + 1) * self.width)) for i in range(2))
+        return Dense(self.width, self.dtype, name="proj")(attend(q, k, v, self.heads, mask, self.kernel, keys=length))

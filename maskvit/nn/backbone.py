@@ -9,15 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Key, Num
 
 from maskvit.core.configuration import check_arguments
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Params, TokenBatch, TokenLayout, path_name
 from maskvit.nn.adapters import InputAdapter
-from maskvit.nn.encoder import VARIANTS, Encoder, check_sizes, transformer_sizes
-from maskvit.nn.layers import apply, layer_norm
+from maskvit.nn.attention import KERNELS
+from maskvit.nn.encoder import VARIANTS, Encoder, check_remat, check_sizes, transformer_sizes
+from maskvit.nn.layers import LayerNorm, apply, layer_norm
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 POOLS = ("global", "mean", "all")
@@ -56,7 +56,8 @@ class Backbone:
       mask_embed: whether hidden tokens may stay in the sequence, as a learned vector in place of their content (iBOT).
       qkv_parts: how many kernels a fused qkv of the encoder is initialized as: 3 (MultiMAE) or 1 (MAE).
       compute_dtype: "float32" or "bfloat16".
-      remat: recompute the encoder's blocks in the backward pass.
+      remat: recompute the encoder's blocks in the backward pass: a row of `maskvit.nn.encoder.REMAT`.
+      attention_kernel: what computes attention, in encoder and decoders: a row of `maskvit.nn.attention.KERNELS`.
     """
 
     modalities: tuple[Modality, ...]
@@ -71,10 +72,12 @@ class Backbone:
     mask_embed: bool = False
     qkv_parts: int = 3
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: bool | str = False
+    attention_kernel: str = "plain"
 
     def __post_init__(self) -> None:
-        for key, known in (("positions", POSITIONS), ("pool", POOLS), ("compute_dtype", tuple(DTYPES))):
+        check_remat(self.remat)
+        for key, known in (("positions", POSITIONS), ("pool", POOLS), ("compute_dtype", tuple(DTYPES)), ("attention_kernel", KERNELS)):
             if getattr(self, key) not in known:
                 raise ValueError(f"config.objective.{key} is {getattr(self, key)!r}; known: {', '.join(known)}")
 
@@ -118,9 +121,9 @@ class Backbone:
         return InputAdapter(spec, self.width, spec.grid(self.image_size), self._dtype(), self._columns_first, learned, self.train_positions)
 
     def _encoder(self) -> Encoder:
-        return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat, qkv_parts=self.qkv_parts)
+        return Encoder(**dict(self.encoder), dtype=self._dtype(), remat=self.remat, qkv_parts=self.qkv_parts, kernel=self.attention_kernel)
 
-    def _norm(self) -> nn.LayerNorm:
+    def _norm(self) -> LayerNorm:
         return layer_norm(self._dtype())
 
     # The pure functions.

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from maskvit.nn.attention import SelfAttention
+from maskvit.nn.attention import SelfAttention, evened
 from maskvit.nn.layers import Mlp, layer_norm
 
 # "B": the sizes of ViT-B and so on; heads of width 64, of 80 in "H".
@@ -42,26 +42,47 @@ def check_sizes(where: str, sizes: Mapping[str, Any], least_depth: int = 1) -> N
         raise ValueError(f"{where}.mlp_ratio is {sizes['mlp_ratio']}; it must be above 0 and at most 64")
 
 
+# `remat`: what of a block is kept for its backward pass beside its input; the rest is computed again. False keeps everything.
+REMAT: dict[bool | str, Any] = {
+    False: None,
+    True: jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of its linear layers
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),  # the same, in the host's memory
+}
+
+
+def check_remat(remat: bool | str) -> bool | str:
+    """`remat`, where it is a row of `REMAT`; else ValueError."""
+    if remat not in REMAT:
+        raise ValueError(f"config.objective.remat is {remat!r}; known: {', '.join(map(str, REMAT))}")
+    return remat
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block without dropout."""
+    """Pre-norm transformer block without dropout; `kernel`: what computes its attention (`maskvit.nn.attention.KERNELS`)."""
 
     width: int
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     qkv_parts: int = 3
+    kernel: str = "plain"
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self.dtype)
-        self.attn = SelfAttention(self.width, self.heads, self.dtype, self.qkv_parts)
+        self.attn = SelfAttention(self.width, self.heads, self.dtype, self.qkv_parts, self.kernel)
         self.norm2 = layer_norm(self.dtype)
         self.mlp = Mlp(round(self.width * self.mlp_ratio), self.dtype)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "two b"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None = None,
+        branches: Float[Array, "two b"] | None = None,
+        length: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """`branches`: what the attention and the MLP of each sample are multiplied with (`drop_path`)."""
-        return self.after_norm(x, self.norm1(x), mask, branches)
+        """`branches`: what the attention and the MLP of each sample are multiplied with (`drop_path`). `length`: of `evened` tokens."""
+        return self.after_norm(x, self.norm1(x), mask, branches, length)
 
     def after_norm(
         self,
@@ -69,9 +90,10 @@ class Block(nn.Module):
         normed: Float[Array, "b n d"],
         mask: Bool[Array, "b n"] | None = None,
         branches: Float[Array, "two b"] | None = None,
+        length: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b n d"]:
         """The rest of the block, for tokens and what its first norm made of them."""
-        attended = self.attn(normed, mask)
+        attended = self.attn(normed, mask, length)
         if branches is None:
             x = x + attended
             return x + self.mlp(self.norm2(x))
@@ -118,13 +140,14 @@ class Encoder(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     qkv_parts: int = 3
+    kernel: str = "plain"
 
     def setup(self) -> None:
-        block = nn.remat(Block) if self.remat else Block
+        block = nn.remat(Block, policy=REMAT[self.remat]) if self.remat else Block
         for i in range(self.depth):
-            setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype, self.qkv_parts))
+            setattr(self, f"block_{i:02d}", block(self.width, self.heads, self.mlp_ratio, self.dtype, self.qkv_parts, self.kernel))
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, branches: Float[Array, "depth two b"] | None = None
@@ -142,11 +165,13 @@ class Encoder(nn.Module):
 
         `branches`: `drop_path`.
         """
-        x = x.astype(self.dtype)
-        found = [x] if 0 in layers else []
+        x, n = x.astype(self.dtype), x.shape[1]
+        found, length = [x] if 0 in layers else [], None
+        if mask is None:
+            x, length = evened(x, self.kernel)
         for i in range(max(layers)):
-            x = getattr(self, f"block_{i:02d}")(x, mask, None if branches is None else branches[i])
-            found += [x] if i + 1 in layers else []
+            x = getattr(self, f"block_{i:02d}")(x, mask, None if branches is None else branches[i], length)
+            found += [x[:, :n]] if i + 1 in layers else []
         return tuple(found)
 
     def with_attention(

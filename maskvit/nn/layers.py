@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -71,9 +72,86 @@ class Dense(nn.Module):
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
-def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with eps 1e-6 and two-pass float32 statistics, as PyTorch computes it."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+EPSILON = 1e-6  # added to the variance by every layer norm of a Vision Transformer
+
+
+def _statistics(x: Array) -> tuple[Array, Array]:
+    """Mean and 1 / standard deviation over the last axis, in float32, in two passes as PyTorch takes them."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + EPSILON)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], dtype: Any) -> Float[Array, "*b d"]:
+    """Layer norm of the last axis in float32, given as `dtype`.
+
+    The backward pass reads tokens and gradient once for both parameters; what automatic differentiation makes of it writes and reads
+    a float32 array of their size beside.
+    """
+    return _normalize_forward(x, scale, bias, dtype)[0]
+
+
+def _normalize_forward(x: Array, scale: Array, bias: Array, dtype: Any) -> tuple[Array, tuple[Array, ...]]:
+    mean, factor = _statistics(x)
+    y = (x.astype(jnp.float32) - mean) * (factor * scale) + bias
+    return y.astype(dtype), (x, mean, factor, scale)
+
+
+def _normalize_backward(dtype: Any, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    x, mean, factor, scale = kept
+    # Else the compiler would take the statistics anew, which costs the pass over float32 that this is to save.
+    mean, factor = jax.lax.optimization_barrier((mean, factor))
+    wide = gradient.astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * factor
+    rows = tuple(range(x.ndim - 1))
+    scaled = wide * scale
+    inner = scaled - scaled.mean(axis=-1, keepdims=True) - normed * (scaled * normed).mean(axis=-1, keepdims=True)
+    return (factor * inner).astype(x.dtype), (wide * normed).sum(axis=rows), wide.sum(axis=rows)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with eps 1e-6 and two-pass float32 statistics, as PyTorch computes it."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        return normalize(x, scale, bias, self.dtype)
+
+
+def layer_norm(dtype: Any, name: str | None = None) -> LayerNorm:
+    """`LayerNorm` as a part of another module."""
+    return LayerNorm(dtype, name=name)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Exact (erf) GELU. Of the forward pass its input alone is kept, and the derivative made of it in float32.
+
+    Automatic differentiation keeps the input and a second array of its size, which then cross memory twice more.
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return jax.nn.gelu(x, approximate=False), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) * (2 * math.pi) ** -0.5
+    slope = 0.5 * jax.lax.erfc(-wide * 0.5**0.5) + wide * density
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Mlp(nn.Module):
@@ -84,7 +162,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        hidden = jax.nn.gelu(Dense(self.hidden, self.dtype, name="fc1")(x), approximate=False)
+        hidden = gelu(Dense(self.hidden, self.dtype, name="fc1")(x))
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 

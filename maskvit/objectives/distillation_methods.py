@@ -13,6 +13,7 @@ from maskvit.core.modalities import Modality
 from maskvit.guidance import build_source
 from maskvit.heads.network import Network
 from maskvit.masking.scores import SCORES
+from maskvit.nn.attention import attention_kernel
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives.distillation import Distillation, Masking, choose_hidden
 from maskvit.objectives.options import Duration, check_inputs
@@ -32,14 +33,16 @@ def dino(
     temperature_warmup: Duration = 0,
     drop_path: float | int = 0.1,
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: bool | str = False,
+    attention: str = "auto",
 ) -> Distillation:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
     `projection`: hidden, bottleneck, num_prototypes, fixed_scale; by default 2048, 256, 65536, True. The loader must deliver views
     (`config.data.augment.views`).
     """
-    model = _model(modalities, image_size, inputs, encoder, {"fixed_scale": True, **(projection or {})}, compute_dtype, remat, False)
+    sizes = {"fixed_scale": True, **(projection or {})}
+    model = _model(modalities, image_size, inputs, encoder, sizes, compute_dtype, remat, attention, False)
     return _checked(
         model, teacher_momentum=teacher_momentum, momentum_over=momentum_over, center_momentum=center_momentum,
         teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup, drop_path=drop_path,
@@ -64,7 +67,8 @@ def ibot(
     temperature_warmup: Duration = "30 epochs",
     drop_path: float | int = 0.1,
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: bool | str = False,
+    attention: str = "auto",
 ) -> Distillation:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
@@ -74,7 +78,7 @@ def ibot(
     (`config.data.augment.views`).
     """
     sizes = {"num_prototypes": 8192, **(projection or {})}
-    model = _model(modalities, image_size, inputs, encoder, sizes, compute_dtype, remat, True)
+    model = _model(modalities, image_size, inputs, encoder, sizes, compute_dtype, remat, attention, True)
     chosen: dict[str, Any] = {}
     if guidance:
         if guidance.get("name") != "block_mask":
@@ -115,7 +119,8 @@ def _model(
     encoder: str | Mapping[str, Any],
     projection: Mapping[str, Any],
     compute_dtype: str,
-    remat: bool,
+    remat: bool | str,
+    attention: str,
     mask_embed: bool,
 ) -> Network:
     check_inputs(modalities, inputs)
@@ -129,6 +134,7 @@ def _model(
         encoder=tuple(sorted(sizes.items())),
         compute_dtype=compute_dtype,
         remat=remat,
+        attention_kernel=attention_kernel(attention, compute_dtype),
         final_norm=True,
         positions="learned",
         mask_embed=mask_embed,

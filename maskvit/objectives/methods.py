@@ -20,6 +20,7 @@ from maskvit.heads import decoder_arguments
 from maskvit.heads.network import Network
 from maskvit.masking.budgets import BUDGETS
 from maskvit.masking.scores import GUIDED_SCORES, SCORES
+from maskvit.nn.attention import attention_kernel
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.objectives.options import GuidedShare, LossWeight, Predicted, check_inputs, part_of
@@ -49,7 +50,8 @@ def masked_autoencoder(
     pool: str = "global",
     positions: str = "rows_first",
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: bool | str = False,
+    attention: str = "auto",
     decoder_name: str = "spatial",
     qkv_parts: int = 3,
     by_ratio: bool = False,
@@ -65,6 +67,8 @@ def masked_autoencoder(
     arguments}; by default random scores under a Dirichlet budget. `guided_share`, `loss_weight`, `predicted`: the fields of
     `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
     of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
+    `attention`: what computes it, "plain", "cudnn" or "auto" (`maskvit.nn.attention.attention_kernel`). `remat`: False, True, "dots"
+    or "offload" (`maskvit.nn.encoder.REMAT`).
     """
     check_inputs(modalities, inputs)
     check_outputs(modalities, outputs)
@@ -85,6 +89,7 @@ def masked_autoencoder(
         num_global_tokens=num_global_tokens,
         compute_dtype=compute_dtype,
         remat=remat,
+        attention_kernel=attention_kernel(attention, compute_dtype),
         final_norm=final_norm,
         heads=(("head", (("num_classes", num_classes),)),) if num_classes else (),
         pool=pool,

@@ -22,6 +22,7 @@ from maskvit.heads import HEADS, head_options
 from maskvit.heads.network import Network
 from maskvit.heads.task_network import TaskNetwork
 from maskvit.heads.values import ReadsFeatures, prepare
+from maskvit.nn.attention import attention_kernel
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.nn.encoder import drop_path
 from maskvit.objectives.options import ToSteps, check_inputs
@@ -230,7 +231,8 @@ def supervised(
     drop_path: float | int = 0.0,
     ema_decay: float | None = None,
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: bool | str = False,
+    attention: str = "auto",
 ) -> Supervised:
     """Build the objective from `config.objective`. Every mistake is an error that names the key.
 
@@ -241,6 +243,7 @@ def supervised(
     `inputs`: what the encoder is shown; `read_from`: whose tokens a dense head reads, by default the first input's.
     `final_norm`: whether the pretrained encoder's last norm follows on every token that a head reads; "linear" always has one.
     `encoder`, `num_global_tokens`, `positions`: as the encoder was pretrained.
+    `attention`: what computes it, "plain", "cudnn" or "auto" (`maskvit.nn.attention.attention_kernel`).
     """
     check_inputs(modalities, inputs)
     if not 0 <= drop_path < 1:
@@ -265,6 +268,7 @@ def supervised(
         pool=pool if linear else "global",
         compute_dtype=compute_dtype,
         remat=remat,
+        attention_kernel=attention_kernel(attention, compute_dtype),
         read_from=read_from,
         train_positions=train_positions,
         **chosen,

@@ -21,6 +21,7 @@ from maskvit.objectives import OBJECTIVES, build_objective
 from maskvit.optim import OPTIMIZERS, SCHEDULES
 from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
+from maskvit.sharding import sharding_block
 from maskvit.training.best import best_block
 from maskvit.training.spikes import guard_block
 
@@ -43,6 +44,7 @@ def experiment(
     picture_every: str | int = 0,
     checkpoint: Mapping[str, Any] | None = None,
     guard: Mapping[str, Any] | None = None,
+    sharding: Mapping[str, Any] | None = None,
     best: Mapping[str, Any] | None = None,
     deterministic: bool = False,
     writers: Sequence[str] = (),
@@ -51,7 +53,8 @@ def experiment(
 
     `total`: a duration ("100 epochs", "2000 steps"; 0 only evaluates). `global_batch` is the recipe's; `micro_batch` samples (0: as
     many as fit) are processed at once. `log_every` is in steps, `picture_every` and `checkpoint.every` are durations. `guard`: see
-    `maskvit.training.spikes`. `best`: see `maskvit.training.best`. `deterministic`: on GPUs too a run is repeated bit for bit.
+    `maskvit.training.spikes`. `sharding`: `maskvit.sharding.sharding_block`. `best`: `maskvit.training.best`. `deterministic`: on GPUs
+    too a run is repeated bit for bit.
     """
     return dict(sorted(locals().items()))
 
@@ -196,6 +199,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             read_block("config.init_from", init_block, config.get("init_from") or {})
         with checks.check():
             periods["guard.replicas_every"] = read_block("config.guard", guard_block, config.get("guard") or {})["replicas_every"]
+        with checks.check():
+            read_block("config.sharding", sharding_block, config.get("sharding") or {})
         if config.get("best"):
             with checks.check():
                 read_block("config.best", best_block, config["best"])
@@ -231,7 +236,7 @@ def default_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """{dotted key: value} of all that `config` may leave out, from the signatures that read its blocks."""
     readers: dict[str, Any] = {
         "": experiment, "data": data_block, "optimizer": optimizer_reader(config["optimizer"]), "schedule": make_schedule,
-        "init_from": init_block, "checkpoint": checkpoint_block, "guard": guard_block, "best": best_block,
+        "init_from": init_block, "checkpoint": checkpoint_block, "guard": guard_block, "best": best_block, "sharding": sharding_block,
         "objective": OBJECTIVES[config["objective"]["name"]],
         "data.train": SOURCES[config["data"]["train"].get("source", "tfds")],
         **{f"modalities.{name}": Modality for name in config["modalities"]},

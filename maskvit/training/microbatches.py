@@ -54,8 +54,9 @@ def compile_step(
         LOG.info("%d micro-batch(es) would need %.1f GB per device of %.1f GB: trying more", n, needed / 1e9, limit / 1e9)
     if needed > limit:
         LOG.warning(
-            "the step needs %.1f GB per device, which has %.1f GB: lower config.micro_batch or set remat=True", needed / 1e9, limit / 1e9
-        )
+            "the step needs %.1f GB per device, which has %.1f GB: lower config.micro_batch, or set config.objective.remat or "
+            "config.sharding.fsdp", needed / 1e9, limit / 1e9,
+        )  # fmt: skip
     return compiled, n, needed
 
 

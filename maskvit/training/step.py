@@ -15,7 +15,7 @@ from maskvit.core.keys import sample_keys, step_key
 from maskvit.core.types import Batch, Metrics, TrainState
 from maskvit.objectives import Objective
 from maskvit.optim.transforms import Optimizer, guarded
-from maskvit.sharding import on_each_device
+from maskvit.sharding import Exchange, on_each_device
 
 
 def init_state(objective: Objective, optimizer: Optimizer, seed: int, num_records: int = 1) -> TrainState:
@@ -45,10 +45,11 @@ def gradients(
     `frozen`: as in `Optimizer`; those parameters have None for a gradient, and nothing is computed or communicated for them.
     """
     # Whole pictures come with some samples only; they serve `after_update`.
-    common, samples = (state.params, state.objective_state, state.step, shared_key), (batch._replace(whole={}), keys)
+    shared, samples = (state.objective_state, state.step, shared_key), (batch._replace(whole={}), keys)
     function = functools.partial(_gradients, objective=objective, micro_batches=micro_batches, frozen=frozen)
-    everywhere = function if mesh is None or mesh.size == 1 else on_each_device(function, mesh)
-    (loss, grads, metrics), observed = everywhere(common, samples)
+    without = functools.partial(_without, frozen=frozen)
+    everywhere = function if mesh is None or mesh.size == 1 else on_each_device(function, mesh, without)
+    grads, (loss, metrics), observed = everywhere(state.params, shared, samples)
     return loss, grads, observed, metrics
 
 
@@ -62,33 +63,41 @@ def _filled(some: Any, others: Any) -> Any:
     return jax.tree.map(lambda x, other: other if x is None else x, some, others, is_leaf=lambda x: x is None)
 
 
-def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objective, micro_batches: int, frozen: Any = None) -> Any:
-    """((loss, gradients, metrics), observed) of these samples; `total` adds up over devices, None where there is one."""
-    (params, state, step, shared_key), (batch, keys) = common, samples
+def _gradients(
+    params: Any, shared: Any, samples: Any, exchange: Exchange | None = None, *, objective: Objective, micro_batches: int,
+    frozen: Any = None,
+) -> Any:  # fmt: skip
+    """(gradients, (loss, metrics), observed) of these samples; `exchange`: with other devices, None where there is one."""
+    (state, step, shared_key), (batch, keys) = shared, samples
     trained = _without(params, frozen)
-    value_and_grad = jax.value_and_grad(lambda trained, *rest: objective.loss(_filled(trained, params), *rest), has_aux=True)
+    whole = (lambda parts: parts) if exchange is None else exchange.gather
+    value_and_grad = jax.value_and_grad(lambda trained, *rest: objective.loss(whole(_filled(trained, params)), *rest), has_aux=True)
+
+    def added(grads: Any, sums: Any, observed: Any) -> Any:
+        return (grads, sums, observed) if exchange is None else (exchange.total_gradients(grads), exchange.total(sums), observed)
+
     if micro_batches == 1:
         plan, counts = (None, None)
-        if total is not None:
-            plan, counts = objective.plan(params, batch, keys, state, step)
-            counts = total(counts)
+        if exchange is not None:
+            plan, counts = objective.plan(whole(params), batch, keys, state, step)
+            counts = exchange.total(counts)
         (loss, (observed, metrics)), grads = value_and_grad(trained, state, batch, keys, step, plan, counts, shared_key)
-        sums = loss, grads, metrics
-        return (sums if total is None else total(sums)), observed
+        return added(grads, (loss, metrics), observed)
 
     split = lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)  # noqa: E731
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
     parts = jax.tree.map(split, (batch, keys))
-    plans, counts = jax.lax.map(lambda part: objective.plan(params, part[0], part[1], state, step), parts)
+    shown = whole(params)
+    plans, counts = jax.lax.map(lambda part: objective.plan(shown, part[0], part[1], state, step), parts)
     counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
-    counts = counts if total is None else total(counts)
+    counts = counts if exchange is None else exchange.total(counts)
 
     @jax.jit  # its shapes are asked for first, and the scan then takes the same trace
     def of_part(part: Any) -> Any:
         (micro_batch, micro_keys), plan = part
         result = value_and_grad(trained, state, micro_batch, micro_keys, step, plan, counts, shared_key)
         (loss, (observed, metrics)), grads = result
-        return (loss, grads, metrics), observed
+        return (grads, (loss, metrics)), observed
 
     def add(total: Any, part: Any) -> Any:
         sums, observed = of_part(part)
@@ -96,8 +105,8 @@ def _gradients(common: Any, samples: Any, total: Any = None, *, objective: Objec
 
     shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], (parts, plans)))[0]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, observed = jax.lax.scan(add, zeros, (parts, plans))
-    return (sums if total is None else total(sums)), jax.tree.map(join, observed)
+    (grads, sums), observed = jax.lax.scan(add, zeros, (parts, plans))
+    return added(grads, sums, jax.tree.map(join, observed))
 
 
 def train_step(

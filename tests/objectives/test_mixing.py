@@ -118,11 +118,11 @@ def test_each_device_draws_for_its_own_samples():
     mesh = make_mesh()
     batch, labels = jnp.asarray(np.tile(images(2), (4, 1, 1, 1))), jnp.asarray(np.tile(LABELS[:2], 4))
 
-    def on_device(_, samples, total):
+    def on_device(params, shared, samples, exchange):
         keys, own, classes = samples
-        return (), mix(stream_keys(keys, "mixing")[0], own, classes, num_classes=CLASSES)
+        return (), (), mix(stream_keys(keys, "mixing")[0], own, classes, num_classes=CLASSES)
 
-    run = jax.jit(lambda keys: on_each_device(on_device, mesh)((), (keys, batch, labels))[1])
+    run = jax.jit(lambda keys: on_each_device(on_device, mesh)((), (), (keys, batch, labels))[2])
     mixed, rows = run(sample_keys(0, 7, 8))
     np.testing.assert_array_equal(mixed, run(sample_keys(0, 7, 8))[0])
     assert len({np.asarray(rows[2 * device]).tobytes() for device in range(4)}) == 4

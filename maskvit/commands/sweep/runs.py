@@ -19,7 +19,9 @@ from maskvit.training import setup
 from maskvit.training.config import check_config
 
 RESULT = "result.json"  # in a finished run's folder: its config, seconds and final figures
-MAY_DIFFER = ("data.workers", "data.prefetch", "data.train.data_dir", "init_from.path", "log_every", "picture_every", "checkpoint")
+MAY_DIFFER = (
+    "data.workers", "data.prefetch", "data.train.data_dir", "init_from.path", "log_every", "picture_every", "checkpoint", "sharding",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
