@@ -69,7 +69,6 @@ MODALITIES = dict(
 )
 SMALL = dict(width=24, depth=2, heads=3)
 METHODS = {
-    "multimae": dict(name="multimae", inputs=("rgb", "depth"), outputs=("rgb", "depth"), num_visible=10),
     "guided": dict(
         name="multimae", inputs=("rgb", "depth"), outputs=("rgb", "depth"), num_visible=10, scores=dict(name="attention_high"),
         guidance=dict(name="self_attention"),

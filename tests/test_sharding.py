@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from maskvit.training.step import init_state, train_step
 STEPS = 20
 
 
+@functools.cache
 def run(objective: Any, devices: int, fsdp: int = 1, micro_batches: int = 1) -> tuple[list[float], np.ndarray]:
     """(losses of 20 steps at learning rate 1e-4, what is hidden at step 0) on that many devices."""
     mesh = make_mesh(jax.devices()[:devices], fsdp)
