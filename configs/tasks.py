@@ -294,7 +294,7 @@ def ibot_imagenet(encoder: str, init: str, epochs: int, drop_path: float, layer_
 
 # Rendered scenes
 
-SCENES_HEAD = dict(name="convnext", width=512, preds_per_patch=16, depth=2)
+SCENES_HEAD = dict(name="linear")
 
 
 def scenes_task(

@@ -77,7 +77,7 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
     assert "error: process 1 of 2 has no batch" in said[0] and "error: loader worker 0 of 1" in said[1]
     assert len(saved(workdir)) == 2 and 11 < saved(workdir)[-1] < 20
 
-    finish(*start_two(file, workdir))
+    finish(*start_two(file, workdir, "--config.sharding.fsdp=2"))  # its state was kept whole; now each holds half of it
     np.testing.assert_allclose(losses(workdir), one, rtol=1e-5)
     assert (workdir / "pictures" / "masking_00000015.png").exists()  # one that cannot be drawn is a warning and no error
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +88,7 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
 def test_twenty_losses(guided, tolerance, data_dir, tmp_path):
     config = twenty_steps(data_dir, guided=guided)
     one = on_one(config, tmp_path / "one")
-    setup.train(str(tmp_path / "four"), **config)
+    setup.train(str(tmp_path / "four"), **config, sharding=dict(fsdp=2) if guided else {})
     finish(*start_two(write_config(tmp_path / "config.py", config), tmp_path / "two"))
     assert len(one) == 20 and one[-1] < one[0]
     for other in ("four", "two"):
