@@ -98,6 +98,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("report", ["guidance", "--config", "run.py", "--maps", "a=nowhere", "--out", "a.html"], "no strategy can be shown"),
     ("plan", ["--config", "run.py", "--devices", "h300"], "--devices is 'h300'; known: "),
     ("plan", ["--config", "run.py", "--devices", "cpu", "--against", "nowhere"], "nowhere"),
+    ("plan", ["--config", "run.py", "--devices", "cpu", "--grid", "optimzer.base_lr=1,2"], "config has unknown key 'optimzer'; known"),
     ("plan", ["--config", "run.py", "--devices", "cpu", "--batch", "0"], "argument --batch: 0 must be at least 1"),
     ("sweep", ["--config", "nowhere.py", "--out", "s"], "does not exist"),
     ("sweep", ["--config", "empty", "--out", "s"], "is a folder"),

@@ -3,10 +3,12 @@
     python -m maskvit plan --config FILE.py --devices h100:8,v5e:4x4 [--batch 256,512] [--grid objective.encoder=S,B,L]
 
 Compiles the real step, with the real shardings, for every device and batch that is named, and reads the optimized program. Memory is the
-compiler's own account. The floor is the least time of a step: every kernel takes at least its bytes at 85 % of the memory's rate, its
-FLOPs at 78 % of the dense bfloat16 peak, and two microseconds. It is computed, not measured: a device is never faster, but slower by what
-kernels were chosen badly, by waiting for data, and by what is not overlapped. --json writes a line per plan, and --against compares with
-such a file. For GPUs JAX's CUDA plugin must be installed and for TPUs libtpu; neither needs a driver.
+compiler's own account. The floor is a sum over kernels: each takes its bytes at 85 % of the memory's rate, its FLOPs at 78 % of the dense
+bfloat16 peak, or two microseconds, whichever is longest. It is computed, not measured. A real device is slower where kernels are chosen
+badly, where it waits for data, and where nothing overlaps; it may be faster where its caches keep what one kernel leaves for the next.
+
+--json writes a line per plan, and --against compares with such a file. For GPUs JAX's CUDA plugin must be installed and for TPUs libtpu;
+neither needs a driver.
 """
 
 from __future__ import annotations
@@ -70,8 +72,9 @@ def plan(
     records = []
     for cell, changes in cells.items():
         for size in batch or [plain["global_batch"]]:
-            whole_config = experiment(**{**overrides(plain, changes, "--grid"), "global_batch": size})
-            check_config(whole_config)
+            changed = {**overrides(plain, changes, "--grid"), "global_batch": size}
+            check_config(changed)
+            whole_config = experiment(**changed)
             for name, count in wanted:
                 head = dict(config=config, cell=cell, devices=f"{name}:{count}", batch=size)
                 record, text = report.one(head, whole_config, name, count, num_records, micro_batches, top)
