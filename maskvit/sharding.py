@@ -21,44 +21,108 @@ AXES = ("data", "fsdp", "tensor")
 
 SAMPLES = ("data", "fsdp")  # the axes that the samples of a batch, and what is kept per record, are spread over
 
-# What guidance keeps per record, by its path in a state: rows spread as the samples are. All else is placed by `fsdp_spec`.
+# What guidance keeps per record, by its path in a state: rows spread as the samples are. All else is placed by `state_spec`.
 PER_RECORD = r"(.*/)?guidance(/maps)?"
 WHOLE = 2**12  # arrays of fewer values are not worth an exchange: every device holds them whole
 
+# Which axis of a parameter the tensor axis spreads, by its path in a state. The columns of joined projections (queries, keys and
+# values) are not those of heads, so they lie by rows, and every step deals out their columns head by head (`split_over_tensor`).
+TENSOR_AXIS = ((r"(.*/)?(qkv|kv|q|fc2|proj)/kernel", 0), (r"(.*/)?fc1/kernel", 1))
 
-def sharding_block(*, fsdp: int = 1) -> dict[str, Any]:
+
+def sharding_block(*, fsdp: int = 1, tensor: int = 1) -> dict[str, Any]:
     """`config.sharding`. `fsdp`: over how many devices parameters and optimizer state are spread, each holding a part; 0 for all.
 
-    Those devices are neighbors in the list of all, so best of one node. Samples are spread over all devices whatever it is.
+    `tensor`: over how many devices the heads of attention and the hidden units of MLPs are spread; these devices work on the same
+    samples. Those of either group are neighbors in the list of all (`tensor` the nearer), so best of one node.
     """
     if fsdp < 0:
         raise ValueError(f"config.sharding.fsdp is {fsdp}; it must be a number of devices, or 0 for all")
-    return dict(fsdp=fsdp)
+    if tensor < 1:
+        raise ValueError(f"config.sharding.tensor is {tensor}; it must be a number of devices, 1 for none of it")
+    return dict(fsdp=fsdp, tensor=tensor)
 
 
-def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
-    """All devices on the data axis, or in groups of `fsdp` (0: one group) that hold parts of the state; process by process.
+def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices on the data axis, in groups of `tensor` that share samples, and of `fsdp` of these (0: all) that share the state.
 
-    So the rows of a global batch lie as the loader deals them out, and which record gets which mask does not depend on the machine.
-    `jax.make_mesh` orders devices by the network between them, and refuses those of several nodes of GPUs.
-    Raises ValueError where the devices do not divide into such groups.
+    Process by process: so the rows of a global batch lie as the loader deals them out, and which record gets which mask does not
+    depend on the machine. `jax.make_mesh` orders devices by the network between them, and refuses those of several nodes of GPUs.
+    Raises ValueError where the devices do not divide into such groups, or the devices of a `tensor` group are of several processes.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
-    group = fsdp or len(devices)
-    if len(devices) % group:
-        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        raise ValueError(f"config.sharding.fsdp is {fsdp}, which does not divide {len(devices)} devices: use one of {divisors}")
-    return Mesh(np.array(devices).reshape(-1, group, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    for name, parts, among in (("tensor", tensor, len(devices)), ("fsdp", fsdp or 1, len(devices) // tensor)):
+        if not among or among % parts:
+            groups = f" in groups of {tensor} (config.sharding.tensor)" if name == "fsdp" and tensor > 1 else ""
+            divisors = ", ".join(str(n) for n in range(1, among + 1) if among % n == 0) or "1"
+            raise ValueError(
+                f"config.sharding.{name} is {parts}, which does not divide {len(devices)} devices{groups}: use one of {divisors}"
+            )
+    grid = np.array(devices).reshape(-1, fsdp or len(devices) // tensor, tensor)
+    for group in grid.reshape(-1, tensor):
+        if len({device.process_index for device in group}) > 1:
+            raise ValueError(f"config.sharding.tensor is {tensor}, more devices than a process has, or no divisor of their number")
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def fsdp_spec(leaf: Any, mesh: Mesh) -> PartitionSpec:
-    """Where an array lies: its longest axis that the fsdp axis divides is spread over it; small ones, and all without it, are whole."""
-    shape, parts = getattr(leaf, "shape", ()), mesh.shape["fsdp"]
-    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or math.prod(shape) < WHOLE or not axes:
+def state_spec(path: Any, leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """Where an array of a state lies.
+
+    What `TENSOR_AXIS` names is spread over the tensor axis, and the longest other axis that the fsdp axis divides over that one;
+    small arrays, and those whose axes do not divide, are whole.
+    """
+    shape = getattr(leaf, "shape", ())
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < WHOLE:
         return PartitionSpec()
-    longest = max(axes, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * longest, "fsdp")
+    name = path_name(path)
+    for pattern, axis in TENSOR_AXIS if mesh.shape["tensor"] > 1 else ():
+        if re.fullmatch(pattern, name) and shape[axis] % mesh.shape["tensor"] == 0:
+            spec[axis] = "tensor"
+    axes = [axis for axis, size in enumerate(shape) if spec[axis] is None and size % mesh.shape["fsdp"] == 0]
+    if mesh.shape["fsdp"] > 1 and axes:
+        spec[max(axes, key=lambda axis: shape[axis])] = "fsdp"
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def state_specs(tree: Any, mesh: Mesh) -> Any:
+    """`state_spec` of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: state_spec(path, leaf, mesh), tree)
+
+
+def tensor_devices() -> int:
+    """How many devices work on the same samples in the function that is being traced: 1 outside the step of such a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def split_over_tensor(x: Array, axis: int, parts: int | None = None) -> Array:
+    """`x` with that axis spread over the devices of a tensor group; `x` itself where a group is one device.
+
+    `parts`: how many equal parts the axis has (heads, say) of which a device holds whole ones. Raises ValueError where their number
+    does not divide.
+    """
+    devices, parts = tensor_devices(), parts or x.shape[axis]
+    if devices == 1:
+        return x
+    if parts % devices:
+        raise ValueError(f"config.sharding.tensor is {devices}, which does not divide the {parts} heads or hidden units of a block")
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = "tensor"
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def by_tensor_group(function: Callable[..., Array], split: Sequence[Array], whole: Sequence[Array | None]) -> Array:
+    """`function(*split, *whole)`, each device of a tensor group on its part of the last axis of `split`; the results lie likewise.
+
+    For what the compiler cannot divide by itself. All arguments have samples first.
+    """
+    if tensor_devices() == 1:
+        return function(*split, *whole)
+    last = PartitionSpec(*[None] * (split[0].ndim - 1), "tensor")
+    places = (*[last] * len(split), *[None if x is None else PartitionSpec() for x in whole])
+    return jax.shard_map(function, in_specs=places, out_specs=last, axis_names={"tensor"}, check_vma=False)(*split, *whole)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -72,11 +136,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf (arrays or shapes): rows per record by `PER_RECORD`, all else by `fsdp_spec`; of whole train states too."""
+    """A sharding for every leaf (arrays or shapes), of whole states too: rows per record by `PER_RECORD`, all else by `state_spec`."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         per_record = re.fullmatch(PER_RECORD, path_name(path)) is not None
-        return NamedSharding(mesh, PartitionSpec(SAMPLES) if per_record else fsdp_spec(leaf, mesh))
+        return NamedSharding(mesh, PartitionSpec(SAMPLES) if per_record else state_spec(path, leaf, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -105,6 +169,11 @@ class Exchange(NamedTuple):
     total_gradients: Callable[[Any], Any]
 
 
+def _added(tree: Any, axes: tuple[str, ...], mesh: Mesh) -> Any:
+    """The sum over the devices of these axes. XLA does not take a sum over one device where a tensor group works together."""
+    return tree if math.prod(mesh.shape[axis] for axis in axes) == 1 else jax.lax.psum(tree, axes)
+
+
 def _gathered(tree: Any, specs: Any) -> Any:
     def whole(leaf: Any, spec: PartitionSpec) -> Any:
         return jax.lax.all_gather(leaf, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True) if "fsdp" in tuple(spec) else leaf
@@ -112,23 +181,29 @@ def _gathered(tree: Any, specs: Any) -> Any:
     return jax.tree.map(whole, tree, specs)
 
 
+def _of_samples(spec: PartitionSpec) -> PartitionSpec:
+    """What a spec says of the axes that samples are spread over."""
+    return PartitionSpec(*[name if name in SAMPLES else None for name in spec])
+
+
 def on_each_device(function: Any, mesh: Mesh, without: Callable[[Any], Any] = lambda tree: tree) -> Any:
     """`function(params, shared, samples, exchange) -> (gradients, sums, rows)` of global arrays, by every device on its own samples.
 
-    `params` arrive as the parts that the device holds, `gradients` (a tree like `without(params)`) leave as such; `shared` and `sums`
-    are the same on all devices, `samples` and `rows` are spread by their first axis. Nothing is communicated but by the `Exchange`.
+    `params` arrive as the parts that the device's tensor group holds, `gradients` (a tree like `without(params)`) leave as such;
+    `shared` and `sums` are the same on all devices, `samples` and `rows` are spread by their first axis. Nothing is communicated but
+    by the `Exchange`, and within a tensor group, which computes one result together: there the compiler decides who sends what.
     """
 
     def run(params: Any, shared: Any, samples: Any) -> Any:
-        specs, shared_specs = (jax.tree.map(lambda leaf: fsdp_spec(leaf, mesh), tree) for tree in (params, shared))
+        specs, shared_specs = (jax.tree.map(_of_samples, state_specs(tree, mesh)) for tree in (params, shared))
 
         def add(leaf: Any, spec: PartitionSpec) -> Any:
-            return jax.lax.psum(leaf, "data" if "fsdp" in tuple(spec) else SAMPLES)
+            return _added(leaf, ("data",) if "fsdp" in tuple(spec) else SAMPLES, mesh)
 
         def total_gradients(gradients: Any) -> Any:
             return jax.tree.map(add, gradients, without(specs))
 
-        exchange = Exchange(lambda tree: jax.lax.psum(tree, SAMPLES), lambda tree: _gathered(tree, specs), total_gradients)
+        exchange = Exchange(lambda tree: _added(tree, SAMPLES, mesh), lambda tree: _gathered(tree, specs), total_gradients)
 
         def on_device(params: Any, shared: Any, samples: Any) -> Any:
             return function(params, _gathered(shared, shared_specs), samples, exchange)
@@ -139,6 +214,7 @@ def on_each_device(function: Any, mesh: Mesh, without: Callable[[Any], Any] = la
             in_specs=(specs, shared_specs, PartitionSpec(SAMPLES)),
             out_specs=(without(specs), PartitionSpec(), PartitionSpec(SAMPLES)),
             check_vma=False,
+            axis_names=set(SAMPLES),
         )(params, shared, samples)
 
     return run

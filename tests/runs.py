@@ -164,4 +164,4 @@ def share_steps(patch: Any) -> None:
 def on_one_device(patch: Any) -> None:
     """From now on starts use one of the four devices: a program for several takes longer to compile."""
     make_mesh = parts.make_mesh
-    patch.setattr(parts, "make_mesh", lambda fsdp=1: make_mesh(jax.devices()[:1]))
+    patch.setattr(parts, "make_mesh", lambda **sharding: make_mesh(jax.devices()[:1]))

@@ -3,85 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import GUIDED, RANDOM, tiny_batch, tiny_objective
+from tiny import tiny_batch
 
-from maskvit.core.keys import sample_keys
+from maskvit.checkpoints.store import CheckpointStore
 from maskvit.core.types import tree_paths
-from maskvit.nn.backbone import frozen_mask
-from maskvit.optim.schedules import Cosine
-from maskvit.optim.transforms import adamw
+from maskvit.nn.attention import fused_attend
 from maskvit.sharding import (
     ReplicaError,
     batch_sharding,
     check_batch,
     check_replicas,
     make_mesh,
+    on_each_device,
     parameter_shardings,
     place_batch,
     replicated,
+    sharding_block,
+    split_over_tensor,
 )
-from maskvit.training.step import init_state, train_step
-
-STEPS = 20
+from tests.meshes import Training, losses
 
 
-@functools.cache
-def run(objective: Any, devices: int, fsdp: int = 1, micro_batches: int = 1) -> tuple[list[float], np.ndarray]:
-    """(losses of 20 steps at learning rate 1e-4, what is hidden at step 0) on that many devices."""
-    mesh = make_mesh(jax.devices()[:devices], fsdp)
-    shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
-    optimizer = adamw(shapes, frozen_mask(shapes), Cosine(peak=1e-4, total=1000))
-    state = init_state(objective, optimizer, 0)
-    places = parameter_shardings(state, mesh)
-    state = jax.device_put(state, places)
-    step = jax.jit(
-        lambda state, batch: train_step(
-            state, batch, objective=objective, optimizer=optimizer, seed=0, micro_batches=micro_batches, mesh=mesh
-        ),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(places, replicated(mesh)),
-        donate_argnums=0,
-    )
-    batches = [place_batch(tiny_batch(8, seed=i), mesh) for i in range(STEPS)]
-    plan = jax.jit(lambda params, batch, keys: objective.plan(params, batch, keys)[0].masked)
-    masked, losses = np.asarray(plan(state.params, batches[0], sample_keys(0, 0, 8))), []
-    for batch in batches:
-        assert len(batch.values["rgb"].sharding.device_set) == devices
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"][0]))
-    assert int(state.step) == STEPS and int(state.skipped) == 0
-    return losses, masked
+@pytest.mark.parametrize("name", ["random", "guided"])
+def test_four_devices_give_the_losses_of_one(name):
+    np.testing.assert_array_equal(Training(name, 1).masked(), Training(name, 4).masked())
+    one = losses(name, 1)
+    np.testing.assert_allclose(losses(name, 4), one, rtol=1e-5)
+    assert len(set(one)) == len(one)
 
 
-@pytest.mark.parametrize("masking,tolerance", [(RANDOM, 1e-5), (GUIDED, 1e-4)], ids=["random", "guided"])
-def test_four_devices_give_the_losses_of_one(masking, tolerance):
-    objective = tiny_objective(outputs=("rgb", "depth"), encoder=dict(width=48, depth=1, heads=3), **masking)
-    (one, masked_one), (four, masked_four) = run(objective, 1), run(objective, 4)
-    np.testing.assert_array_equal(masked_one, masked_four)
-    np.testing.assert_allclose(four, one, rtol=tolerance)
-    assert len(set(one)) == STEPS
+@pytest.mark.parametrize(
+    ("name", "micro_batches", "sharding"),
+    [
+        ("guided", 1, dict(fsdp=4)),
+        ("guided", 2, dict(fsdp=2, tensor=2)),
+        ("mae", 1, dict(tensor=4)),  # all devices work on the same samples
+    ],
+)
+def test_parts_of_the_state_and_of_the_work_train_as_the_whole(name, micro_batches, sharding):
+    """Parameters and moments spread over devices, heads and hidden units too, and batches accumulated: the losses of one device."""
+    np.testing.assert_allclose(losses(name, 4, micro_batches, **sharding), losses(name, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("fsdp", "micro_batches"), [(4, 1), (2, 2)])
-def test_parts_of_the_state_train_as_the_whole(fsdp, micro_batches):
-    """Parameters and moments spread over all devices, or over pairs while batches are accumulated: the losses of one device."""
-    objective = tiny_objective(outputs=("rgb", "depth"), encoder=dict(width=48, depth=1, heads=3), **GUIDED)
-    (one, masked_one), (spread, masked) = run(objective, 1), run(objective, 4, fsdp, micro_batches)
-    np.testing.assert_array_equal(masked, masked_one)
-    np.testing.assert_allclose(spread, one, rtol=1e-5)
+def test_a_checkpoint_goes_from_one_mesh_to_others(tmp_path):
+    """Saved after three steps with parts on four devices; the next losses are the same on three other meshes."""
+    saved = Training("mae", 4, fsdp=2, tensor=2)
+    saved.losses(range(3))
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(3, saved.state, {})
+    store.wait()
+    expected = saved.losses(range(3, 6))
+    for devices, sharding in ((1, {}), (4, dict(fsdp=4)), (2, dict(tensor=2))):
+        other = Training("mae", devices, **sharding)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), other.state, other.places)
+        other.state = store.restore(3, target)
+        np.testing.assert_allclose(other.losses(range(3, 6)), expected, rtol=1e-5)
+    store.close()
+
+
+def test_fused_attention_of_a_tensor_group_is_that_of_one_device(monkeypatch):
+    """Each device gives whole heads to the fused kernel, by JAX's form of it for all devices."""
+    mesh = make_mesh(tensor=2)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 7, 32))
+    length = jnp.full((4,), 5)
+    attend = lambda q, k, v, length: fused_attend(q, k, v, 4, length, length, "xla")  # noqa: E731
+    run = lambda params, shared, samples, exchange: ((), (), attend(*samples))  # noqa: E731
+    spread = jax.jit(lambda *samples: on_each_device(run, mesh)((), (), samples)[2])
+    np.testing.assert_allclose(spread(q, k, v, length), attend(q, k, v, length), rtol=1e-6, atol=1e-6)
 
 
 def test_where_parts_lie():
     mesh = make_mesh(fsdp=2)
     assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 1} and make_mesh(fsdp=0).shape["fsdp"] == 4
+    assert make_mesh(fsdp=0, tensor=2).shape == {"data": 1, "fsdp": 2, "tensor": 2}
     shapes = {"kernel": (48, 144), "odd": (145, 51), "bias": (144,), "table": (64, 128)}
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()} | {"guidance": {"maps": jnp.zeros((8, 2))}}
     found = {name: sharding.spec for name, sharding in tree_paths(parameter_shardings(tree, mesh)).items()}
@@ -90,8 +90,32 @@ def test_where_parts_lie():
         "kernel": PartitionSpec(None, "fsdp"), "odd": none, "bias": none, "table": PartitionSpec(None, "fsdp"),
         "guidance/maps": PartitionSpec(("data", "fsdp")),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="config.sharding.fsdp is 3, which does not divide 4 devices: use one of 1, 2, 4"):
-        make_mesh(fsdp=3)
+    block = {"mlp": {"fc1": {"kernel": (48, 192)}, "fc2": {"kernel": (192, 48)}}, "attn": {"qkv": {"kernel": (48, 144), "bias": (144,)}}}
+    tree = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), block, is_leaf=lambda x: isinstance(x, tuple))
+    found = {name: tuple(place.spec) for name, place in tree_paths(parameter_shardings(tree, make_mesh(fsdp=2, tensor=2))).items()}
+    assert found == {
+        "mlp/fc1/kernel": ("fsdp", "tensor"), "mlp/fc2/kernel": ("tensor", "fsdp"), "attn/qkv/kernel": ("tensor", "fsdp"),
+        "attn/qkv/bias": (),
+    }  # fmt: skip
+
+
+def test_meshes_that_cannot_be():
+    for sharding, message in (
+        (dict(fsdp=3), "config.sharding.fsdp is 3, which does not divide 4 devices: use one of 1, 2, 4"),
+        (dict(tensor=3), "config.sharding.tensor is 3, which does not divide 4 devices: use one of 1, 2, 4"),
+        (dict(fsdp=4, tensor=2), "fsdp is 4, which does not divide 4 devices in groups of 2 .config.sharding.tensor.: use one of 1, 2"),
+        (dict(tensor=8), "config.sharding.tensor is 8, which does not divide 4 devices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_mesh(**sharding)
+    listed = [Device(id=i, process_index=i // 2, slice_index=0) for i in range(4)]
+    with pytest.raises(ValueError, match="config.sharding.tensor is 4, more devices than a process has"):
+        make_mesh(listed, tensor=4)
+    with pytest.raises(ValueError, match="config.sharding.tensor is 0"):
+        sharding_block(tensor=0)
+    with pytest.raises(ValueError, match="config.sharding.tensor is 4, which does not divide the 3 heads or hidden units of a block"):
+        run = lambda params, shared, samples, exchange: ((), (), split_over_tensor(samples, 1, 3))  # noqa: E731
+        jax.eval_shape(lambda x: on_each_device(run, make_mesh(tensor=4))((), (), x), jnp.zeros((4, 12)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
 from maskvit.data.sources import Source, has_labels
 from maskvit.metrics.accumulate import added
-from maskvit.sharding import place_batch
+from maskvit.sharding import place_batch, sample_devices
 
 
 def nothing() -> None:
@@ -54,7 +54,7 @@ class Reading:
             arguments["may_lack"] = [name for name in arguments["may_lack"] if name in modalities]
         self.source: Source = open_source(arguments.pop("source"), modalities, **arguments)
         self.limit, self.mesh = limit, mesh
-        self.batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+        self.batch_size = math.ceil(batch_size / sample_devices(mesh)) * sample_devices(mesh)
         self._settings = dict(
             batch_size=self.batch_size, limit=limit, inputs=tuple(inputs), workers=int(data.get("workers", 0)),
             timeout=float(data.get("timeout", 600.0)), **geometry,

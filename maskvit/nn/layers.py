@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from maskvit.sharding import split_over_tensor
+
 
 def xavier_uniform(parts: int = 1):
     """Xavier uniform over a (in, out) kernel; `parts` > 1 treats a fused kernel as that many separate ones."""
@@ -53,19 +55,26 @@ def apply_with_statistics(
 
 
 class Dense(nn.Module):
-    """A linear layer (kernel "in out"), with a bias unless `use_bias` is False. `columns` computes only that slice of the outputs."""
+    """A linear layer (kernel "in out"), with a bias unless `use_bias` is False. `columns` computes only that slice of the outputs.
+
+    `parts`: of how many equal parts of these outputs each device of a tensor group computes some; 0 where all compute all.
+    """
 
     features: int
     dtype: Any = jnp.float32
     kernel_init: Any = xavier_uniform()
     bias_init: Any = nn.initializers.zeros_init()
     use_bias: bool = True
+    parts: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        used = kernel[:, columns].astype(self.dtype)
+        if self.parts:
+            used = split_over_tensor(used, 1, self.parts)
         # One flat matrix product: XLA's CPU backend is slow where a weight gradient contracts two batch axes.
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel[:, columns].astype(self.dtype)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ used
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
             flat = flat + bias[columns].astype(self.dtype)
@@ -162,7 +171,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        hidden = gelu(Dense(self.hidden, self.dtype, name="fc1")(x))
+        hidden = gelu(Dense(self.hidden, self.dtype, parts=self.hidden, name="fc1")(x))
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from maskvit.core.types import Metrics
-from maskvit.sharding import batch_sharding, replicated
+from maskvit.sharding import batch_sharding, replicated, sample_devices
 from maskvit.training.watchdog import Watchdog
 
 
@@ -38,7 +38,7 @@ class Telling:
     def __init__(self, mesh: Mesh) -> None:
         alone = jax.process_count() == 1  # then nothing needs to be communicated
         self._sharding = replicated(mesh) if alone else batch_sharding(mesh)
-        self._rows = 1 if alone else sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        self._rows = 1 if alone else sample_devices(mesh) // jax.process_count()
         self._last: tuple[tuple[int, int], Int32[Array, "devices 2"]] | None = None
 
     def __call__(self, signal_number: int, has_batch: bool) -> Int32[Array, "devices 2"]:

@@ -20,7 +20,7 @@ from maskvit.evaluators import build_evaluators
 from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
-from maskvit.sharding import check_batch, make_mesh, sharding_block
+from maskvit.sharding import check_batch, make_mesh, sample_devices, sharding_block
 from maskvit.training.best import best_block, check_figure
 from maskvit.training.config import checkpoint_block, data_block, init_block, make_schedule, read_block
 from maskvit.training.microbatches import micro_batch_counts
@@ -63,7 +63,7 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
     base_lr, global_batch = optimizer.pop("base_lr"), config["global_batch"]
     objective = build_objective({key: config[key] for key in ("modalities", "image_size", "objective")})
     specs = {spec.name: spec for spec in objective.model.modalities}
-    mesh = make_mesh(fsdp=sharding_block(**config["sharding"] or {})["fsdp"])
+    mesh = make_mesh(**sharding_block(**config["sharding"] or {}))
     with all_mistakes() as checks:
         with checks.check():
             objective.check()
@@ -73,7 +73,7 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
                 raise ValueError(f"config.objective.name {config['objective']['name']!r} {what} config.data.augment.views")
         with checks.check():
             check_batch(global_batch, mesh)
-            micro_batch_counts(global_batch, config["micro_batch"], mesh.size)
+            micro_batch_counts(global_batch, config["micro_batch"], sample_devices(mesh))
         with checks.check():
             window = parse_window(profile)
         with checks.check(FileNotFoundError):

@@ -27,7 +27,7 @@ from maskvit.metrics.writers import make_writers
 from maskvit.nn.backbone import frozen_mask
 from maskvit.optim import build_optimizer
 from maskvit.optim.transforms import Optimizer
-from maskvit.sharding import parameter_shardings, place_batch, record_rows, replicated
+from maskvit.sharding import parameter_shardings, place_batch, record_rows, replicated, sample_devices
 from maskvit.training.best import Best
 from maskvit.training.config import check_config, default_config, experiment
 from maskvit.training.disk import warn_of_little_space
@@ -158,7 +158,7 @@ def _compile(run: Run, config: Mapping[str, Any], parts: Parts, optimizer: Optim
     arguments = run.state, run.batch, np.int32(config["seed"]), np.float32(0), run.telling(0, has_batch=True)
     run.compiled, micro_batches, memory = compile_step(
         pure_step, arguments, global_batch=config["global_batch"], micro_batch=config["micro_batch"],
-        before=int(run.saved.get("micro_batches", 0)), devices=parts.mesh.size, model=parts.objective.model,
+        before=int(run.saved.get("micro_batches", 0)), devices=sample_devices(parts.mesh), model=parts.objective.model,
         deterministic=config["deterministic"],
     )  # fmt: skip
     run.metadata["micro_batches"] = micro_batches

@@ -86,7 +86,7 @@ def compile_step(
     objective.check()
     objective = objective.resolve(lambda duration: STEPS)
     views = parse_augment(dict(config["data"].get("augment") or {})).views if objective.needs.views else None
-    mesh = make_mesh(devices, sharding_block(**config["sharding"] or {})["fsdp"])
+    mesh = make_mesh(devices, **sharding_block(**config["sharding"] or {}))
     check_batch(config["global_batch"], mesh, micro_batches)
     shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     block = {key: value for key, value in config["optimizer"].items() if key != "base_lr"}
