@@ -267,10 +267,11 @@ def attentive_probe(encoder: str, init: str, **objective) -> ConfigDict:
     return run_for(config, 90, 10, 4096, 0.1)
 
 
-def sgd_probe(encoder: str, init: str, source: str, blr: float, batch: int) -> ConfigDict:
+def sgd_probe(encoder: str, init: str, source: str, blr: float, batch: int, layers: tuple[int, ...] = ()) -> ConfigDict:
     """DINO's and iBOT's linear probe of the teacher: SGD, no decay, the rate constant within an epoch."""
     config = probe(encoder, init, dict(name="probe", source=source, batch_norm=False), **{**DISTILLED, "pool": "global"})
     with config.unlocked():
+        config.objective.layers = layers
         config.optimizer = dict(name="sgd", base_lr=blr, momentum=0.9, weight_decay=0.0, frozen=(*FROZEN, "norm/.*", "global_pos_embed"))
         config.schedule.name = "cosine_per_epoch"
     config.init_from.weights = "teacher"

@@ -97,6 +97,20 @@ def tensor_devices() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
+def batch_devices() -> int:
+    """Over how many devices the batch is spread in the step that is being traced: 1 outside the step of such a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in SAMPLES if axis in mesh.manual_axes)
+
+
+def mean_over_devices(x: Array) -> Array:
+    """The mean over the devices of `batch_devices`; `x` itself where there are none.
+
+    Its derivative is right for losses that each device takes of its own samples and whose sum counts, as in `on_each_device`.
+    """
+    return x if batch_devices() == 1 else jax.lax.pmean(x, SAMPLES)
+
+
 def split_over_tensor(x: Array, axis: int, parts: int | None = None) -> Array:
     """`x` with that axis spread over the devices of a tensor group; `x` itself where a group is one device.
 

@@ -27,6 +27,7 @@ from maskvit.sharding import replicated
 VERSION = 1  # to be raised with every change of what is computed from the same weights and data
 MANIFEST = "manifest.json"
 BASELINES = ("mean_colour", "raw_pixels")
+BLOCKS = "global_of_"  # begins the name of global tokens of several blocks: "global_of_9_10_11_12"
 
 LOG = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ LOG = logging.getLogger(__name__)
 class Examples(NamedTuple):
     """Features by name and labels of all usable examples of a source, in stored order, on the host; files of a cache are mapped.
 
-    "mean" and "global": one vector per example; "both": [global, mean]; "tokens": the patches, then the global tokens. Labels: a class
-    per example, -1 where there is none, or the map of a modality.
+    "mean" and "global": one vector per example; "both": [global, mean]; "global_of_11_12": the global tokens of those blocks side by
+    side; "tokens": the patches, then the global tokens. Labels: a class per example, -1 where there is none, or the map of a modality.
     """
 
     features: dict[str, Num[np.ndarray, "n ..."]]
@@ -93,7 +94,7 @@ class Extraction:
         return self.reading.protocol() | dict(norm=self._norm)
 
     def __call__(self, params: Any, state: Any, kinds: Sequence[str], between: Callable[[], None] = nothing) -> Examples:
-        """The features `kinds` ("mean", "global", "tokens", baselines) of all usable examples, each once, the same on every process."""
+        """The features `kinds` (as in `Examples`, or baselines) of all usable examples, each once, the same on every process."""
         wanted = tuple(kinds)
         if self._cache is None or set(wanted) & set(BASELINES):
             return self._take(params, state, wanted, None, between)
@@ -101,11 +102,12 @@ class Extraction:
         folder, weights = self._cache / self._key, self._digest(params, state)
         manifest = _manifest(folder)
         found = manifest.get("weights") == weights and set(wanted) <= set(manifest.get("kinds", ()))
-        kept = [kind for kind in ("mean", "global", "tokens") if kind in {*wanted, *manifest.get("kinds", ())}]
+        # Of what others have left here, only what every evaluator may want is kept.
+        known = list(dict.fromkeys(("mean", "global", "tokens", *wanted)))
+        kept = [kind for kind in known if kind in {*wanted, *manifest.get("kinds", ())}]
         if jax.process_count() > 1:  # the first process looks, so that all do the same
-            flags = np.array([found, *(kind in kept for kind in ("mean", "global", "tokens"))])
-            found, *there = multihost_utils.broadcast_one_to_all(flags).tolist()
-            kept = [kind for kind, is_there in zip(("mean", "global", "tokens"), there, strict=True) if is_there]
+            found, *there = multihost_utils.broadcast_one_to_all(np.array([found, *(kind in kept for kind in known)])).tolist()
+            kept = [kind for kind, is_there in zip(known, there, strict=True) if is_there]
         if not found:
             if manifest:
                 LOG.info("%s: the features in %s are of other weights or kinds and are replaced", self.name, folder)
@@ -138,6 +140,10 @@ class Extraction:
             encoded = self._objective.tokens(params, state, shown, self.inputs, self._norm)
             found["tokens"] = jnp.concatenate([encoded.patches, encoded.global_tokens], axis=1)
         found |= self._objective.predict(params, state, shown, self.inputs, self._norm)
+        for kind in kinds:
+            if kind.startswith(BLOCKS):
+                layers = tuple(int(number) for number in kind.removeprefix(BLOCKS).split("_"))
+                found[kind] = self._objective.global_of_blocks(params, state, shown, layers, self.inputs, self._norm)
         if set(kinds) & set(BASELINES):
             found |= pixel_features(batch.values[self.inputs[0]])
         return {name: found[name] for name in kinds}, batch.values[self.target] if self.target else batch.label, batch.valid

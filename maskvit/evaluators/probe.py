@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from maskvit.core.configuration import check_arguments, look_up
-from maskvit.evaluators.features import Examples
+from maskvit.evaluators.features import BLOCKS, Examples
 from maskvit.evaluators.frozen import Figures, Frozen
 from maskvit.evaluators.reading import local
-from maskvit.heads import HEADS, head_options
+from maskvit.heads import HEADS, check_layers, check_pooled_layers, head_options
 from maskvit.losses.classes import cross_entropy
 from maskvit.metrics import classification
 from maskvit.metrics.accumulate import added
@@ -43,11 +43,12 @@ class Trained(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head on the features of examples; `reads_tokens`: all of them, else pooled ones."""
+    """A head on the features of examples; `reads_tokens`: all of them, else pooled ones, `global_kind` the name of the global one."""
 
     module: Any
     reads_tokens: bool
     num_global_tokens: int
+    global_kind: str = "global"
 
     def arguments(self, examples: Examples, index: Int[np.ndarray, " b"]) -> tuple[np.ndarray, np.ndarray]:
         """(Patch tokens "b n d", global tokens "b g d") of some examples; of pooled features one of each, their mean and the first."""
@@ -56,7 +57,8 @@ class Head(NamedTuple):
             patches = tokens.shape[1] - self.num_global_tokens
             return tokens[:, :patches], tokens[:, patches:]
         mean = np.asarray(examples.features["mean"][index])[:, None]
-        return mean, np.asarray(examples.features["global"][index])[:, None] if "global" in examples.features else mean[:, :0]
+        kind = self.global_kind
+        return mean, np.asarray(examples.features[kind][index])[:, None] if kind in examples.features else mean[:, :0]
 
 
 class Probe(Frozen):
@@ -66,8 +68,9 @@ class Probe(Frozen):
 
     Options:
       heads: by name blocks as `config.objective.head`: dict(name="probe", source="mean"), dict(name="attentive", pooling="capi"), ...; by
-        default linear layers behind a batch normalization without scale and bias, on "mean" and, where there is one, "global". Attentive
-        ones need all tokens of all examples, in memory or, with `cache`, on disk.
+        default linear layers behind a batch normalization without scale and bias, on "mean" and, where there is one, "global". A "probe"
+        may name `layers`, blocks counted from 1, whose global tokens it reads side by side. Attentive ones need all tokens of all
+        examples, in memory or, with `cache`, on disk.
       optimizer: dict(name="sgd", "lars" or "adamw", ...), as `config.optimizer`.
       rates: learning rates per 256 images of a batch; `decays`: weight decays; of kernels, not of biases. The grid is their product.
       epochs, warmup_epochs: of the training examples; what does not fill the last batch of an epoch is left out.
@@ -115,19 +118,28 @@ class Probe(Frozen):
         default = {"mean": dict(name="probe", source="mean")}
         default |= {"global": dict(name="probe", source="global")} if model.num_global_tokens else {}
         self.options["heads"] = {name: dict(block) for name, block in (self.options["heads"] or default).items()}
-        self._heads: dict[str, tuple[str, Any]] = {}
+        self._heads: dict[str, tuple[str, Any, str]] = {}
         for name, block in self.options["heads"].items():
-            where = f"{WHERE}.heads.{name}"
-            row, options = head_options(where, block, model.width, model.num_global_tokens)
+            where, layers = f"{WHERE}.heads.{name}", tuple(block.get("layers", ()))
+            given = {key: value for key, value in block.items() if key != "layers"}
+            row, options = head_options(where, given, model.width, model.num_global_tokens)
             if HEADS[row].reads != "pooled":
                 raise ValueError(f"{where}.name is {row!r}, which says something of every pixel; a probe's head gives one class")
-            self._heads[name] = row, options
-        tokens = any(row == "attentive" for row, _ in self._heads.values())
-        pooled = any(row != "attentive" for row, _ in self._heads.values())
+            depth = dict(model.encoder)["depth"]
+            if layers:
+                check_layers(f"{where}.layers", layers, depth)
+                if layers[-1] != depth:
+                    raise ValueError(f"{where}.layers is {layers}; its last must be the encoder's last, {depth}")
+                check_pooled_layers(f"{where}.layers", row, dict(options), layers)
+            self._heads[name] = row, options, BLOCKS + "_".join(map(str, layers)) if len(layers) > 1 else "global"
+        tokens = any(row == "attentive" for row, *_ in self._heads.values())
+        pooled = any(row != "attentive" for row, *_ in self._heads.values())
+        joined = tuple(dict.fromkeys(kind for *_, kind in self._heads.values() if kind != "global"))
         lacking = [name for x in self.extractions.values() for name in x.inputs if name in x.reading.source.may_lack]
         if tokens and lacking:
             raise ValueError(f"{WHERE}.heads reads all tokens, but some examples may lack {lacking[0]!r}: leave it out of shown")
-        self.kinds = (*(("mean", *(("global",) if model.num_global_tokens else ())) if pooled else ()), *(("tokens",) if tokens else ()))
+        vectors = ("mean", *(("global",) if model.num_global_tokens else ())) if pooled else ()
+        self.kinds = (*vectors, *joined, *(("tokens",) if tokens else ()))
         figures = ("top1", "top5", "mean_class", "loss", "held_out_top1", "rate", "decay")
         self.given = tuple(f"{name}/{figure}" for name in self._heads for figure in figures)
 
@@ -137,9 +149,9 @@ class Probe(Frozen):
     ) -> Figures:  # fmt: skip
         """The figures of each head."""
         rates, decays = self.options["rates"], self.options["decays"]
-        for name, (row, options) in self._heads.items():
+        for name, (row, options, kind) in self._heads.items():
             module = HEADS[row].module(dtype=jnp.float32, num_classes=num_classes, **dict(options))
-            head = Head(module, row == "attentive", self.objective.model.num_global_tokens)
+            head = Head(module, row == "attentive", self.objective.model.num_global_tokens, kind)
             grid = self._train(head, train, fitted, between)
             correct = self._count(head, grid, train, chosen_by)
             decay, rate = np.unravel_index(int(correct.argmax()), correct.shape)

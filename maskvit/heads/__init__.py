@@ -3,7 +3,7 @@ encoded tokens one by one, or all of a picture's: a class or a value per picture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class Head(NamedTuple):
 
     Attributes:
       module: `module(dtype, **options)`. Where it reads "maps" or "pooled" its fields are what the head's block of a config may hold
-        (`head_options`), but for what the caller knows: `channels` or `num_classes`, `dtype`, and `axis_name` where it has `statistics`.
+        (`head_options`), but for what the caller knows: `channels` or `num_classes`, and `dtype`.
       stream: which random stream its initial values are drawn from.
       everything: the method that touches every parameter.
       fixed: `fixed(**options)`: patterns of parameters that are never trained.
@@ -85,11 +85,11 @@ class Head(NamedTuple):
     statistics: bool = False
 
     def example(self, width: int, grid: tuple[int, int], num_global_tokens: int, num_maps: int | None = None) -> tuple[Any, ...]:
-        """Inputs of zeros to initialize with: tokens of `width` on `grid`. `num_maps`: of a head that reads maps, by default its usual."""
+        """Inputs of zeros to initialize with: tokens of `width` on `grid`. `num_maps`: how many blocks are read, by default the usual."""
         if self.reads == "tokens":
             return (jnp.zeros((1, width)),)
         if self.reads == "pooled":
-            return jnp.zeros((1, grid[0] * grid[1], width)), jnp.zeros((1, num_global_tokens, width))
+            return jnp.zeros((1, grid[0] * grid[1], width)), jnp.zeros((1, num_global_tokens, width * (num_maps or 1)))
         # How many blocks it reads does not depend on the depth.
         return (jnp.zeros((1, *grid, width)),) * (num_maps or len(self.layers(12))), grid
 
@@ -113,7 +113,7 @@ HEADS = {
     "upernet": Head(UperNetHead, 9, reads="maps", layers=_spread(1 / 3, 1 / 2, 2 / 3, 1), statistics=True),
 }
 # Fields of a head's module that are not the config's.
-GIVEN = ("channels", "num_classes", "axis_name", "dtype", "parent", "name")
+GIVEN = ("channels", "num_classes", "dtype", "parent", "name")
 
 
 def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str, dict[str, Any]]:
@@ -126,6 +126,21 @@ def decoder_arguments(block: Mapping[str, Any], encoder_depth: int) -> tuple[str
     arguments.pop("use_input", None)  # by now a part of `features`
     check_sizes("config.objective.decoder", arguments, least_depth=row.least_depth)
     return name, arguments
+
+
+def check_layers(where: str, layers: Sequence[int], depth: int) -> None:
+    """Raise ValueError, naming `where`, unless `layers` are blocks of an encoder, counted from 1, in ascending order."""
+    if list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= depth:
+        raise ValueError(f"{where} is {tuple(layers)}; give blocks in ascending order, from 1 to the encoder's depth {depth}")
+
+
+def check_pooled_layers(where: str, name: str, options: Mapping[str, Any], layers: Sequence[int]) -> None:
+    """Raise ValueError unless a head of pooled tokens can read these blocks: several are for the global tokens of "probe" alone."""
+    if len(layers) > 1 and (name != "probe" or options.get("source", Probe.source) == "mean"):
+        raise ValueError(
+            f"{where} names {len(layers)} blocks; of several blocks only the head 'probe' with source 'global' or 'both' reads the global "
+            "tokens"
+        )
 
 
 def head_options(where: str, block: Mapping[str, Any], width: int, num_global_tokens: int) -> tuple[str, tuple[tuple[str, Any], ...]]:

@@ -27,14 +27,14 @@ def _classifier(num_classes: int, width: int, torch_default: bool, deviation: fl
 class Probe(nn.Module):
     """A linear layer on the last global token, the mean of the patches, or both side by side. Float32 whatever `dtype`.
 
-    `batch_norm`: normalized before, without scale and bias. Source: He et al., "Masked Autoencoders Are Scalable Vision Learners",
-    2021, its linear probing.
+    The global token may be that of several blocks side by side, as in DINO's and iBOT's evaluation of small models. `batch_norm`:
+    normalized before, without scale and bias. Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, its linear
+    probing.
     """
 
     num_classes: int
     source: Literal["global", "mean", "both"] = "global"
     batch_norm: bool = True
-    axis_name: Any = None
     dtype: Any = jnp.float32
 
     @nn.nowrap
@@ -44,13 +44,13 @@ class Probe(nn.Module):
             raise ValueError(f"{where}.source is {self.source!r}, but the model has no global token: set it to 'mean'")
 
     @nn.compact
-    def __call__(self, patches: Float[Array, "b n d"], global_tokens: Float[Array, "b g d"], train: bool = False) -> Float[Array, "b c"]:
+    def __call__(self, patches: Float[Array, "b n d"], global_tokens: Float[Array, "b g e"], train: bool = False) -> Float[Array, "b c"]:
         """Class scores (before the softmax, float32)."""
         parts = {"global": lambda: global_tokens[:, -1], "mean": lambda: patches.astype(jnp.float32).mean(axis=1)}
         read = ("global", "mean") if self.source == "both" else (self.source,)
         x = jnp.concatenate([parts[name]().astype(jnp.float32) for name in read], axis=-1)
         if self.batch_norm:
-            x = BatchNorm(EPSILON, affine=False, axis_name=self.axis_name, name="norm")(x, train)
+            x = BatchNorm(EPSILON, affine=False, name="norm")(x, train)
         return _classifier(self.num_classes, x.shape[-1], False, 0.01)(x)
 
 
@@ -97,13 +97,12 @@ class AimPooling(nn.Module):
     """
 
     heads: int
-    axis_name: Any
     dtype: Any
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b d"]:
         b, _, d = tokens.shape
-        tokens = BatchNorm(EPSILON, affine=False, axis_name=self.axis_name, name="token_norm")(tokens, train)
+        tokens = BatchNorm(EPSILON, affine=False, name="token_norm")(tokens, train)
         query = self.param("query", nn.initializers.normal(0.02), (1, d), jnp.float32).astype(self.dtype)
         k, v = (Dense(d, self.dtype, uniform_by_fan_in(d), use_bias=False, name=name)(tokens) for name in "kv")
         return attend(jnp.broadcast_to(query, (b, 1, d)), k, v, self.heads)[:, 0]
@@ -125,7 +124,6 @@ class AttentiveProbe(nn.Module):
     heads: int = 16
     all_tokens: bool = False
     batch_norm: bool = True
-    axis_name: Any = None
     dtype: Any = jnp.float32
 
     @nn.nowrap
@@ -157,8 +155,8 @@ class AttentiveProbe(nn.Module):
         elif self.pooling == "capi":
             x = CapiPooling(self.dtype, name="pooling")(tokens)
         else:
-            x = AimPooling(self.heads, self.axis_name, self.dtype, name="pooling")(tokens, train)
+            x = AimPooling(self.heads, self.dtype, name="pooling")(tokens, train)
         x = x.astype(jnp.float32)
         if self.batch_norm:
-            x = BatchNorm(EPSILON, affine=False, axis_name=self.axis_name, name="norm")(x, train)
+            x = BatchNorm(EPSILON, affine=False, name="norm")(x, train)
         return _classifier(self.num_classes, x.shape[-1], self.pooling != "capi")(x)

@@ -67,7 +67,6 @@ class LinearHead(nn.Module):
 
     channels: int
     norm: Literal["none", "batch", "batch_affine"] = "batch_affine"
-    axis_name: Any = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -75,5 +74,5 @@ class LinearHead(nn.Module):
         """Logits or values (float32) at `size`, (height, width) in pixels."""
         x = jnp.concatenate(maps, axis=-1).astype(jnp.float32)
         if self.norm != "none":
-            x = BatchNorm(affine=self.norm == "batch_affine", axis_name=self.axis_name, name="norm")(x, train)
+            x = BatchNorm(affine=self.norm == "batch_affine", name="norm")(x, train)
         return resize(Conv(self.channels, kernel_init=nn.initializers.normal(0.01), name="head")(x), size)

@@ -81,7 +81,8 @@ class TaskNetwork(Network):
         features = tuple(self.normed(params, x) for x in features)
         n = batch.layout.num_tokens
         if row.reads == "pooled":
-            arguments: tuple[Any, ...] = features[-1][:, :n], features[-1][:, n:]
+            # Global tokens of several blocks side by side, the patches of the last.
+            arguments: tuple[Any, ...] = features[-1][:, :n], jnp.concatenate([x[:, n:] for x in features], axis=-1)
         else:
             arguments = tuple(self._maps(x, batch) for x in features), size
         rngs = None if key is None else {"dropout": key}

@@ -19,14 +19,13 @@ class ConvNormRelu(nn.Module):
 
     features: int
     side: int = 1
-    axis_name: Any = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w o"]:
         initial = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         x = Conv(self.features, self.side, use_bias=False, dtype=self.dtype, kernel_init=initial, name="conv")(x)
-        return jax.nn.relu(BatchNorm(axis_name=self.axis_name, name="norm")(x, train)).astype(self.dtype)
+        return jax.nn.relu(BatchNorm(name="norm")(x, train)).astype(self.dtype)
 
 
 class Classifier(nn.Module):
@@ -51,7 +50,6 @@ class UperNetHead(nn.Module):
       width: channels of pooling and pyramid; `auxiliary_width` of the auxiliary head.
       pools: parts per side that the coarsest map is pooled to.
       dropout: share of the channels dropped before each classifier.
-      axis_name: of the device axes whose batches the norms count as one (synchronized batch normalization).
     """
 
     channels: int
@@ -59,7 +57,6 @@ class UperNetHead(nn.Module):
     pools: tuple[int, ...] = (1, 2, 3, 6)
     dropout: float = 0.1
     auxiliary_width: int = 256
-    axis_name: Any = None
     dtype: Any = jnp.float32
 
     @nn.nowrap
@@ -96,13 +93,13 @@ class UperNetHead(nn.Module):
         return logits, auxiliary
 
     def _layer(self, features: int, side: int, name: str) -> ConvNormRelu:
-        return ConvNormRelu(features, side, self.axis_name, self.dtype, name=name)
+        return ConvNormRelu(features, side, self.dtype, name=name)
 
     def _rescaled(self, maps: Maps, train: bool) -> list[Float[Array, "b _h _w d"]]:
         """The maps at 4, 2, 1 and 1/2 times their scale."""
         width, tokens = maps[0].shape[-1], [x.astype(self.dtype) for x in maps]
         x = TransposedConv(width, 2, self.dtype, name="up4_conv1")(tokens[0])
-        x = jax.nn.gelu(BatchNorm(axis_name=self.axis_name, name="up4_norm")(x, train), approximate=False)
+        x = jax.nn.gelu(BatchNorm(name="up4_norm")(x, train), approximate=False)
         x = TransposedConv(width, 2, self.dtype, name="up4_conv2")(x)
         return [x, TransposedConv(width, 2, self.dtype, name="up2_conv")(tokens[1]), tokens[2], nn.max_pool(tokens[3], (2, 2), (2, 2))]
 

@@ -98,14 +98,24 @@ def encoded_tokens(
 
     `norm` False: as tokens leave the last block, without the final norm of models that have one.
     """
+    return tokens_of_blocks(model, params, batch, (dict(model.encoder)["depth"],), inputs, norm)[0]
+
+
+def tokens_of_blocks(
+    model: Network, params: Params, batch: Batch | Mapping[str, Any], layers: tuple[int, ...], inputs: tuple[str, ...] | None = None,
+    norm: bool = True,
+) -> tuple[Encoded, ...]:  # fmt: skip
+    """`encoded_tokens` as they leave several blocks, those in `layers` (counted from 1), ascending; the final norm is put on each."""
     names = inputs or model.inputs[:1]
     batch = batch if isinstance(batch, Batch) else batch_of(batch)
     prepared = prepare(model, batch.only(names))
     tokens = model.embed(params, prepared.values_of(names), prepared.present)
-    encoded = model.features(params, tokens.tokens, (dict(model.encoder)["depth"],), tokens.present)[0]
-    encoded = (model.normed(params, encoded) if norm else encoded).astype(jnp.float32)
     n = tokens.layout.num_tokens
-    return Encoded(encoded[:, :n], tokens.present, encoded[:, n:])
+    found = []
+    for encoded in model.features(params, tokens.tokens, layers, tokens.present):
+        encoded = (model.normed(params, encoded) if norm else encoded).astype(jnp.float32)
+        found.append(Encoded(encoded[:, :n], tokens.present, encoded[:, n:]))
+    return tuple(found)
 
 
 def pooled(encoded: Encoded) -> dict[str, Float[Array, "b d"]]:
@@ -136,6 +146,14 @@ class ReadsFeatures:
     ) -> Encoded:
         """The tokens themselves (`encoded_tokens`)."""
         return encoded_tokens(self.model, self.encoder_params(params, state), batch, inputs, norm)
+
+    def global_of_blocks(
+        self, params: Params, state: Any, batch: Batch | Mapping[str, Any], layers: tuple[int, ...],
+        inputs: tuple[str, ...] | None = None, norm: bool = True,
+    ) -> Float[Array, "b e"]:  # fmt: skip
+        """The (first) global token as it leaves each of the blocks `layers`, side by side, the earliest block first."""
+        blocks = tokens_of_blocks(self.model, self.encoder_params(params, state), batch, layers, inputs, norm)
+        return jnp.concatenate([encoded.global_tokens[:, 0] for encoded in blocks], axis=1)
 
 
 def check_values(spec: Modality, stored: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from maskvit.sharding import split_over_tensor
+from maskvit.sharding import batch_devices, mean_over_devices, split_over_tensor
 
 
 def xavier_uniform(parts: int = 1):
@@ -234,13 +234,13 @@ class BatchNorm(nn.Module):
 
     In training the batch's mean and (biased) variance are used, and the running ones, the collection "statistics" (`mean`,
     `variance`), move towards the batch's by `momentum`, the weight of the new value; the running variance is unbiased. Else the
-    running ones are used. `affine`: with `scale` and `bias`. `axis_name`: of the device axes whose batches count as one.
+    running ones are used. `affine`: with `scale` and `bias`. In a train step on several devices their samples count as one batch, so
+    nothing depends on their number; micro-batches are batches of their own.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
-    axis_name: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"], train: bool = False) -> Float[Array, "*b c"]:
@@ -251,9 +251,9 @@ class BatchNorm(nn.Module):
             # In two passes: the mean of the squares would cancel where the mean is large.
             mean = self._over_batch(x)
             variance = self._over_batch(jnp.square(x - mean))
-            count = math.prod(x.shape[:-1]) * (jax.lax.psum(1, self.axis_name) if self.axis_name else 1)
+            count = math.prod(x.shape[:-1]) * batch_devices()
             if count < 2:
-                raise ValueError("batch normalization needs more than one value per channel to train on: use larger batches per device")
+                raise ValueError("batch normalization needs more than one value per channel to train on: use larger batches")
             for kept, new in zip(running, (mean, variance * (count / (count - 1))), strict=True):
                 kept.value = (1 - self.momentum) * kept.value + self.momentum * jax.lax.stop_gradient(new)
         y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
@@ -263,5 +263,4 @@ class BatchNorm(nn.Module):
         return y
 
     def _over_batch(self, x: Float[Array, "*b c"]) -> Float[Array, " c"]:
-        mean = x.mean(axis=tuple(range(x.ndim - 1)))
-        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+        return mean_over_devices(x.mean(axis=tuple(range(x.ndim - 1))))

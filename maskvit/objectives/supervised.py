@@ -18,7 +18,7 @@ from maskvit.core.flops import embed_flops, encoder_flops
 from maskvit.core.keys import stream_keys
 from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, DataNeeds, Metrics, Params, batch_of, path_name, tree_paths
-from maskvit.heads import HEADS, head_options
+from maskvit.heads import HEADS, check_layers, check_pooled_layers, head_options
 from maskvit.heads.network import Network
 from maskvit.heads.task_network import TaskNetwork
 from maskvit.heads.values import ReadsFeatures, prepare
@@ -239,7 +239,8 @@ def supervised(
     `task`: {"name": "classification", "segmentation" or "regression", and that row's fields}. `head`: {"name": ..., and its options}.
     For a class per image "linear", a linear layer on `pool`ed tokens ("mean": the norm of the mean of the patch tokens, as MAE; "all":
     of all tokens, as MultiMAE; "global": the normed last global token, as DINO), or the probes of `maskvit.heads.HEADS`; for a value
-    per pixel its dense heads. `layers`: the blocks that a head reads, counted from 1, in place of its own.
+    per pixel its dense heads. `layers`: the blocks that a head reads, counted from 1, in place of its own; "probe" joins their global
+    tokens, and takes the mean of the last one's patches.
     `inputs`: what the encoder is shown; `read_from`: whose tokens a dense head reads, by default the first input's.
     `final_norm`: whether the pretrained encoder's last norm follows on every token that a head reads; "linear" always has one.
     `encoder`, `num_global_tokens`, `positions`: as the encoder was pretrained.
@@ -298,8 +299,10 @@ def _head(
         return dict(task_head="", heads=(("head", (("num_classes", outputs),)),))
     row = HEADS[block["name"]]
     name, options = head_options(where, block, sizes["width"] * (num_maps if task.dense else 1), num_global_tokens)
-    if layers and (list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= depth):
-        raise ValueError(f"config.objective.layers is {layers}; give blocks in ascending order, from 1 to the encoder's depth {depth}")
+    if layers:
+        check_layers("config.objective.layers", layers, depth)
+    if not task.dense:
+        check_pooled_layers("config.objective.layers", name, dict(options), layers)
     usual = row.layers(depth)
     if layers and len(usual) > 1 and len(layers) != len(usual):
         raise ValueError(f"config.objective.layers names {len(layers)} blocks; the head {name!r} reads {len(usual)}")

@@ -44,7 +44,7 @@ def objective(request):
     SOURCES["noise"] = source
     request.addfinalizer(lambda: SOURCES.pop("noise"))
     block = dict(
-        name="multimae", encoder=dict(width=64, depth=1, heads=2), decoder=dict(width=16, depth=1, heads=2), inputs=("rgb",),
+        name="multimae", encoder=dict(width=64, depth=2, heads=2), decoder=dict(width=16, depth=1, heads=2), inputs=("rgb",),
         outputs=("rgb",), num_visible=2,
     )  # fmt: skip
     return build_objective(dict(image_size=SIZE, modalities=dict(rgb=dict(RGB, patch=8)), objective=block))
@@ -107,7 +107,9 @@ def test_a_grid_of_linear_heads_against_numpy(objective, params):
 
 def test_probes_of_all_kinds_do_not_depend_on_devices(objective, params, tmp_path):
     options = dict(
-        heads=dict(linear=dict(name="probe", source="both"), attentive=dict(name="attentive", pooling="capi", all_tokens=True)),
+        heads=dict(
+            linear=dict(name="probe", source="both", layers=(1, 2)), attentive=dict(name="attentive", pooling="capi", all_tokens=True)
+        ),
         optimizer=dict(name="adamw", b2=0.95), rates=(0.01, 0.1), decays=(0.001,), epochs=8, train_batch=24,
     )  # fmt: skip
     found = []
@@ -120,12 +122,19 @@ def test_probes_of_all_kinds_do_not_depend_on_devices(objective, params, tmp_pat
     for name, value in found[0].items():
         assert value == pytest.approx(found[1][name], abs=0.01), name
     assert min(found[0]["linear/top1"], found[0]["attentive/top1"]) > 50
+    joined = probe.extractions["test"](placed, {}, ("global_of_1_2",)).feature("global_of_1_2")  # from the cache
+    single = probe.extractions["test"](placed, {}, ("global",)).feature("global")
+    assert joined.shape == (45, 128)
+    np.testing.assert_array_equal(joined[:, 64:], single)
+    assert np.abs(joined[:, :64] - single).max() > 0.01
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
         (dict(options=dict(heads=dict(a=dict(name="dpt")))), "heads.a.name is 'dpt', which says something of every pixel"),
+        (dict(options=dict(heads=dict(a=dict(name="probe", layers=(1, 3))))), r"heads.a.layers is \(1, 3\); give blocks in"),
+        (dict(options=dict(heads=dict(a=dict(name="probe", layers=(1,))))), r"heads.a.layers is \(1,\); its last must be the encoder's"),
         (dict(options=dict(heads=dict(a=dict(name="svm")))), "heads.a.name is 'svm'; known:"),
         (dict(options=dict(heads=dict(a=dict(name="attentive", queries=7)))), "heads.a: the tokens' width 64 must divide by queries 7"),
         (dict(options=dict(optimizer=dict(name="lion"))), "optimizer.name is 'lion'; known: adamw, sgd, lars"),

@@ -11,6 +11,7 @@ import pytest
 
 from maskvit.core.types import tree_paths
 from maskvit.nn.layers import BatchNorm, Conv, TransposedConv, apply, apply_with_statistics
+from maskvit.sharding import make_mesh, on_each_device, sample_devices
 
 RNG = np.random.default_rng(0)
 X = (RNG.standard_normal((2, 3, 4, 5, 6)) * 3 + 100).astype(np.float32)  # two steps of (b, h, w, c), far from zero
@@ -60,25 +61,30 @@ def test_batch_norm_as_torch():
     np.testing.assert_allclose(statistics["variance"], theirs.running_var.numpy(), rtol=1e-5)
 
 
-def test_batches_over_an_axis_count_as_one():
-    """Two devices' halves with the axis named give what the whole batch gives, gradients too."""
-    whole, halves = X.reshape(-1, 6), X.reshape(2, -1, 6)
+@pytest.mark.parametrize("sharding", [{}, dict(fsdp=2), dict(tensor=2)])
+def test_the_batches_of_all_devices_count_as_one(sharding):
+    """Parts of a batch on the devices of a step give what the whole batch gives, gradients too."""
+    mesh = make_mesh(**sharding)
+    whole = X.reshape(-1, 6)
     weights = RNG.standard_normal(whole.shape).astype(np.float32)
 
-    def step(norm, x, weights):
+    def step(x, weights):
         def loss(x):
-            y, after = apply_with_statistics(norm, {}, FRESH, x, train=True)
+            y, after = apply_with_statistics(BatchNorm(affine=False), {}, FRESH, x, train=True)
             return (y * weights).sum(), (y, after)
 
         return jax.grad(loss, has_aux=True)(x)
 
-    gradient, (y, statistics) = step(BatchNorm(affine=False), whole, weights)
-    apart = jax.vmap(lambda x, w: step(BatchNorm(affine=False, axis_name="devices"), x, w), axis_name="devices")
-    ours, (theirs, each) = apart(halves, weights.reshape(halves.shape))
-    np.testing.assert_allclose(theirs.reshape(-1, 6), y, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(ours.reshape(-1, 6), gradient, rtol=1e-3, atol=1e-5)
+    def on_device(params, shared, samples, exchange):
+        gradient, (y, statistics) = step(*samples)
+        return (), exchange.total(statistics), (gradient, y)
+
+    gradient, (y, statistics) = step(whole, weights)
+    _, sums, (ours, theirs) = jax.jit(lambda *samples: on_each_device(on_device, mesh)((), (), samples))(whole, weights)
+    np.testing.assert_allclose(theirs, y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours, gradient, rtol=1e-3, atol=1e-5)
     for name, value in statistics.items():
-        np.testing.assert_allclose(each[name], np.stack([value, value]), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(sums[name] / sample_devices(mesh), value, rtol=1e-5, err_msg=name)
 
 
 def test_batch_norm_of_one_value():

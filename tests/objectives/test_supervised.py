@@ -204,6 +204,21 @@ def test_weights_that_a_checkpoint_does_not_hold(tmp_path):
         init_from(params, tmp_path, weights="teacher")
 
 
+def test_a_probe_reads_the_global_tokens_of_several_blocks():
+    """Side by side, the earliest first, each through the final norm; the patches are those of the last."""
+    head = dict(name="probe", source="both", batch_norm=False)
+    objective = supervised(CLASSES, head=head, layers=(1, 2), final_norm=True)
+    params, state = jax.jit(objective.init)(jax.random.key(0))
+    kernel, bias = (np.asarray(params["probe"]["head"][name]) for name in ("kernel", "bias"))
+    assert kernel.shape == (3 * 48, 7)
+    first = supervised(CLASSES, head=head, encoder=dict(ENCODER, depth=1), final_norm=True)
+    assert set(params["encoder"]) > set(jax.eval_shape(first.init, jax.random.key(0))[0]["encoder"])
+    batch = labeled(3)
+    one, two = (x.tokens(params, state, batch) for x in (first, objective))
+    joined = np.concatenate([one.global_tokens[:, 0], two.global_tokens[:, 0], two.patches.mean(axis=1)], axis=1)
+    np.testing.assert_allclose(objective.answers(params, state, batch)["logits"], joined @ kernel + bias, rtol=1e-4, atol=1e-5)
+
+
 # Configs
 
 
@@ -229,6 +244,8 @@ def test_weights_that_a_checkpoint_does_not_hold(tmp_path):
         (dict(DEPTH, loss="angular"), dict(head=CONVNEXT), "is of 3 channel"),
         (PIXELS, dict(head=dict(name="dpt")), "reads 4 blocks, but the encoder has 2"),
         (PIXELS, dict(head=CONVNEXT, layers=(2, 1)), "layers is \\(2, 1\\)"),
+        (CLASSES, dict(head=dict(name="attentive", queries=4), layers=(1, 2)), "layers names 2 blocks; of several blocks only the head"),
+        (CLASSES, dict(head=dict(name="probe", source="mean"), layers=(1, 2)), "layers names 2 blocks; of several blocks only the head"),
         (PIXELS, dict(head=CONVNEXT, read_from=("depth",)), "read_from names 'depth', which is not one of"),
     ],
 )
