@@ -159,6 +159,15 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def whole(tree: Any) -> Any:
+    """`tree` with every array whole on each of the devices that hold it. All processes must take part."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [NamedSharding(x.sharding.mesh, PartitionSpec()) if isinstance(x.sharding, NamedSharding) else x.sharding for x in leaves]
+    if all(x.sharding.is_fully_replicated for x in leaves):
+        return tree
+    return jax.tree.unflatten(structure, jax.jit(lambda leaves: leaves, out_shardings=places)(leaves))
+
+
 def record_rows(num_records: int, mesh: Mesh) -> int:
     """Rows of a table that is kept per record: one each, and as many more as make every device's part equally long."""
     devices = sample_devices(mesh)

@@ -88,7 +88,13 @@ def test_two_processes_stop_together_whichever_is_told_or_fails(data_dir, tmp_pa
 def test_twenty_losses(guided, tolerance, data_dir, tmp_path):
     config = twenty_steps(data_dir, guided=guided)
     one = on_one(config, tmp_path / "one")
-    setup.train(str(tmp_path / "four"), **config, sharding=dict(fsdp=2) if guided else {})
+    if guided:  # with what else reads the parameters that lie in parts
+        knn = dict(type="knn", every="20 steps", ks=(3,), batch_size=4)
+        more = dict(sharding=dict(fsdp=2, tensor=2), evaluators=dict(knn=knn), picture_every=20)
+        setup.train(str(tmp_path / "four"), **{**config, **more})
+        assert "knn/" in (tmp_path / "four" / "metrics.jsonl").read_text() and list((tmp_path / "four" / "pictures").iterdir())
+    else:
+        setup.train(str(tmp_path / "four"), **config)
     finish(*start_two(write_config(tmp_path / "config.py", config), tmp_path / "two"))
     assert len(one) == 20 and one[-1] < one[0]
     for other in ("four", "two"):

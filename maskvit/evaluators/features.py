@@ -22,7 +22,7 @@ from maskvit.core.types import Batch, tree_paths
 from maskvit.data.identity import data_identity
 from maskvit.evaluators.reading import Reading, local, nothing
 from maskvit.metrics.results import digest
-from maskvit.sharding import replicated
+from maskvit.sharding import replicated, whole
 
 VERSION = 1  # to be raised with every change of what is computed from the same weights and data
 MANIFEST = "manifest.json"
@@ -126,7 +126,7 @@ class Extraction:
     def _digest(self, params: Any, state: Any) -> str:
         """SHA-256 of the encoder's parameters."""
         weights = hashlib.sha256()
-        for name, leaf in tree_paths(self._objective.encoder_params(params, state)).items():
+        for name, leaf in tree_paths(whole(self._objective.encoder_params(params, state))).items():
             array = local(leaf)
             weights.update(f"{name} {array.dtype} {array.shape} ".encode())
             weights.update(np.ascontiguousarray(array).tobytes())

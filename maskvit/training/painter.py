@@ -14,7 +14,7 @@ from jaxtyping import Int
 from maskvit.core.keys import sample_keys
 from maskvit.core.types import TrainState, batch_of
 from maskvit.data.batches import eval_batches
-from maskvit.sharding import replicated
+from maskvit.sharding import replicated, whole
 
 PICTURE_SAMPLES = 4
 
@@ -48,11 +48,12 @@ class Painter:
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
         """{name: picture} for the writers; empty on other processes, which must take part: they hold what is kept of some records."""
         kept = self._kept(state.objective_state, self._index)
+        shared, _ = self._objective.recall(state.objective_state, None)
+        params, shared = whole((state.params, shared))
         if jax.process_index():
             return {}
-        shared, _ = self._objective.recall(state.objective_state, None)
-        # All that is left is the same on every device: one local copy serves.
-        params, shared, kept, step = jax.tree.map(lambda x: x.addressable_data(0), (state.params, shared, kept, state.step))
+        # All of it is the same on every device: one local copy serves.
+        params, shared, kept, step = jax.tree.map(lambda x: x.addressable_data(0), (params, shared, kept, state.step))
         keys = sample_keys(self._seed, 0, PICTURE_SAMPLES)
         arrays = jax.device_get(self._visualize(params, shared, self._batch._replace(kept=kept), keys, step=step))
         if arrays["masked"]:
