@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny import MODALITIES, fresh_params, tiny_objective
 
@@ -50,6 +52,10 @@ def test_flops_of_the_guidance_pass(base):
     assert guided.flops() - random.flops() == guided.guidance.flops(guided.model)
 
 
+def records_of(name):
+    return step.step_record(name, {name: [1e-3] * 3}, 8, 1e9, jax.devices()[0], 1) | dict(size="B", batch=8, dtype="bfloat16")
+
+
 @pytest.fixture(scope="module")
 def records():
     """One tiny run, torch beside it where it is installed."""
@@ -86,6 +92,16 @@ def test_objectives_are_compared_in_one_run():
         assert record["planned_gb"] > 0 and record["resident_peak_gb"] > 0
         json.dumps(record)
         assert step.table_row(record).startswith(record["measurement"])
+
+
+def test_beside_a_measured_time_stands_the_floor_of_that_program(monkeypatch):
+    """The planner's figure for the same compiled step, on devices that it knows; none for a CPU."""
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.zeros((64, 64))).compile()
+    assert step.floor_record(compiled, "cpu", 1.0) == {}
+    found = step.floor_record(compiled, "NVIDIA H100 80GB HBM3", 1e-3)
+    assert found == dict(floor_s=pytest.approx(2e-6), ratio_to_floor=pytest.approx(500))  # one launch
+    record = dict(records_of("random"), **found)
+    assert "500.000 x floor" in step.table_row(record)
 
 
 def test_torch_yardstick_has_the_same_sizes(records):
@@ -215,3 +231,71 @@ def test_flops_of_ibot_at_vit_s():
     counted = objective.flops(MultiCrop(local_crops=10, local_size=(96, 96)))
     assert counted == 8 * (large + 197 * head) + 30 * (small + head)
     assert counted / 1e9 == pytest.approx(146.53, abs=0.01)
+
+
+CHECKOUT = {
+    "utils/__init__.py": "import a_package_that_nobody_has",
+    "utils/registry.py": "",
+    "multimae/__init__.py": """
+from torch import nn
+from .multimae import MultiMAE
+
+class Adapter(nn.Module):
+    def __init__(self, num_channels=0, num_classes=0, **options):
+        super().__init__()
+        self.options = options
+
+class Loss(nn.Module):
+    def __init__(self, patch_size, stride, norm_pix=False):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, prediction, target, mask):
+        assert target.shape[-1] == 32 // self.stride and mask.shape == (2, 16)
+        return prediction.mean() ** 2
+
+PatchedInputAdapter = SemSegInputAdapter = SpatialOutputAdapter = Adapter
+MaskedMSELoss = MaskedL1Loss = MaskedCrossEntropyLoss = Loss
+""",
+    "multimae/multimae.py": """
+import torch
+from torch import nn
+import utils.registry
+
+SEEN = []
+
+class MultiMAE(nn.Module):
+    def __init__(self, inputs, outputs, num_global_tokens, dim_tokens, depth, num_heads, mlp_ratio):
+        super().__init__()
+        assert set(inputs) == {"rgb", "depth", "semseg"} and outputs["norm_rgb"].options["task"] == "rgb"
+        assert (dim_tokens, depth, num_heads, mlp_ratio) == (48, 2, 3, 4.0)
+        self.outputs = list(outputs)
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, values, num_encoded_tokens, alphas, fp32_output_adapters):
+        assert abs(values["depth"].mean()) < 0.5 and num_encoded_tokens == 12 and fp32_output_adapters == ["semseg"]
+        SEEN.append(self.weight.detach().clone())
+        return {name: self.weight * 2 for name in self.outputs}, {name: torch.ones(2, 16) for name in values}
+""",
+}
+
+
+def test_a_checkout_of_the_reference_is_timed(tmp_path):
+    """A package with the reference's names, whose `utils` cannot be imported as a whole: masks reach its losses, its parameters move."""
+    pytest.importorskip("torch")
+    from maskvit.commands.bench.reference_model import reference_step
+
+    for name, text in CHECKOUT.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    try:
+        run = reference_step(tmp_path, tiny_objective(), 2, "float32")
+        run()
+        run()
+        first, second = sys.modules["multimae.multimae"].SEEN
+        assert (second < first).all()
+        assert not any(name.split(".")[0] == "utils" for name in sys.modules)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "multimae"]:
+            del sys.modules[name]
+    assert main(["step", "--reference", str(tmp_path / "utils")]) == 2

@@ -95,6 +95,12 @@ def test_fused_attention_counts_its_products():
     assert program.product_flops(backward, shapes) == 2.5 * program.product_flops(attention, shapes)
 
 
+def test_rows_by_the_names_that_jax_gives():
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "TPU v5 lite": "v5e", "TPU v5": "v5p"}
+    assert all(devices.device_of(kind) is devices.DEVICES[name] for kind, name in {**names, "TPU v6 lite": "v6e"}.items())
+    assert devices.device_of("cpu") is None and devices.device_of("NVIDIA GeForce RTX 4090") is None
+
+
 def test_devices_by_name():
     found = {text: devices.parse_devices(text) for text in ("h100", "h200:8", "v5e", "v6e:4x4")}
     assert found == {"h100": ("h100", "1"), "h200:8": ("h200", "8"), "v5e": ("v5e", "2x2"), "v6e:4x4": ("v6e", "4x4")}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from maskvit.convert import Checkpoint, family_of, open_checkpoint, understand
+from maskvit.convert.checkout import build_reference, import_reference, reference_losses
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed
 from maskvit.convert.rules import to_ours
@@ -24,62 +22,15 @@ from maskvit.core.types import Batch
 
 TOLERANCE = 1e-3  # of float32 outputs up to about 10; layout mistakes are of the order of the outputs themselves
 SAMPLES = 2
-REFERENCE_LOSSES = {"mse": "MaskedMSELoss", "l1": "MaskedL1Loss", "cross_entropy": "MaskedCrossEntropyLoss"}
 
 
-def import_reference(directory: str | Path) -> Any:
-    """The module `multimae` of a checkout. This runs the user's own code, and only because they named it."""
-    directory = Path(directory).resolve()
-    if not (directory / "multimae" / "multimae.py").is_file():
-        raise ConversionError(f"{directory}: no checkout of the PyTorch reference: it has no multimae/multimae.py")
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise ConversionError("--verify needs torch: pip install torch") from error
-    # Of the reference's `utils` the model needs one small file; the package's own start-up wants torchvision and more.
-    utils = types.ModuleType("utils")
-    utils.__path__ = [str(directory / "utils")]
-    sys.modules["utils"] = utils
-    sys.path.insert(0, str(directory))
-    try:
-        return importlib.import_module("multimae")
-    except ImportError as error:
-        raise ConversionError(f"{directory}: the reference does not import here ({error}); install what it asks for") from error
-    finally:
-        sys.path.remove(str(directory))
-        for name in [name for name in sys.modules if name == "utils" or name.startswith("utils.")]:
-            del sys.modules[name]
-
-
-def build_reference(reference: Any, config: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
+def loaded_reference(reference: Any, model: Any, checkpoint: Checkpoint) -> Any:
     """The reference's model with the checkpoint's weights, strictly loaded."""
     import torch
 
-    objective, size = config["objective"], tuple(config["image_size"])
-    encoder, decoder, inputs = objective["encoder"], objective["decoder"], list(objective["inputs"])
-    input_adapters, output_adapters = {}, {}
-    for name in inputs:
-        spec = config["modalities"][name]
-        common = dict(stride_level=spec["stride"], patch_size_full=spec["patch"], image_size=size)
-        if spec["kind"] == "categorical":
-            adapter = reference.SemSegInputAdapter(num_classes=spec["num_classes"], dim_class_emb=spec["embed_dim"], **common)
-        else:
-            adapter = reference.PatchedInputAdapter(num_channels=spec["channels"], **common)
-        input_adapters[name] = adapter
-    for name in objective["outputs"]:
-        base = name if name in config["modalities"] else name.removeprefix("norm_")
-        spec = config["modalities"][base]
-        output_adapters[name] = reference.SpatialOutputAdapter(
-            num_channels=spec["num_classes"] if spec["kind"] == "categorical" else spec["channels"],
-            stride_level=spec["stride"], patch_size_full=spec["patch"], dim_tokens=decoder["width"], depth=decoder["depth"],
-            num_heads=decoder["heads"], mlp_ratio=decoder["mlp_ratio"], image_size=size, task=base, context_tasks=inputs,
-        )  # fmt: skip
-    model = reference.MultiMAE(
-        input_adapters, output_adapters, num_global_tokens=objective["num_global_tokens"], dim_tokens=encoder["width"],
-        depth=encoder["depth"], num_heads=encoder["heads"], mlp_ratio=encoder["mlp_ratio"],
-    )  # fmt: skip
-    model.load_state_dict({key: torch.from_numpy(np.array(value, np.float32)) for key, value in checkpoint.state.items()}, strict=True)
-    return model.eval()
+    network = build_reference(reference, model)
+    network.load_state_dict({key: torch.from_numpy(np.array(value, np.float32)) for key, value in checkpoint.state.items()}, strict=True)
+    return network.eval()
 
 
 def sample_batch(config: Mapping[str, Any], images: str | Path | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -159,8 +110,8 @@ def verify(
         raise ConversionError(f"{src}: is {name}; --verify compares MultiMAE's own files with its own code")
     plan = understand(checkpoint, num_heads, decoder_num_heads, allow=allowed)
     theirs = import_reference(directory)
-    network = build_reference(theirs, plan.config, checkpoint)
     objective = build_objective(plan.config)
+    network = loaded_reference(theirs, objective.model, checkpoint)
     tensors = {key: value.astype(np.float32) for key, value in plan.source.tensors.items()}
     params = jax.tree.map(jnp.asarray, to_ours(plan.rules, tensors, str(src)))
     batch = sample_batch(plan.config, images, np.random.default_rng(0))
@@ -218,6 +169,7 @@ def _of_reference(
     """(largest difference per output, the reference's losses), the inputs being those that `masked` names."""
     import torch
 
+    loss_functions = reference_losses(theirs, model)
     differences, losses = dict.fromkeys(model.outputs, 0.0), dict.fromkeys(model.outputs, 0.0)
     for i in range(SAMPLES):  # one by one: the reference counts a whole batch's visible tokens where masks are given
         whole = {}
@@ -235,7 +187,5 @@ def _of_reference(
             ours = unpatchify(predictions[name][i : i + 1].reshape(1, grid[0] * grid[1], -1), grid, spec.patch_pixels)
             difference = np.abs(np.asarray(ours).transpose(0, 3, 1, 2) - predicted[name].numpy()).max()
             differences[name] = max(differences[name], float(difference))
-            options = {} if spec.kind == "categorical" else {"norm_pix": name != spec.name}
-            loss = getattr(theirs, REFERENCE_LOSSES[spec.loss])(patch_size=spec.patch, stride=spec.stride, **options)
-            losses[name] += float(loss(predicted[name], whole[spec.name], mask=masks.get(spec.name))) / SAMPLES
+            losses[name] += float(loss_functions[name](predicted[name], whole[spec.name], mask=masks.get(spec.name))) / SAMPLES
     return differences, losses

@@ -10,6 +10,7 @@ import pytest
 
 import convert_torch_checkpoint
 from maskvit.convert import verify
+from maskvit.convert.checkout import import_reference
 from maskvit.convert.reader import ConversionError
 from maskvit.heads import spatial
 from maskvit.objectives import build_objective
@@ -72,8 +73,8 @@ def test_the_stand_in_is_the_reference(checkout, fixtures):
     from maskvit.convert import open_checkpoint, understand
 
     checkpoint = open_checkpoint(fixtures / FILE)
-    config = understand(checkpoint, *HEADS).config
-    network = verify.build_reference(verify.import_reference(checkout), config, checkpoint)
+    model = build_objective(understand(checkpoint, *HEADS).config).model
+    network = verify.loaded_reference(import_reference(checkout), model, checkpoint)
     depth = golden["depth_standardized"]
     for i in range(2):
         inputs = {"rgb": golden["rgb"][i : i + 1], "depth": depth[i : i + 1], "semseg": golden["semseg"][i : i + 1].astype(np.int64)}

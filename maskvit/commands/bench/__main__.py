@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     timed.add_argument("--dtype", type=comma_list(str, step.DTYPES), default=["float32"], help="compute types; float32,bfloat16 times both")
     timed.add_argument("--warmup", type=whole(0), default=2, help="untimed rounds")
     timed.add_argument("--compare", choices=("objectives",), help="step: MAE against CrossMAE (kept 0.25), not MultiMAE's steps")
+    timed.add_argument("--reference", type=Path, metavar="DIR", help="step: time the PyTorch MultiMAE of this checkout too (needs torch)")
     timed.add_argument("--no-torch", action="store_true", help="step: leave torch out even where it is installed")
     data = parser.add_argument_group("loader")
     data.add_argument("--data-dir", help="the folder of the prepared data set")
@@ -111,6 +112,12 @@ def bench(options: argparse.Namespace) -> None:
                     show(record)
                     print(step.table_row(record), file=sys.stderr, flush=True)
         return
+    if options.reference and importlib.util.find_spec("torch") is None:
+        raise ValueError("--reference needs torch, which is not installed: pip install torch")
+    if options.reference:  # before anything is compiled
+        from maskvit.convert.checkout import import_reference
+
+        import_reference(options.reference)
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     for dtype in options.dtype:
         for batch in options.batch:
@@ -118,7 +125,7 @@ def bench(options: argparse.Namespace) -> None:
             if options.compare == "objectives":
                 records = step.bench_objectives(options.size, **sizes)
             else:
-                records = step.bench_step(options.size, with_torch=with_torch, **sizes)
+                records = step.bench_step(options.size, with_torch=with_torch, reference=options.reference, **sizes)
             for record in records:
                 show(record)
                 print(step.table_row(record), file=sys.stderr, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from maskvit.commands.bench.timing import compiled_gb, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilization
@@ -73,10 +75,12 @@ def bench_step(
     steps: int,
     warmup: int,
     with_torch: bool,
+    reference: Path | None = None,
     **sizes: Any,
 ) -> list[dict[str, Any]]:
     """Time the steps of `STEPS`, and torch's, in turns: one record per measurement, see `step_record`.
 
+    `reference`: a checkout of the published PyTorch MultiMAE, whose own step is timed too (`maskvit.commands.bench.reference_model`).
     `batch` is the global batch over all devices; `size` a name of `SIZES` or a block of encoder sizes; `sizes` as `step_config`.
     One state, donated from step to step, goes through all of them: they are the same model and optimizer, so memory holds one copy.
     """
@@ -105,11 +109,17 @@ def bench_step(
     calls: dict[str, Callable[[], None]] = {name: functools.partial(run, name) for name in STEPS}
     in_turns(calls, 0, warmup)
     memory = resident_peak_gb()  # before torch comes in
+    others: dict[str, Callable[[], None]] = {}
     if with_torch:
         from maskvit.commands.bench.torch_model import torch_step
 
-        calls["torch"] = torch_step(objective, batch, dtype)
-        in_turns({"torch": calls["torch"]}, 0, warmup)
+        others["torch"] = torch_step(objective, batch, dtype)
+    if reference is not None:
+        from maskvit.commands.bench.reference_model import reference_step
+
+        others["reference"] = reference_step(reference, objective, batch, dtype)
+    in_turns(others, 0, warmup)
+    calls |= others
     seconds = in_turns(calls, steps)
     loss = float(holder["loss"])
     if loss != loss:
@@ -122,10 +132,9 @@ def bench_step(
         flops = objectives[name].flops()
         record = step_record(name, seconds, batch, flops, device, jax.device_count())
         record |= dict(compile_s=compile_s[name], planned_gb=compiled_gb(compiled[name]), resident_peak_gb=memory)
+        record |= floor_record(compiled[name], device.device_kind, record["median_s"])
         records.append({**common, **record, "device_peak_gb": device_peak_gb(device)})
-    if with_torch:
-        flops = objective.flops()
-        records.append({**common, **step_record("torch", seconds, batch, flops, device, 1)})
+    records += [{**common, **step_record(name, seconds, batch, objective.flops(), device, 1)} for name in others]
     return records
 
 
@@ -183,7 +192,7 @@ def bench_objectives(
     check_batch(batch, mesh)
     rgb = dict(RGB, patch=14 if size == "H" else RGB["patch"])
     records: dict[str, dict[str, Any]] = {}
-    runs, states = {}, {}
+    runs, states, programs = {}, {}, {}
     common = dict(size=size if isinstance(size, str) else "custom", batch=batch, image=image, dtype=dtype, steps=steps)
     device = jax.devices()[0]
     for name, fields in OBJECTIVES.items():
@@ -195,6 +204,7 @@ def bench_objectives(
         queries = objective.num_queries("norm_rgb", objective.model.layout)
         flops = decoder_flops(objective.model, "norm_rgb", objective.num_visible, queries)
         records[name] = dict(compile_s=compile_s, planned_gb=compiled_gb(compiled), flops=objective.flops(), decoder_flops=flops)
+        programs[name] = compiled
 
         def run(name: str = name, compiled: Any = compiled, data: Any = data) -> None:
             states[name], metrics = compiled(states[name], data)
@@ -213,9 +223,22 @@ def bench_objectives(
             **step_record(name, seconds, batch, record.pop("flops"), device, jax.device_count()),
             "decoder_gmac_per_image": record.pop("decoder_flops") / 2e9,
             **record,
+            **floor_record(programs[name], device.device_kind, statistics.median(seconds[name])),
         }
         for name, record in records.items()
     ]
+
+
+def floor_record(compiled: Any, device_kind: str, median_s: float) -> dict[str, float]:
+    """What `python -m maskvit plan` says of this very program: its floor, and how often the measured time holds it; {} on other devices."""
+    from maskvit.commands.plan.devices import device_of
+    from maskvit.commands.plan.program import floor_seconds
+
+    device = device_of(device_kind)
+    if device is None:
+        return {}
+    floor = floor_seconds(compiled.as_text(), device)
+    return dict(floor_s=floor, ratio_to_floor=median_s / floor)
 
 
 def step_record(name: str, seconds: Mapping[str, Sequence[float]], batch: int, flops: float, device: Any, devices: int) -> dict[str, Any]:

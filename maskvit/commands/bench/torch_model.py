@@ -93,6 +93,15 @@ class Model(nn.Module):
         return total
 
 
+def torch_device() -> Any:
+    """Where torch computes: on CUDA where JAX runs on a GPU, with its settings there, else on as many cores as JAX has."""
+    if jax.devices()[0].platform == "gpu" and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on these devices too
+        return torch.device("cuda")
+    torch.set_num_threads(cpu_threads())
+    return torch.device("cpu")
+
+
 def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
     """One training step of a plain torch model of the same sizes: forward, backward, AdamW; on CUDA where JAX runs on a GPU.
 
@@ -101,13 +110,7 @@ def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
     classes) over all tokens. What it leaves out (drawing masks, gathering, normalizing targets) is to its advantage.
     """
     model, sizes = objective.model, patch_sizes(objective.model)
-    cuda = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on these devices too
-    else:
-        torch.set_num_threads(cpu_threads())
-
+    device = torch_device()
     net = Model(objective).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     patches = [torch.randn(batch, n, size, device=device) for n, size in zip(model.layout.sizes, sizes, strict=True)]
@@ -126,7 +129,7 @@ def torch_step(objective: Any, batch: int, dtype: str) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
     return run

@@ -12,7 +12,7 @@ class Device(NamedTuple):
     """`memory` in bytes, `rate` of that memory in bytes/s, `peak` in dense bfloat16 FLOP/s, `link` to the others in bytes/s (one way).
 
     `launch`: the least time between two kernels. `smallest`: the topology of a TPU when no other is asked for. `gpu`: what the
-    compiler wants to know of a GPU.
+    compiler wants to know of a GPU. `kinds`: how JAX's names of such a device begin.
     """
 
     platform: str
@@ -23,6 +23,7 @@ class Device(NamedTuple):
     launch: float = 2e-6
     smallest: str = ""
     gpu: dict[str, Any] | None = None
+    kinds: tuple[str, ...] = ()
 
 
 def _gpu(cores: int, capability: tuple[int, int], l2: int, shared: int, per_block: int) -> dict[str, Any]:
@@ -31,12 +32,12 @@ def _gpu(cores: int, capability: tuple[int, int], l2: int, shared: int, per_bloc
 
 # NVIDIA's data sheets (SXM); Google Cloud's TPU pages. A link is NVLink's, or all ICI links of a chip.
 DEVICES = {
-    "a100": Device("cuda", 85094105088, 2.039e12, 312e12, 300e9, gpu=_gpu(108, (8, 0), 41943040, 167936, 166912)),
-    "h100": Device("cuda", 84929347584, 3.35232e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 52428800, 233472, 232448)),
-    "h200": Device("cuda", 150754820096, 4.8e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 62914560, 233472, 232448)),
-    "v5e": Device("tpu", 16e9, 0.819e12, 197e12, 100e9, smallest="2x2"),
-    "v5p": Device("tpu", 95e9, 2.765e12, 459e12, 300e9, smallest="2x2x1"),
-    "v6e": Device("tpu", 32e9, 1.64e12, 918e12, 224e9, smallest="2x2"),
+    "a100": Device("cuda", 85094105088, 2.039e12, 312e12, 300e9, gpu=_gpu(108, (8, 0), 41943040, 167936, 166912), kinds=("NVIDIA A100",)),
+    "h100": Device("cuda", 84929347584, 3.35232e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 52428800, 233472, 232448), kinds=("NVIDIA H100",)),
+    "h200": Device("cuda", 150754820096, 4.8e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 62914560, 233472, 232448), kinds=("NVIDIA H200",)),
+    "v5e": Device("tpu", 16e9, 0.819e12, 197e12, 100e9, smallest="2x2", kinds=("TPU v5 lite", "TPU v5e")),
+    "v5p": Device("tpu", 95e9, 2.765e12, 459e12, 300e9, smallest="2x2x1", kinds=("TPU v5", "TPU v5p")),
+    "v6e": Device("tpu", 32e9, 1.64e12, 918e12, 224e9, smallest="2x2", kinds=("TPU v6 lite", "TPU v6e")),
     # A core with AVX-512 and a share of the memory of a server; a name for "this program on CPUs", not for one model.
     "cpu": Device("cpu", 16e9, 20e9, 160e9, 10e9, launch=0.0),
 }
@@ -56,6 +57,12 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
     "cpu": {},
 }
 EXTRAS = {"cuda": "pip install 'maskvit[plan]'", "tpu": "pip install 'maskvit[tpu]'"}
+
+
+def device_of(kind: str) -> Device | None:
+    """The row of a device by JAX's name of it, None where there is none. Of a slower form of it the memory's rate is too high."""
+    rows = [(len(start), device) for device in DEVICES.values() for start in device.kinds if kind.startswith(start)]
+    return max(rows, key=lambda row: row[0])[1] if rows else None
 
 
 def parse_devices(text: str) -> tuple[str, str]:

@@ -263,6 +263,11 @@ _WORK = (
 )  # fmt: skip
 
 
+def floor_seconds(text: str, device: Device) -> float:
+    """The least time that a compiled program can take on a device, kernel after kernel."""
+    return sum(row.seconds(device) for row in kernels(parse(text)))
+
+
 def part_of(source: str) -> str:
     """The part of the step that a kernel belongs to, for the eye."""
     module = next((word for mark, word in _MODULES if mark in source), "rest of the step")
