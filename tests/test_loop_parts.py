@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskvit.training import microbatches
+from maskvit.training import microbatches, waiting
 from maskvit.training.disk import DiskFull, require_space, warn_of_little_space
 from maskvit.training.flight import Flight, Results
 from maskvit.training.microbatches import compile_step
 from maskvit.training.profiling import Profiler, parse_window
+from maskvit.training.waiting import Waiting, advice
 from maskvit.training.watchdog import Watchdog
 
 # Traces
@@ -153,3 +154,46 @@ def test_no_more_steps_are_under_way_than_asked():
         flight.add(step, Results({}, Later(step, read), Later(step, read)))
     assert [number for number, _ in flight.settle(0)] == [3, 4] and sorted(set(read)) == list(range(5))
     watchdog.close()
+
+
+# Waiting for data
+
+
+class Loader:
+    workers = 1
+
+    def stage_seconds(self):
+        return {"read": 0.001, "decode rgb": 0.015, "crop rgb": 0.004}
+
+
+def test_what_devices_wait_for_is_told_once(monkeypatch, caplog):
+    """Half of half a minute, the first interval left out; then no more. 8 images a step at 4 steps in a second without waiting."""
+    monkeypatch.setattr(waiting, "cpu_threads", lambda: 4)
+    waits = Waiting(Loader(), 8)
+    slow = {"data_wait": 0.5, "steps_per_second": 2.0}
+    waits.look(20, slow)
+    waits.look(70, slow)
+    assert not caplog.messages  # 25 s
+    for step in (90, 300, 600):
+        waits.look(step, slow)
+    (text,) = caplog.messages
+    assert text == (
+        "step 90: the devices wait for data 50% of the time. A record takes 20.0 ms of a core: decode rgb 15.0, crop rgb 4.0, read 1.0. "
+        "Without waiting they would take 32 images/s, which is the work of 0.6 cores; 1 worker process(es) run on 4: pack smaller "
+        "pictures (--short_side 256)"
+    )
+
+
+def test_devices_that_hardly_wait_are_no_news(caplog):
+    waits = Waiting(Loader(), 8)
+    for step in range(0, 1000, 100):
+        waits.look(step, {"data_wait": 0.1, "steps_per_second": 2.0})
+        waits.look(step + 50, {})
+    assert not caplog.messages
+
+
+def test_advice_goes_by_what_is_short():
+    stages = {"read": 0.05, "decode rgb": 0.01}
+    assert advice(stages, 0.3, 100, 2, 8).endswith("is the work of 6.0 cores; 2 worker process(es) run on 8: set config.data.workers to 6")
+    assert advice(stages, 0.3, 200, 8, 8).endswith("the work of 12.0 cores; 8 worker process(es) run on 8: use more cores")
+    assert advice(stages, 0.3, 1, 8, 8).endswith("look at the disk")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,11 @@ from typing import Any
 # How long a process waits for another one's decision, in seconds: hashing a large checkpoint takes minutes.
 PATIENCE = 3600
 HELLO_BYTES = 4096
+
+
+def cpu_threads() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ProcessError(RuntimeError):

@@ -22,6 +22,7 @@ from maskvit.core.modalities import Modality
 from maskvit.data.augment.dense import EVAL_CROPS
 from maskvit.data.augment.resizing import check_resize
 from maskvit.data.augment.settings import parse_augment
+from maskvit.data.costs import stage_seconds
 from maskvit.data.order import steps_per_epoch
 from maskvit.data.records import _complaint, _EvalChunks, _TrainChunks
 from maskvit.data.sources import Source
@@ -152,6 +153,15 @@ class Batches(Iterator[dict[str, Any]]):
             f"{self.bad_samples} of {self._seen} records could not be used, more than {MAX_BAD_SHARE:.0%}: "
             f"{self._chunks.source.describe()}. The latest: {'; '.join(map(_complaint, bad[:3]))}"
         )
+
+    def stage_seconds(self, count: int = 16) -> dict[str, float]:
+        """What a record costs, by stages (`maskvit.data.costs.stage_seconds`); of batches for training alone."""
+        return stage_seconds(self._chunks, count)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes; 0 where threads of this process prepare the batches."""
+        return self._table.count
 
     def close(self) -> None:
         """End the background thread and the worker processes; may be called twice."""

@@ -105,6 +105,10 @@ class _Records:
             raise RecordError(f"lacks modality {lacking[0]!r}; if that is expected, name the modality in config.data's may_lack")
         return arrays
 
+    def decode_alone(self, record: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
+        """One modality of a record."""
+        return decode_record(record, {name: self.modalities[name]})
+
     def example(
         self, index: int, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], geometry: Geometry, resize: str, row: int
     ) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from maskvit.training.flight import Flight
 from maskvit.training.profiling import Profiler
 from maskvit.training.signals import StopAsked, StopSignals, name
 from maskvit.training.spikes import Guard
+from maskvit.training.waiting import Waiting
 from maskvit.training.watchdog import Watchdog
 
 LOG = logging.getLogger("maskvit")
@@ -152,6 +153,7 @@ class Loop:
         self._told = 0  # number of a signal, told along with the steps settled
         self._failure: BaseException | None = None  # why this process has no batch
         self._due: list[str] = []
+        self._waiting = Waiting(run.batches, run.batch.size // jax.process_count())
         for part in (self._watchdog, self._progress, self._profiler):
             run.closing.callback(part.close)
 
@@ -334,7 +336,10 @@ class Loop:
         skipped = round(self._accumulated.sums()["skipped"][0])
         values = self._accumulated.summarize()
         del values["skipped"]
-        values |= self._run.throughput.read() | {"skipped_steps": float(self.state.skipped), "epoch": self.step / self._run.steps_per_epoch}
+        speed = self._run.throughput.read()
+        with self._run.throughput.paused():
+            self._waiting.look(self.step, speed)
+        values |= speed | {"skipped_steps": float(self.state.skipped), "epoch": self.step / self._run.steps_per_epoch}
         if self._bad_samples():
             values["bad_samples"] = float(self._bad_samples())
         self._progress.report(self.step, values)

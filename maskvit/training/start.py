@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from maskvit import checkpoints
+from maskvit.core.processes import cpu_threads
 from maskvit.core.types import Params, TrainState
 from maskvit.metrics.throughput import peak_flops
 from maskvit.nn.backbone import count_parameters
@@ -120,6 +121,7 @@ def start_report(parts: Parts, run: Run, shapes: Any, optimizer: Optimizer, step
             f"parameters  {total:,} of which {trainable:,} trained; parameters.txt lists them",
             f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
             f"attention   {model.attention_kernel}" + (f"; recomputed for the backward pass: {model.remat}" if model.remat else ""),
+            f"loader      {run.batches.workers or 'no'} worker process(es) of {cpu_threads()} cores",
             f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
             f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ""),
             f"schedule    steps {step} to {total_steps} ({run.steps_per_epoch} per epoch), lr " + " -> ".join(f"{r:.3g}" for r in rates),

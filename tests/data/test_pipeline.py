@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
-from maskvit.data import codec, records
+from maskvit.data import codec, costs, records
 from maskvit.data.augment import geometry
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.order import epoch_order, record_rng
@@ -605,3 +605,33 @@ def test_block_masks_come_with_the_batch_and_depend_on_epoch_and_record_alone(so
     assert 0.3 < masks.mean() < 0.45 and masks.mean(axis=(1, 2, 3)).max() <= 0.5
     with pytest.raises(ValueError, match="ratio 0.9"):
         take(source, 1, blocks=(0.9, 0.2))
+
+
+# What a record costs
+
+
+@pytest.mark.parametrize(
+    ("augment", "after"),
+    [
+        (dict(flip=0.5), ["crop rgb", "crop depth", "crop semseg", "colors"]),
+        (dict(flip=0.5, views=dict(local_crops=1, local_size=(16, 16))), ["views"]),
+    ],
+)
+def test_stages_of_the_pipeline_are_timed(source, monkeypatch, augment, after):
+    """By a clock that only stands still outside the stage at hand; a record that cannot be read counts nowhere."""
+    now, slow = [0.0], codec.decode_picture
+
+    def decode(data, modality):
+        if threading.current_thread() is threading.main_thread():  # others prepare batches
+            now[0] += {"rgb": 3.0, "semseg": 0.5}[modality.name]
+        return slow(data, modality)
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(codec, "decode_picture", decode)
+    broken = ListSource([*(record(index) for index in range(3)), {**record(3), "rgb": b"no picture"}])
+    with train_batches(broken, MODALITIES, SIZE, seed=0, global_batch=3, augment=augment) as batches:
+        next(batches)
+        stages = batches.stage_seconds()
+    assert list(stages) == ["read", "decode rgb", "decode depth", "decode semseg", *after]
+    assert (stages["decode rgb"], stages["decode semseg"]) == (3.0, 0.5) and sum(stages.values()) == 3.5
+    assert costs.told(stages) == "3500.0 ms of a core: decode rgb 3000.0, decode semseg 500.0"

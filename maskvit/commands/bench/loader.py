@@ -8,7 +8,10 @@ from typing import Any
 
 
 def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int) -> dict[str, Any]:
-    """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed."""
+    """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed.
+
+    Beside it what each stage takes of one core (milliseconds per record), and how many records a second one core makes by that.
+    """
     from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
     from maskvit.data import open_source
     from maskvit.data.batches import train_batches
@@ -29,9 +32,11 @@ def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, b
         for _ in range(batches):
             next(stream)
         seconds = time.perf_counter() - start
+        stages = stream.stage_seconds(count=64)
     finally:
         stream.close()
     return dict(
         measurement="loader", source=source.describe(), image=image, batch=batch, batches=batches, workers=workers,
-        seconds=seconds, records_per_s=batch * batches / seconds,
+        seconds=seconds, records_per_s=batch * batches / seconds, records_per_s_of_a_core=1 / sum(stages.values()),
+        stages_ms={name: round(1e3 * value, 3) for name, value in stages.items()},
     )  # fmt: skip

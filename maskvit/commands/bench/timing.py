@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from maskvit.core.processes import cpu_threads
+
 
 def in_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[Any, list[float]]:
     """Seconds of every call, `rounds` times a, b, ..., a, b, ... after `warmup` untimed rounds. A call ends when its work has."""
@@ -60,11 +62,6 @@ def utilization(flops_per_s: float, device_kind: str, devices: int) -> float | N
     from maskvit.metrics.throughput import flops_utilization
 
     return flops_utilization(flops_per_s, 1.0, device_kind=device_kind, device_count=devices)
-
-
-def cpu_threads() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_cpu_threads(count: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskvit.commands.bench.timing import cpu_threads
+from maskvit.core.processes import cpu_threads
 
 
 class Block(nn.Module):
