@@ -18,10 +18,11 @@ LEAST_SHARE = 0.05  # a stage that takes less of the whole is not worth a word
 
 
 def stage_seconds(chunks: Any, count: int = 16) -> dict[str, float]:
-    """Seconds per record of every stage of a training pipeline (`maskvit.data.records._TrainChunks`), in their order.
+    """Seconds of a core per record, of every stage of a training pipeline (`maskvit.data.records._TrainChunks`), in their order.
 
-    "read"; "decode NAME" per modality; then "crop NAME" per modality and "colors", or "crop" of dense tasks, or "views". Taken of `count`
-    records, spread over the data, one after the other in this thread; records that cannot be read are left out. {} where none can.
+    "read" (in which a disk may be waited for); "decode NAME" per modality; then "crop NAME" per modality and "colors", or "crop" of dense
+    tasks, or "views". Taken of `count` records, spread over the data, one after the other in this thread; records that cannot be read
+    are left out. {} where none can.
     """
     found: dict[str, float] = {}
     used = 0
@@ -39,9 +40,8 @@ def stage_seconds(chunks: Any, count: int = 16) -> dict[str, float]:
 def _stages(chunks: Any, index: int) -> dict[str, float]:
     """The stages of one record, as `_TrainChunks` goes through them."""
     stages: dict[str, float] = {}
-    clock = time.perf_counter
 
-    def timed(name: str, function: Any, *arguments: Any) -> Any:
+    def timed(name: str, function: Any, *arguments: Any, clock: Any = time.thread_time) -> Any:
         start = clock()
         result = function(*arguments)
         stages[name] = clock() - start
@@ -49,7 +49,7 @@ def _stages(chunks: Any, index: int) -> dict[str, float]:
 
     augment = chunks.augment
     arrays: dict[str, np.ndarray] = {}
-    record = timed("read", chunks.source.__getitem__, index)
+    record = timed("read", chunks.source.__getitem__, index, clock=time.perf_counter)
     for name in chunks.modalities:
         if len(record.get(name, b"")):
             arrays |= timed(f"decode {name}", chunks.decode_alone, record, name)

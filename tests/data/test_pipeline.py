@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -626,7 +627,7 @@ def test_stages_of_the_pipeline_are_timed(source, monkeypatch, augment, after):
             now[0] += {"rgb": 3.0, "semseg": 0.5}[modality.name]
         return slow(data, modality)
 
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(costs, "time", types.SimpleNamespace(perf_counter=lambda: 0.0, thread_time=lambda: now[0]))
     monkeypatch.setattr(codec, "decode_picture", decode)
     broken = ListSource([*(record(index) for index in range(3)), {**record(3), "rgb": b"no picture"}])
     with train_batches(broken, MODALITIES, SIZE, seed=0, global_batch=3, augment=augment) as batches:
