@@ -18,6 +18,7 @@ from maskvit.commands.bench.__main__ import main
 from maskvit.core import flops
 from maskvit.data.views import MultiCrop
 from maskvit.objectives import build_objective
+from tests.runs import make_scenes
 
 TINY = dict(width=16, depth=1, heads=2)
 
@@ -299,3 +300,11 @@ def test_a_checkout_of_the_reference_is_timed(tmp_path):
         for name in [name for name in sys.modules if name.split(".")[0] == "multimae"]:
             del sys.modules[name]
     assert main(["step", "--reference", str(tmp_path / "utils")]) == 2
+
+
+def test_the_loader_by_itself_and_by_stages(tmp_path, capsys):
+    make_scenes(tmp_path)
+    assert main(["loader", "--data-dir", str(tmp_path), "--image", "48", "--batch", "4", "--steps", "2", "--resize", "cv2"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["records_per_s"] > 0 and record["records_per_s_of_a_core"] > 0 and record["resize"] == "cv2"
+    assert list(record["stages_ms"])[:4] == ["read", "decode rgb", "decode depth", "decode semseg"]

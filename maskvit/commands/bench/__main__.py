@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--name", default="scenes", help="its TFDS name")
     data.add_argument("--split", default="train")
     data.add_argument("--workers", type=whole(0), default=0, help="worker processes")
+    data.add_argument("--resize", choices=("pil", "cv2"), default="pil", help="as config.data.augment.resize")
     cheap = parser.add_argument_group("guidance")
     cheap.add_argument("--only", type=comma_list(str), default=[], help="options whose names contain one of these words")
     cheap.add_argument("--no-time", action="store_true", help="agreement alone")
@@ -90,7 +91,8 @@ def bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.what == "loader":
         for batch in options.batch:
-            show(loader.bench_loader(options.name, options.data_dir, options.split, options.image, batch, options.steps, options.workers))
+            data = (options.name, options.data_dir, options.split, options.image)
+            show(loader.bench_loader(*data, batch, options.steps, options.workers, options.resize))
         return
     show(machine())
     times = dict(steps=options.steps, warmup=options.warmup)

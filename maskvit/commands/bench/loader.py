@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 
-def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int) -> dict[str, Any]:
+def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int, resize: str) -> dict[str, Any]:
     """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed.
 
     Beside it what each stage takes of one core (milliseconds per record), and how many records a second one core makes by that.
@@ -24,7 +24,7 @@ def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, b
         {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
     )
     source = open_source("tfds", modalities, name=name, data_dir=data_dir, split=split)
-    augment = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize="pil")
+    augment = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize=resize)
     stream = train_batches(source, modalities, (image, image), seed=0, global_batch=batch, augment=augment, workers=workers)
     try:
         next(stream)
@@ -36,7 +36,7 @@ def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, b
     finally:
         stream.close()
     return dict(
-        measurement="loader", source=source.describe(), image=image, batch=batch, batches=batches, workers=workers,
+        measurement="loader", source=source.describe(), image=image, batch=batch, batches=batches, workers=workers, resize=resize,
         seconds=seconds, records_per_s=batch * batches / seconds, records_per_s_of_a_core=1 / sum(stages.values()),
         stages_ms={name: round(1e3 * value, 3) for name, value in stages.items()},
     )  # fmt: skip
