@@ -305,6 +305,6 @@ def test_a_checkout_of_the_reference_is_timed(tmp_path):
 def test_the_loader_by_itself_and_by_stages(tmp_path, capsys):
     make_scenes(tmp_path)
     assert main(["loader", "--data-dir", str(tmp_path), "--image", "48", "--batch", "4", "--steps", "2", "--resize", "cv2"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["records_per_s"] > 0 and record["records_per_s_of_a_core"] > 0 and record["resize"] == "cv2"
     assert list(record["stages_ms"])[:4] == ["read", "decode rgb", "decode depth", "decode semseg"]
