@@ -40,7 +40,7 @@ def self_attention(
       renormalise: make every modality's scores add up to 1.
 
     The global token's own column is dropped. Source: the attention-guided MultiMAE project; which of the two rows it read is
-    not published. The default is the row whose hidden tokens cover more of the objects on the demo's checkpoint (README,
+    not published. The default is the row whose hidden tokens cover more of the objects on the demo's checkpoint (docs/measurements.md,
     "Which attention row").
     """
     frozen = jax.lax.stop_gradient(params)
