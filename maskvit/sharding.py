@@ -237,7 +237,8 @@ def on_each_device(function: Any, mesh: Mesh, without: Callable[[Any], Any] = la
             in_specs=(specs, shared_specs, PartitionSpec(SAMPLES)),
             out_specs=(without(specs), PartitionSpec(), PartitionSpec(SAMPLES)),
             check_vma=False,
-            axis_names=set(SAMPLES),
+            # The tensor axis is the compiler's only where it has devices: kernels that it cannot divide would be taken apart for nothing.
+            axis_names=set(SAMPLES if mesh.shape["tensor"] > 1 else AXES),
         )(params, shared, samples)
 
     return run

@@ -152,11 +152,13 @@ def test_a_step_for_an_h100(tmp_path):
     """What must hold of every program for a GPU: fused attention in each block, nothing of 64 bits, no call back to Python."""
     config = small_run("nowhere")
     config["objective"]["compute_dtype"] = "bfloat16"
-    line = [sys.executable, "-m", "maskvit", "plan", "--config", write_config(tmp_path / "run.py", config), "--devices", "h100,h100:8"]
+    line = [sys.executable, "-m", "maskvit", "plan", "--config", write_config(tmp_path / "run.py", config)]
     line += ["--json", str(tmp_path / "plan.jsonl"), "--out", str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=550, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, eight = (json.loads(text) for text in (tmp_path / "plan.jsonl").read_text().splitlines())
+    for more in (["--devices", "h100,h100:8"], ["--devices", "h100:8", "--grid", "sharding={'fsdp': 2, 'tensor': 2}"]):
+        done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, timeout=550, env=os.environ)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, eight, spread = (json.loads(text) for text in (tmp_path / "plan.jsonl").read_text().splitlines())
+    assert spread["attention"] == "cudnn" and {"all-gather", "reduce-scatter"} <= set(spread["collectives"])
     assert one["attention"] == "cudnn" and one["collectives"] == {} and set(eight["collectives"]) == {"all-reduce"}
     text = next(tmp_path.glob("h100_1_*.txt")).read_text()
     calls = re.findall(r'custom_call_target="([^"]+)"', text)
