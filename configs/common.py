@@ -290,3 +290,36 @@ def _smoke_task(config: ConfigDict) -> None:
             )
         if "sliding" in protocol:
             evaluator.options = dict(resolution="original", sliding=dict(window=32, stride=16))
+
+
+CONTINUATIONS = ("random", "high", "low", "stochastic", "random_heads", "high_ten_times", "high_restarted")
+
+
+def continuations(epochs: float, guidance: dict, base_lr: float, stages: dict[str, tuple[str, ...]]) -> dict[str, dict]:
+    """Cells of a sweep: a pretraining with random masks of so many epochs at that rate, continued for 1/16 of them in `CONTINUATIONS`.
+
+    `stages`: {a function of the experiment's file that fine-tunes: which continuations it follows}, beside `none`, the pretraining
+    itself, and `from_random` initialization. The file's function `continued` is the pretraining on the tail of its schedule. Each
+    cell is compared with the one of equal compute: those with guidance with `random`, `random` and `from_random` with `none`.
+    """
+    guided, high = {"objective.guidance": guidance}, {"objective.scores": dict(name="attention_high")}
+    ways = {
+        "random": {},
+        "high": {**guided, **high},
+        "low": {**guided, "objective.scores": dict(name="attention_low")},
+        "stochastic": {**guided, "objective.scores": dict(name="attention_stochastic", alpha=0.5)},
+        "random_heads": {"objective.guidance": dict(guidance, heads="random"), **high},
+        "high_ten_times": {**guided, **high, "optimizer.base_lr": 10 * base_lr},
+        "high_restarted": {
+            **guided, **high, "schedule.start_epochs": 0.0, "schedule.total_epochs": epochs / 16, "schedule.warmup_epochs": epochs / 80,
+        },
+    }  # fmt: skip
+    against = {name: "none" if name in ("random", "from_random") else "random" for name in (*ways, "from_random")}
+    cells: dict[str, dict] = {"none": {}}
+    cells |= {name: dict(changes, config="continued", after="none", against=against[name]) for name, changes in ways.items()}
+    for stage, chosen in stages.items():
+        compared = {name: f"{stage}_{other}" for name, other in against.items()}
+        cells[f"{stage}_none"] = dict(config=stage, after="none", against=f"{stage}_none")
+        cells |= {f"{stage}_{name}": dict(config=stage, after=name, against=compared[name]) for name in chosen}
+        cells[f"{stage}_from_random"] = dict(config=stage, against=compared["from_random"])
+    return cells

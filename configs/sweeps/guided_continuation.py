@@ -69,26 +69,5 @@ def depth():
 
 
 def get_sweep():
-    guided = {"objective.guidance": GUIDANCE}
-    ways = {
-        "random": {},
-        "high": {**guided, "objective.scores": dict(name="attention_high")},
-        "low": {**guided, "objective.scores": dict(name="attention_low")},
-        "stochastic": {**guided, "objective.scores": dict(name="attention_stochastic", alpha=0.5)},
-        "random_heads": {"objective.guidance": dict(GUIDANCE, heads="random"), "objective.scores": dict(name="attention_high")},
-        "high_ten_times": {**guided, "objective.scores": dict(name="attention_high"), "optimizer.base_lr": 4e-2},
-        "high_restarted": {
-            **guided, "objective.scores": dict(name="attention_high"), "schedule.start_epochs": 0.0, "schedule.total_epochs": EPOCHS / 16,
-            "schedule.warmup_epochs": EPOCHS / 80,
-        },
-    }  # fmt: skip
-    against = {name: "none" if name in ("random", "from_random") else "random" for name in (*ways, "from_random")}
-    cells = {"none": {}}
-    cells |= {name: dict(changes, config="continued", after="none", against=against[name]) for name, changes in ways.items()}
-    for stage in ("full", "ten_percent", "one_percent", "segmentation", "depth"):
-        compared = {name: f"{stage}_{other}" for name, other in against.items()}
-        cells[f"{stage}_none"] = dict(config=stage, after="none", against=f"{stage}_none")
-        chosen = ("random", "high") if stage in ("segmentation", "depth") else ways
-        cells |= {f"{stage}_{name}": dict(config=stage, after=name, against=compared[name]) for name in chosen}
-        cells[f"{stage}_from_random"] = dict(config=stage, against=compared["from_random"])
-    return cells
+    stages = dict.fromkeys(("full", "ten_percent", "one_percent"), common.CONTINUATIONS)
+    return common.continuations(EPOCHS, GUIDANCE, 4e-3, stages | dict.fromkeys(("segmentation", "depth"), ("random", "high")))
