@@ -115,6 +115,9 @@ def test_in_turns_alternates():
     order = []
     seconds = timing.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1)
     assert order == list("ababab")
+    order.clear()
+    seconds = timing.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warmup=1, settle=1)
+    assert order == list("ab" + "aabb" * 2) and all(len(found) == 2 for found in seconds.values())
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 

@@ -120,7 +120,7 @@ def bench_step(
         others["reference"] = reference_step(reference, objective, batch, dtype)
     in_turns(others, 0, warmup)
     calls |= others
-    seconds = in_turns(calls, steps)
+    seconds = in_turns(calls, steps, settle=1)
     loss = float(holder["loss"])
     if loss != loss:
         raise FloatingPointError("the benchmark's loss is NaN: its timings would not be those of a real step")

@@ -14,11 +14,16 @@ from typing import Any
 from maskvit.core.processes import cpu_threads
 
 
-def in_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[Any, list[float]]:
-    """Seconds of every call, `rounds` times a, b, ..., a, b, ... after `warmup` untimed rounds. A call ends when its work has."""
+def in_turns(calls: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 0, settle: int = 0) -> dict[Any, list[float]]:
+    """Seconds of every call, `rounds` times a, b, ..., a, b, ... after `warmup` untimed rounds. A call ends when its work has.
+
+    `settle`: untimed calls before each timed one, as steps follow their like in training: threads and memory are then its own.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warmup + rounds):
         for name, call in calls.items():
+            for _ in range(settle if i >= warmup else 0):
+                call()
             start = time.perf_counter()
             call()
             if i >= warmup:
