@@ -153,7 +153,7 @@ class Loop:
         self._told = 0  # number of a signal, told along with the steps settled
         self._failure: BaseException | None = None  # why this process has no batch
         self._due: list[str] = []
-        self._waiting = Waiting(run.batches, run.batch.size // jax.process_count())
+        self._waiting = Waiting(run.batches, self._batch.size // jax.process_count())
         for part in (self._watchdog, self._progress, self._profiler):
             run.closing.callback(part.close)
 
