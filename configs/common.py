@@ -272,6 +272,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 def _smoke_task(config: ConfigDict) -> None:
     """Small heads, and blocks enough for those that read several."""
+    if len(config.objective.get("layers", ())) > 1:  # of a probe
+        config.objective.layers = (1, 2)
+        config.objective.encoder.depth = 2
     small = {
         "convnext": dict(width=64, preds_per_patch=16, depth=1), "dpt": dict(width=8, layer_dims=(4, 8, 8, 8)),
         "upernet": dict(width=16, auxiliary_width=8), "attentive": dict(queries=4),

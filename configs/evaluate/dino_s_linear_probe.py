@@ -8,6 +8,7 @@ Published hardware: 8 GPUs with 128 pictures each, 2 with 1,024 (AttMask).
 Published top-1: no number in what was read.
 The class tokens of the last four blocks side by side, as the references do for a ViT-S. The best epoch on the validation set is
 reported there, and here.
+Unknown: how far a run of ours comes; none was made.
 """
 
 from configs import tasks
