@@ -298,6 +298,13 @@ def _smoke_task(config: ConfigDict) -> None:
 CONTINUATIONS = ("random", "high", "low", "stochastic", "random_heads", "high_ten_times", "high_restarted")
 
 
+def on_the_tail(config: ConfigDict, epochs: float) -> ConfigDict:
+    """A pretraining of so many epochs, continued for one sixteenth more on the tail of its schedule."""
+    config.total = f"{epochs / 16:g} epochs"
+    config.schedule.start_epochs = epochs * 15 / 16
+    return config
+
+
 def continuations(epochs: float, guidance: dict, base_lr: float, stages: dict[str, tuple[str, ...]]) -> dict[str, dict]:
     """Cells of a sweep: a pretraining with random masks of so many epochs at that rate, continued for 1/16 of them in `CONTINUATIONS`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -159,13 +160,19 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+@functools.cache
+def _copied(places: tuple[Any, ...]) -> Callable[[list[Array]], list[Array]]:
+    """The same arrays in these places; compiled once."""
+    return jax.jit(lambda leaves: leaves, out_shardings=list(places))
+
+
 def whole(tree: Any) -> Any:
     """`tree` with every array whole on each of the devices that hold it. All processes must take part."""
     leaves, structure = jax.tree.flatten(tree)
     places = [NamedSharding(x.sharding.mesh, PartitionSpec()) if isinstance(x.sharding, NamedSharding) else x.sharding for x in leaves]
     if all(x.sharding.is_fully_replicated for x in leaves):
         return tree
-    return jax.tree.unflatten(structure, jax.jit(lambda leaves: leaves, out_shardings=places)(leaves))
+    return jax.tree.unflatten(structure, _copied(tuple(places))(leaves))
 
 
 def record_rows(num_records: int, mesh: Mesh) -> int:

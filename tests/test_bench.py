@@ -146,6 +146,8 @@ def test_needs_no_data_library():
         (["--dtype", "float16"], "'float16' is not one of float32, bfloat16"),
         (["--steps", "0"], "--steps: 0 must be at least 1"),
         (["loader"], "loader needs --data-dir"),
+        (["distillation", "--reference", "."], "--reference is timed beside MultiMAE's steps"),
+        (["step", "--compare", "objectives", "--reference", "."], "--reference is timed beside MultiMAE's steps"),
         (["guidance", "--checkpoint", "c", "--images", "i"], "--checkpoint needs --images and --learn-from"),
     ],
 )

@@ -192,6 +192,22 @@ def test_devices_that_hardly_wait_are_no_news(caplog):
     assert not caplog.messages
 
 
+def test_a_look_at_the_records_ends_no_run(caplog):
+    class Broken(Loader):
+        def stage_seconds(self):
+            raise ValueError("no such transform")
+
+    waits = Waiting(Broken(), 8)
+    for step in (0, 100, 200):
+        waits.look(step, {"data_wait": 1.0, "steps_per_second": 2.0})
+    assert caplog.messages == ["step 100: what the loader spends its time on could not be measured: no such transform"]
+    caplog.clear()
+    waits = Waiting(Loader(), 8)
+    for step in (0, 100):
+        waits.look(step, {"data_wait": 1.0, "steps_per_second": 2.0})  # nothing but waiting
+    assert len(caplog.messages) == 1 and "for data 99% of the time" in caplog.messages[0]
+
+
 def test_advice_goes_by_what_is_short():
     stages = {"read": 0.05, "decode rgb": 0.01}
     assert advice(stages, 0.3, 100, 2, 8).endswith("is the work of 6.0 cores; 2 worker process(es) run on 8: set config.data.workers to 6")

@@ -13,7 +13,7 @@ from tiny import tiny_batch
 
 from maskvit.checkpoints.store import CheckpointStore
 from maskvit.core.types import tree_paths
-from maskvit.nn.attention import fused_attend
+from maskvit.nn.attention import attention_weights, fused_attend
 from maskvit.sharding import (
     ReplicaError,
     batch_sharding,
@@ -76,6 +76,11 @@ def test_fused_attention_of_a_tensor_group_is_that_of_one_device(monkeypatch):
     run = lambda params, shared, samples, exchange: ((), (), attend(*samples))  # noqa: E731
     spread = jax.jit(lambda *samples: on_each_device(run, mesh)((), (), samples)[2])
     np.testing.assert_allclose(spread(q, k, v, length), attend(q, k, v, length), rtol=1e-6, atol=1e-6)
+    # A single head, as a probe's pooling has, stays whole.
+    weights = lambda q, k: attention_weights(q[:, None], k[:, None])  # noqa: E731
+    run = lambda params, shared, samples, exchange: ((), (), weights(*samples))  # noqa: E731
+    spread = jax.jit(lambda *samples: on_each_device(run, mesh)((), (), samples)[2])
+    np.testing.assert_allclose(spread(q, k), weights(q, k), rtol=1e-6, atol=1e-6)
 
 
 def test_where_parts_lie():

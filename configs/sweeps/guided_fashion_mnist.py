@@ -30,11 +30,7 @@ def get_config():
 
 
 def continued():
-    """One sixteenth more, on the tail of the schedule."""
-    config = get_config()
-    config.total = f"{EPOCHS / 16:g} epochs"
-    config.schedule.start_epochs = EPOCHS * 15 / 16
-    return config
+    return common.on_the_tail(get_config(), EPOCHS)
 
 
 def full():

@@ -14,7 +14,7 @@ from maskvit.data.augment.geometry import draw_geometry
 from maskvit.data.order import record_rng
 from maskvit.data.probing import READ_ERRORS
 
-LEAST_SHARE = 0.05  # a stage that takes less of the whole is not worth a word
+LEAST_SHARE = 0.05  # stages that take less of the whole are summed up as others
 
 
 def stage_seconds(chunks: Any, count: int = 16) -> dict[str, float]:
@@ -69,8 +69,8 @@ def _stages(chunks: Any, index: int) -> dict[str, float]:
     return stages
 
 
-def told(stages: Mapping[str, float]) -> str:
-    """The stages for the eye, the longest first: "12.3 ms of a core: decode depth 5.1, crop rgb 3.2, others 4.0"."""
+def describe_stages(stages: Mapping[str, float]) -> str:
+    """One line, the slowest stage first: "12.3 ms of a core: decode depth 5.1, crop rgb 3.2, others 4.0"."""
     total = sum(stages.values())
     parts = sorted(((seconds, name) for name, seconds in stages.items() if seconds >= LEAST_SHARE * total), reverse=True)
     rest = total - sum(seconds for seconds, _ in parts)

@@ -23,7 +23,8 @@ def attention_weights(
     q: Float[Array, "b a q e"], k: Float[Array, "b a n e"], mask: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b a q n"]:
     """Softmax over keys of q k^T / sqrt(e), in float32. `mask` True where a key may be attended to."""
-    q, k = (split_over_tensor(x, 1) for x in (q, k))
+    if q.shape[1] % tensor_devices() == 0:  # a probe's pooling may have a single head
+        q, k = (split_over_tensor(x, 1) for x in (q, k))
     # The scale goes onto the queries: on the logits XLA's CPU backend is slower (2.6 times, for heads of width 32 on 196 tokens).
     logits = jnp.einsum("baqe,bane->baqn", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:

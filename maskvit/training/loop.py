@@ -337,7 +337,7 @@ class Loop:
         values = self._accumulated.summarize()
         del values["skipped"]
         speed = self._run.throughput.read()
-        with self._run.throughput.paused():
+        with self._run.throughput.paused(), self._watchdog.watching("the records that show what the loader spends its time on"):
             self._waiting.look(self.step, speed)
         values |= speed | {"skipped_steps": float(self.state.skipped), "epoch": self.step / self._run.steps_per_epoch}
         if self._bad_samples():

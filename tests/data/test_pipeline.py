@@ -635,4 +635,4 @@ def test_stages_of_the_pipeline_are_timed(source, monkeypatch, augment, after):
         stages = batches.stage_seconds()
     assert list(stages) == ["read", "decode rgb", "decode depth", "decode semseg", *after]
     assert (stages["decode rgb"], stages["decode semseg"]) == (3.0, 0.5) and sum(stages.values()) == 3.5
-    assert costs.told(stages) == "3500.0 ms of a core: decode rgb 3000.0, decode semseg 500.0"
+    assert costs.describe_stages(stages) == "3500.0 ms of a core: decode rgb 3000.0, decode semseg 500.0"

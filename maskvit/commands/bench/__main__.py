@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.what == "loader" and not options.data_dir:
         parser.error("loader needs --data-dir, where the data set was prepared")
+    if options.reference and (options.what != "step" or options.compare):
+        parser.error("--reference is timed beside MultiMAE's steps: leave it out, or give `step` without --compare")
     if options.what == "guidance" and options.checkpoint and not (options.images and options.learn_from):
         parser.error("--checkpoint needs --images and --learn-from: two folders of pictures, none of them in both")
     return run_command(lambda: bench(options), options.debug)
@@ -114,8 +116,6 @@ def bench(options: argparse.Namespace) -> None:
                     show(record)
                     print(step.table_row(record), file=sys.stderr, flush=True)
         return
-    if options.reference and importlib.util.find_spec("torch") is None:
-        raise ValueError("--reference needs torch, which is not installed: pip install torch")
     if options.reference:  # before anything is compiled
         from maskvit.convert.checkout import import_reference
 
