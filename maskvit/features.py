@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ class LoadedModel(NamedTuple):
         if task is None or (task.dense and self.model.modality(task.target).kind != "categorical"):
             return ()
         count = task.channels({spec.name: spec for spec in self.model.modalities})
-        stored = self.metadata.get("label_names") if not task.dense else None
+        stored = self.metadata.get("label_names")
         fits = isinstance(stored, list) and len(stored) == count and all(isinstance(name, str) for name in stored)
         return tuple(stored) if fits and stored else tuple(map(str, range(count)))
 
@@ -183,6 +184,7 @@ class Pictures:
     """Image files as a data source: the one modality `modality`, read when asked for."""
 
     label_names: tuple[str, ...] = ()
+    pixel_classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     may_lack: tuple[str, ...] = ()
 
     def __init__(self, paths: Sequence[Path], modality: str):

@@ -81,6 +81,8 @@ def test_ids_of_pixels_of_a_model_with_several_inputs(tmp_path):
         found = loaded.predict(given)
         assert found["classes"] == tuple("0123456") and found["ids"].dtype == np.int32
         np.testing.assert_array_equal(found["ids"], np.asarray(logits).argmax(-1))
+    saved(tmp_path / "named", config, label_names=NAMES)
+    assert maskvit.load(tmp_path / "named").predict(both)["classes"] == tuple(NAMES)
     with pytest.raises(ValueError, match="the head reads the tokens of 'rgb', but the model was shown depth alone"):
         loaded.predict({"depth": batch["depth"]})
     with pytest.raises(ValueError, match="images name 'semseg'; the model's inputs are rgb, depth"):

@@ -15,7 +15,7 @@ from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import tree_paths
 from maskvit.data import open_source
 from maskvit.data.batches import train_batches
-from maskvit.data.scenes import KIND_NAMES
+from maskvit.data.scenes import CLASS_NAMES, KIND_NAMES
 from maskvit.data.sources import ListSource
 from maskvit.evaluators import reading
 from maskvit.training import parts, setup
@@ -77,11 +77,12 @@ def test_classes_that_are_not_the_datas(changes, message, data_dir, tmp_path):
 
 
 class Renamed:
-    """A source whose first class has another name."""
+    """A source whose first class of pictures and second of pixels have other names."""
 
     def __init__(self, source):
         self.source = source
         self.label_names = ("other", *source.label_names[1:])
+        self.pixel_classes = {key: (names[0], "other", *names[2:]) for key, names in source.pixel_classes.items()}
 
     def __getattr__(self, name):
         return getattr(self.source, name)
@@ -113,6 +114,22 @@ def test_a_run_keeps_the_names_of_its_classes(data_dir, tmp_path, monkeypatch):
         setup.setup(again, str(tmp_path / "other"))
     again["init_from"]["fresh"] = ("probe/.*",)
     setup.setup(again, str(tmp_path / "fresh")).closing.close()
+
+
+def test_a_run_keeps_the_names_of_its_pixel_classes(data_dir, tmp_path, monkeypatch):
+    specs = small_run(data_dir)["modalities"]
+    objective = dict(name="supervised", encoder=dict(width=24, depth=1, heads=2), head=dict(name="linear", norm="none"))
+    config = fine_tuning(
+        data_dir, modalities=dict(rgb=specs["rgb"], semseg=dict(specs["semseg"], patch=8, stride=1)),
+        objective=objective | dict(task=dict(name="segmentation", target="semseg")),
+        evaluators=dict(miou=dict(type="segmentation", batch_size=4)),
+    )  # fmt: skip
+    run = setup.setup(config, str(tmp_path / "run"))
+    run.closing.close()
+    assert run.metadata["label_names"] == list(CLASS_NAMES)
+    monkeypatch.setattr(reading, "open_source", lambda *args, **kwargs: Renamed(open_source(*args, **kwargs)))
+    with pytest.raises(ValueError, match="config.evaluators.miou: class 1 of its data is 'other', but the run learns 'ground'"):
+        setup.setup(config, str(tmp_path / "evaluated"))
 
 
 def test_data_without_labels(data_dir, tmp_path):

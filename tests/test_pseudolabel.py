@@ -11,6 +11,8 @@ from PIL import Image
 
 from maskvit.__main__ import main
 from maskvit.commands.data.pseudolabel import depth_counts
+from maskvit.core.modalities import RGB, SEMSEG, parse_modalities
+from maskvit.data import open_source
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -80,7 +82,11 @@ def test_maps_are_those_of_the_models_and_the_folder_can_be_packed(root, models,
         np.testing.assert_array_equal(np.array(Image.open((root / "train" / "semseg" / name).with_suffix(".png"))), ids)
     words = said[said.index("pack them: python -m maskvit ") :].split()[5:]
     words[words.index("NAME")], words[words.index("data", 1)] = "mine", str(tmp_path / "tfds")
-    assert words[-3:] == ["rgb", "depth,metres_per_count=None", "semseg,num_classes=5"] and main(["data", *words[1:]]) == 0
+    named = ["--pixel_classes", f"semseg={root / 'semseg.classes.txt'}"]
+    assert words[-5:] == ["rgb", "depth,metres_per_count=None", "semseg,num_classes=5", *named] and main(["data", *words[1:]]) == 0
+    specs = parse_modalities({"rgb": RGB, "semseg": {**SEMSEG, "num_classes": 5}})
+    packed = open_source("tfds", specs, data_dir=str(tmp_path / "tfds"), name="mine")
+    assert packed.pixel_classes == {"semseg": tuple(semseg.config.id2label[number] for number in range(5))}
 
 
 def test_the_manifest_says_how_and_what_is_there_is_not_made_again(root, models, capsys, monkeypatch):

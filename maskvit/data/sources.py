@@ -35,10 +35,12 @@ class Source(Protocol):
 
     Attributes:
       label_names: names of the labels 0, 1, ...; () where there are none.
+      pixel_classes: modality -> names of its class ids 0, 1, ..., of those whose ids have names.
       may_lack: modalities that some records may lack; where it is not empty, batches carry `present`.
     """
 
     label_names: tuple[str, ...]
+    pixel_classes: Mapping[str, tuple[str, ...]]
     may_lack: tuple[str, ...]
 
     def __len__(self) -> int: ...
@@ -63,10 +65,17 @@ def has_labels(source: Source) -> bool:
 class ListSource:
     """Records that lie in memory: a handful of pictures of one's own, or a test's."""
 
-    def __init__(self, records: Sequence[dict[str, Any]], label_names: Sequence[str] = (), may_lack: Sequence[str] = ()):
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        label_names: Sequence[str] = (),
+        may_lack: Sequence[str] = (),
+        pixel_classes: Mapping[str, Sequence[str]] | None = None,
+    ):
         self.records = list(records)
         self.label_names = tuple(label_names)
         self.may_lack = tuple(may_lack)
+        self.pixel_classes: Mapping[str, tuple[str, ...]] = {name: tuple(classes) for name, classes in (pixel_classes or {}).items()}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -130,6 +139,8 @@ class TfdsSource:
             raise ValueError(f"config.data label is {label!r}, but {self.name} has the features {', '.join(sorted(stored))}")
         self.label = label if label in stored else None
         self.label_names = tuple(getattr(stored[self.label], "names", None) or ()) if self.label else ()
+        described = metadata.get("pixel_classes") or {}
+        self.pixel_classes: Mapping[str, tuple[str, ...]] = {name: tuple(described[name]) for name in modalities if name in described}
         if may_lack is None:
             may_lack = [modality for modality in metadata.get("may_lack", ()) if modality in modalities]
         unknown = sorted(set(may_lack) - set(modalities))
@@ -370,6 +381,15 @@ def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality]
         raise ValueError(f"{directory}/metadata.json: 'modalities' is {described!r:.80}; a block of fields per modality belongs there")
     if not isinstance(metadata.get("may_lack", []), (list, tuple)):
         raise ValueError(f"{directory}/metadata.json: 'may_lack' is {metadata['may_lack']!r:.80}; a list of modalities belongs there")
+    named = metadata.get("pixel_classes") or {}
+    for name, spec in modalities.items():
+        classes = named.get(name, []) if isinstance(named, dict) else None
+        listed = isinstance(classes, (list, tuple)) and all(isinstance(one, str) for one in classes)
+        if not listed or (classes and len(classes) != spec.num_classes):
+            raise ValueError(
+                f"{directory}/metadata.json: 'pixel_classes' of {name!r} is {classes!r:.80}; a list of the names of "
+                f"{spec.num_classes} classes belongs there"
+            )
     for name, stated in described.items():
         if name not in modalities:
             continue

@@ -127,8 +127,8 @@ class Dense(Answers):
 class Segmentation(Dense):
     """Mean IoU, mean class accuracy and pixel accuracy of a class per pixel.
 
-    Figures: "mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard" in percent (`maskvit.metrics.segmentation.summarize`).
-    Options as `Dense`.
+    Figures: "mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard" in percent (`maskvit.metrics.segmentation.summarize`), and
+    "classes", a picture of the IoU of every class. Options as `Dense`.
     """
 
     task = "segmentation"
@@ -154,8 +154,20 @@ class Segmentation(Dense):
         return segmentation.counts(read_out(values, round_, best), round_.target, self.num_classes, round_.valid)
 
     def figures(self, sums: Callable[[Any], Any], batches: Iterator[Any]) -> Figures:
-        """The figures."""
-        yield from segmentation.summarize(merged(sums, batches)).items()
+        """The figures, and "classes", a picture where there are few enough of them."""
+        from maskvit.plots.class_iou import MOST_CLASSES, class_iou_picture
+
+        counts = merged(sums, batches)
+        yield from segmentation.summarize(counts).items()
+        if self.num_classes <= MOST_CLASSES:
+            names = self.reading.source.pixel_classes.get(self.target) or tuple(map(str, range(self.num_classes)))
+            yield "classes", class_iou_picture(segmentation.class_iou(counts), np.asarray(counts.labeled), names)
+
+    @property
+    def pixel_classes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the classes by modality, as the data have them."""
+        names = self.reading.source.pixel_classes.get(self.target)
+        return {self.target: names} if names else {}
 
 
 class Depth(Dense):

@@ -109,6 +109,8 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
             )  # fmt: skip
             for name, evaluator in evaluators.items():
                 check_classes(f"config.evaluators.{name}", getattr(evaluator, "label_names", ()), source.label_names)
+                for target, names in getattr(evaluator, "pixel_classes", {}).items():
+                    check_classes(f"config.evaluators.{name}", names, source.pixel_classes.get(target, ()))
             if best:
                 check_figure(best["figure"], evaluators)
     return Parts(
@@ -136,7 +138,7 @@ def check_classes(where: str, read: Sequence[str], learned: Sequence[str]) -> No
     if other := checkpoints.other_classes(learned, read):
         raise ValueError(
             f"{where}: class {other[0]} of its data is {other[2]}, but the run learns {other[1]} as that class: pack both with the same "
-            "list of classes (--class_names)"
+            "list of classes"
         )
 
 
@@ -153,8 +155,11 @@ def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, A
 
 
 def learned_classes(parts: Parts) -> tuple[str, ...]:
-    """Names of the classes that the run's head learns; () where it learns none, or they have no names."""
-    return tuple(parts.source.label_names) if parts.objective.needs.num_classes else ()
+    """Names of the classes, of pictures or of pixels, that the run's head learns; () where it learns none, or they have no names."""
+    if parts.objective.needs.num_classes:
+        return tuple(parts.source.label_names)
+    target = getattr(getattr(parts.objective, "task", None), "target", "")
+    return tuple(parts.source.pixel_classes.get(target, ()))
 
 
 def imported_epochs(config: Mapping[str, Any], parts: Parts, saved: Mapping[str, Any]) -> float | None:

@@ -619,6 +619,31 @@ def test_labels_from_a_file(tmp_path, capsys, file, text):
     assert "mine: train: 2 records of 2 classes: 2 1, 10 1" in out and "mine: val: 1 records of 1 classes: 2 1, 10 0" in out
 
 
+def test_class_ids_have_names(tmp_path, capsys):
+    write(tmp_path / "in" / "rgb" / "x.png", np.zeros((8, 8, 3), np.uint8))
+    write(tmp_path / "in" / "parts" / "x.png", np.zeros((8, 8), np.uint8))
+    names = tmp_path / "names.txt"
+    names.write_text("leaf\nstem\n")
+    command = ["folder", "--root", str(tmp_path / "in"), "--data_dir", str(tmp_path / "tfds"), "--modalities", "rgb"]
+    parts, packed = "parts,kind=categorical,num_classes=2", ["--name", "mine", "--pixel_classes"]
+    assert main([*command, parts, *packed, f"parts={names}"]) == 0
+    specs = parse_modalities({"rgb": RGB, "parts": dict(kind="categorical", num_classes=2, loss="cross_entropy")})
+    assert source(tmp_path, "mine", specs).pixel_classes == {"parts": ("leaf", "stem")}
+    assert source(tmp_path, "mine", PHOTOS).pixel_classes == {}
+    for given, said in (
+        ([parts, *packed, str(names)], "is not NAME=FILE, such as semseg=names.txt"),
+        ([parts, *packed, f"parts={names}", f"parts={names}"], "--pixel_classes names a modality twice"),
+        ([parts, *packed, f"rgb={names}"], "pixel_classes names 'rgb'; modalities of class ids: parts"),
+        ([parts.replace("=2", "=3"), *packed, f"parts={names}"], "names 2 classes, but 'parts' has 3"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *given]) == 2 and said in capsys.readouterr().err
+    (stored,) = tmp_path.glob("tfds/mine/*/metadata.json")
+    stored.write_text(stored.read_text().replace('"stem"', "7"))
+    with pytest.raises(ValueError, match=r"'pixel_classes' of 'parts' is \['leaf', 7\]; a list of the names of 2 classes belongs there"):
+        source(tmp_path, "mine", specs)
+
+
 def test_what_is_wrong_with_labels_is_told_by_file_and_line(tmp_path):
     make_photos(tmp_path / "in" / "rgb", ["a/x", "a/y", "a/z", "a/w"])
     names = tmp_path / "names.txt"

@@ -54,7 +54,17 @@ def test_ade20k(tmp_path, capsys):
         np.testing.assert_array_equal(ids[ids != 255] + 1, expected[expected > 0])
         assert source[index]["rgb"] == (root / "images" / "training" / f"ADE_tra_{index:08d}.jpg").read_bytes()
     assert len(packed("ade20k", root, maps(150), split="val")) == 1
-    assert "config.modalities.semseg must have kind='categorical', num_classes=150, missing=255" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "config.modalities.semseg must have kind='categorical', num_classes=150, missing=255" in said
+    assert source.pixel_classes == {} and "no objectInfo150.txt, which names the classes" in said
+    names = [f"thing {number}, other name" for number in range(1, 149)] + ["screen, silver screen", "screen, CRT screen"]
+    rows = [f"{number}\t0.01\t12\t3\t{name}" for number, name in enumerate(names, 1)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
+    named = packed("ade20k", root, maps(150), name="named").pixel_classes["semseg"]
+    assert named[0] == "thing 1" and named[-2:] == ("screen, silver screen", "screen, CRT screen") and len(named) == 150
+    (root / "objectInfo150.txt").write_text("\n".join(rows[:-1]) + "\n")
+    assert "does not list the classes 1 ... 150" in told(capsys, *command[:-1], str(tmp_path / "short"))
+    (root / "objectInfo150.txt").unlink()
     array(root / "annotations" / "training" / "ADE_tra_00000000.png", np.full((10, 12), 151, np.uint8))
     other = [*command[:-1], str(tmp_path / "other")]
     assert "has 150 on 120 pixels; allowed: 0 ... 149 and 255" in told(capsys, *other)
@@ -98,6 +108,7 @@ def test_coco_segments_and_ready_maps(tmp_path, capsys):
     assert "neither annotations/panoptic_semseg_train2017/ nor panoptic_semseg_train2017/" in told(capsys, *command, "--maps", "semantic")
     for (split, name), ids in expected.items():
         array(root / f"panoptic_semseg_{split}2017" / f"{name}.png", ids.astype(np.uint8))
+    assert source.pixel_classes == {"semseg": ("person", "banner", "rug")}
     ready = packed("coco", root, maps(3), maps="semantic", name="ready")
     np.testing.assert_array_equal(codec.decode(ready[1]["semseg"]), codec.decode(source[1]["semseg"]))
     array(root / "annotations" / "panoptic_val2017" / "000000000285.png", np.full((8, 9, 3), 1, np.uint8))
@@ -125,7 +136,8 @@ def nyu_archive(root, frames=5, size=(12, 16)):
             file[name] = values.transpose(0, *range(values.ndim - 1, 0, -1))
     classes = RNG.integers(1, 41, 894)
     savemat(root / "splits.mat", {"trainNdxs": np.array([[2], [5], [3]]), "testNdxs": np.array([[1], [4]])})
-    savemat(root / "classMapping40.mat", {"mapClass": classes[None].astype(float), "className": np.zeros((1, 40))})
+    names = np.array([f"thing {number}" for number in range(40)], object)[None]
+    savemat(root / "classMapping40.mat", {"mapClass": classes[None].astype(float), "className": names})
     return rgb, depth, raw, labels, classes
 
 
@@ -135,6 +147,7 @@ def test_nyuv2(tmp_path, capsys):
     specs = maps(40, metres_per_count=10 / 65536)
     source = packed("nyuv2", root, specs)
     assert [source[i]["id"] for i in range(len(source))] == ["train/0001", "train/0002", "train/0004"]
+    assert source.pixel_classes == {"semseg": tuple(f"thing {number}" for number in range(40))}
     for index, frame in enumerate((1, 2, 4)):
         record = source[index]
         np.testing.assert_array_equal(codec.decode(record["rgb"]), rgb[frame])

@@ -137,6 +137,7 @@ def test_mean_iou_against_numpy(source):
     found = figures_on(1, objective, (params, state), 4, type="segmentation")
     assert found["mean_iou"] == pytest.approx(100 * np.mean(ious))
     assert found["pixel_accuracy"] == pytest.approx(100 * (predicted == truth)[known].mean())
+    assert found["classes"].ndim == 3 and found["classes"].dtype == np.uint8
 
 
 def test_depth_against_numpy_in_meters(source):

@@ -2,7 +2,7 @@
 
 <root>/[<split>/]rgb/<class or "all">/<file> is read; depth/ and semseg/ are written beside rgb/, and per modality a manifest
 <root>/<modality>.manifest.jsonl: its first line says how they were made, each further one names a file with the SHA-256 of it and of the
-picture. What the manifest names is not made again.
+picture. What the manifest names is not made again. <root>/semseg.classes.txt names the classes, one a line.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from maskvit.data.builders.records import progress
 from maskvit.data.pictures import PictureError, read_picture
 
 MOST, METERS = 65535, 1 / 512  # greatest count; of a metric network the meters of one, as of MultiMAE's pseudo-labels
+CLASS_FILE = "semseg.classes.txt"
 METRIC = ("zoedepth", "depth_pro", "prompt_depth_anything")  # model types whose answers are meters
 Answer = Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray]
 
@@ -211,7 +212,7 @@ def run(
     next(pictures_of(root))  # before a network is loaded
     if not depth and not semseg:
         raise ValueError("nothing to do: give --depth MODEL, --semseg MODEL, or both")
-    unread, declared = 0, ["rgb"]
+    unread, declared, more = 0, ["rgb"], ""
     if depth:
         processor, model, place, about = _network("AutoModelForDepthEstimation", depth, depth_revision, device)
         metric = model.config.model_type in METRIC or getattr(model.config, "depth_estimation_type", "") == "metric"
@@ -229,5 +230,8 @@ def run(
         segment = functools.partial(estimate_classes, processor, model, place)
         unread = max(unread, label(root, "semseg", lambda rgb: segment(rgb).astype(np.uint8), dict(about, classes=classes)))
         declared.append(f"semseg,num_classes={len(classes)}")
-    print(f"pack them: python -m maskvit data folder --root {root} --data_dir data --name NAME --modalities {' '.join(declared)}")
+        if len(set(classes)) == len(classes):
+            Path(root, CLASS_FILE).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+            more = f" --pixel_classes semseg={os.path.join(root, CLASS_FILE)}"
+    print(f"pack them: python -m maskvit data folder --root {root} --data_dir data --name NAME --modalities {' '.join(declared)}{more}")
     return 1 if unread else 0

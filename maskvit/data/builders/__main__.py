@@ -115,6 +115,10 @@ def parser(others: str = "") -> argparse.ArgumentParser:
     folder.add_argument(
         "--class_names", default=suppress, metavar="FILE", help="the classes in the order of their labels, one name a line (sorted)"
     )
+    folder.add_argument(
+        "--pixel_classes", nargs="+", default=suppress, metavar="NAME=FILE",
+        help="names of the class ids of a modality in their order, one a line, such as semseg=names.txt",
+    )  # fmt: skip
     archives = [_archive(commands, name) for name in ARCHIVES]
     for command in (folder, *archives):
         command.add_argument(
@@ -127,6 +131,17 @@ def parser(others: str = "") -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=suppress, help="processes that read and encode; 0 does it in this one (0)")
         add_debug(command)
     return top
+
+
+def parse_pixel_classes(texts: list[str]) -> dict[str, str]:
+    """Turn "semseg=names.txt" into {"semseg": "names.txt"}. Raises ValueError for text that is not of that form, or a name given twice."""
+    pairs = [text.partition("=") for text in texts]
+    found = {name: file for name, _, file in pairs}
+    if wrong := [text for text, (name, _, file) in zip(texts, pairs, strict=True) if not name or not file]:
+        raise ValueError(f"--pixel_classes {wrong[0]} is not NAME=FILE, such as semseg=names.txt")
+    if len(found) < len(texts):
+        raise ValueError("--pixel_classes names a modality twice")
+    return found
 
 
 def _archive(commands: Any, name: str) -> argparse.ArgumentParser:
@@ -149,6 +164,8 @@ def main(arguments: list[str] | None = None, others: str = "") -> int:
     def command() -> None:
         if "modalities" in settings:
             settings["modalities"], settings["assumed"] = parse_modalities(settings["modalities"])
+        if "pixel_classes" in settings:
+            settings["pixel_classes"] = parse_pixel_classes(settings["pixel_classes"])
         prepare(**settings)
 
     return run_command(command, settings.pop("debug"))

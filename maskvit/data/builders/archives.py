@@ -31,6 +31,7 @@ class Contents(NamedTuple):
     tasks: Mapping[str, Sequence[Task]]
     label_names: tuple[str, ...] = ()
     loaders: Mapping[str, Loader] = {}
+    pixel_classes: Mapping[str, tuple[str, ...]] = {}
 
 
 class Archive(NamedTuple):

@@ -50,7 +50,7 @@ def coco(root: str, maps: Literal["panoptic", "semantic"] = "panoptic") -> Conte
         if len(tasks[split]) < len(files):
             print(f"coco: {len(files) - len(tasks[split])} pictures of {split}2017 have no annotation and are left out")
     specs = modalities(semseg={**SEMSEG, "num_classes": len(classes or ()), "missing": IGNORED})
-    return Contents(specs, tasks, loaders={"semseg": panoptic_ids} if maps == "panoptic" else {})
+    return Contents(specs, tasks, loaders={"semseg": panoptic_ids} if maps == "panoptic" else {}, pixel_classes={"semseg": classes or ()})
 
 
 def _map_folder(root: str, split: str, maps: str) -> str:

@@ -40,6 +40,7 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
       labels: a CSV or JSON lines file of (file, class) in place of class folders (`maskvit.data.builders.labels.LabelFile`).
       class_names: a file with the name of one class a line, in the order of the labels; without one the classes found are sorted. Any
         other class is then an error, and one that the split train lacks is none.
+      pixel_classes: modality of class ids -> a file with their names, one a line.
 
     Raises:
       FileNotFoundError: no such folder, or nothing of that layout in it.
@@ -64,6 +65,7 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
         workers: int = 0,
         labels: str | None = None,
         class_names: str | None = None,
+        pixel_classes: Mapping[str, str] | None = None,
     ):
         for argument, names in (("allow_missing", allow_missing), ("assumed", assumed)):
             if unknown := sorted(set(names) - set(modalities)):
@@ -79,6 +81,7 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
         self.problems: dict[str, list[str]] = {}
         self.passed_over: list[str] = []
         self.left_out = 0
+        named = _pixel_classes(pixel_classes or {}, modalities)
         listed = self._list_tasks(val_fraction, seed)
         tasks, names = self._label(listed, labels, class_names)
         super().__init__(
@@ -89,7 +92,9 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
             tasks=tasks,
             label_names=names,
             recipe=dict(builder="folder", val_fraction=val_fraction, seed=seed, allow_missing=self.allowed)
-            | ({"classes": names} if labels or class_names else {}),
+            | ({"classes": names} if labels or class_names else {})
+            | ({"pixel_classes": named} if named else {}),
+            pixel_classes=named,
             problems=self.problems,
             left_out=self.left_out,
             allow_missing=allow_missing,
@@ -224,6 +229,20 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
             for name, facts in found.items()
             if facts.whole and name in self.assumed
         ]
+
+
+def _pixel_classes(files: Mapping[str, str], modalities: Mapping[str, Modality]) -> dict[str, tuple[str, ...]]:
+    """The names of class ids by modality. Raises ValueError for a modality without classes, or as many names as there are no classes."""
+    found = {}
+    for modality, file in files.items():
+        spec = modalities.get(modality)
+        if spec is None or spec.kind != "categorical":
+            known = ", ".join(name for name, spec in modalities.items() if spec.kind == "categorical") or "none"
+            raise ValueError(f"pixel_classes names {modality!r}; modalities of class ids: {known}")
+        found[modality] = read_names(os.path.expanduser(file))
+        if len(found[modality]) != spec.num_classes:
+            raise ValueError(f"{file} names {len(found[modality])} classes, but {modality!r} has {spec.num_classes}")
+    return found
 
 
 def _folder_label(task: Task, names: Sequence[str]) -> tuple[str | None, tuple[str, str] | None]:

@@ -58,7 +58,8 @@ def nyuv2(root: str, depth: Literal["filled", "raw"] = "filled") -> Contents:
         depth={**DEPTH, "missing": 0, "metres_per_count": 1 / COUNTS_PER_METER},
         semseg={**SEMSEG, "num_classes": NUM_CLASSES, "missing": IGNORED},
     )
-    return Contents(specs, tasks, loaders={"rgb": load_rgb, "depth": load_depth, "semseg": load_classes})
+    loaders = {"rgb": load_rgb, "depth": load_depth, "semseg": load_classes}
+    return Contents(specs, tasks, loaders=loaders, pixel_classes=_class_names(os.path.join(root, CLASSES)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,6 +96,15 @@ def _class_table(root: str) -> UInt8[np.ndarray, " n"]:
     if not len(classes) or classes.min() < 1 or classes.max() > NUM_CLASSES:
         raise ValueError(f"{os.path.join(root, CLASSES)}: mapClass must name classes 1 ... {NUM_CLASSES}")
     return np.concatenate([[IGNORED], classes - 1]).astype(np.uint8)
+
+
+def _class_names(path: str) -> dict[str, tuple[str, ...]]:
+    """What the file of the 40 classes calls them, where it does."""
+    from scipy.io import loadmat
+
+    found = loadmat(path).get("className")
+    names = () if found is None else tuple(str(np.asarray(cell).reshape(-1)[0]) for cell in found.reshape(-1) if np.asarray(cell).size)
+    return {"semseg": names} if len(names) == NUM_CLASSES else {}
 
 
 def _frame(place: str) -> np.ndarray:

@@ -80,6 +80,7 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
       tasks: split -> its samples, whose `label` is a name among `label_names`.
       label_names: classes; () where there are no labels.
       recipe: the settings it is made with, beside those of this class.
+      pixel_classes: modality -> the names of its class ids 0, 1, ..., where they have names.
       loaders: modality -> function of a file's name that gives its array, for files that are no pictures as `read_picture` has them.
       problems, left_out: what was wrong while the files were listed, per kind, and how many samples are left out for it.
       allow_missing, short_side, skip_bad, workers: as of `maskvit.data.builders.folder.Folder`.
@@ -99,6 +100,7 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         tasks: Mapping[str, Sequence[Task]],
         label_names: Sequence[str],
         recipe: Mapping[str, Any],
+        pixel_classes: Mapping[str, Sequence[str]] | None = None,
         loaders: Mapping[str, Loader] | None = None,
         problems: dict[str, list[str]] | None = None,
         left_out: int = 0,
@@ -121,7 +123,8 @@ class Packed(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
         recipe = dict(recipe, root=root, modalities=stated, samples=sizes, short_side=short_side)
         recipe |= {"skip_bad": True} if skip_bad else {}
         super().__init__(
-            name=name, data_dir=data_dir, modalities=stated, label_names=label_names, may_lack=self.allowed, recipe=recipe
+            name=name, data_dir=data_dir, modalities=stated, label_names=label_names, may_lack=self.allowed, recipe=recipe,
+            pixel_classes=pixel_classes,
         )  # fmt: skip
 
     def prepare(self) -> str:

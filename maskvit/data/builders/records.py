@@ -20,7 +20,8 @@ import tensorflow_datasets as tfds
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS builder of records {"id": text, "label": class, one bytes feature per modality}; b"" where a modality is absent.
 
-    Its metadata: `modalities` (per name the fields of `STATED`), `may_lack`, `recipe` (the settings it was made with).
+    Its metadata: `modalities` (per name the fields of `STATED`), `may_lack`, `recipe` (the settings it was made with), and
+    `pixel_classes` (modality -> the names of its class ids), where they have names.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -34,6 +35,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         label_names: Sequence[str],
         recipe: Mapping[str, Any],
         may_lack: Sequence[str] = (),
+        pixel_classes: Mapping[str, Sequence[str]] | None = None,
     ):
         if not name.isidentifier():
             raise ValueError(f"the data set's name is {name!r}; use letters, digits and underscores, beginning with a letter")
@@ -43,6 +45,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         # through JSON: what is compared with the stored recipe must look as if it had been stored
         self.recipe = json.loads(json.dumps(dict(recipe)))
         self.may_lack = tuple(may_lack)
+        self.pixel_classes = {modality: list(names) for modality, names in (pixel_classes or {}).items()}
         super().__init__(data_dir=os.path.abspath(os.path.expanduser(data_dir)), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -51,7 +54,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
             features["label"] = tfds.features.ClassLabel(names=list(self.label_names))
         for modality in self.modalities:
             features[modality] = tfds.features.Tensor(shape=(), dtype=np.object_)  # bytes as they are
-        metadata = tfds.core.MetadataDict({"modalities": self.modalities, "may_lack": list(self.may_lack), "recipe": self.recipe})
+        described = {"modalities": self.modalities, "may_lack": list(self.may_lack), "recipe": self.recipe}
+        metadata = tfds.core.MetadataDict(described | ({"pixel_classes": self.pixel_classes} if self.pixel_classes else {}))
         return tfds.core.DatasetInfo(
             builder=self,
             description=(type(self).__doc__ or "").splitlines()[0],

@@ -66,6 +66,7 @@ class Scenes(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]
             data_dir=data_dir,
             modalities=scenes.MODALITIES,
             label_names=scenes.KIND_NAMES,
+            pixel_classes={"semseg": scenes.CLASS_NAMES},
             recipe=dict(builder="scenes", renderer=scenes.VERSION, num_train=num_train, num_val=num_val, size=self.size, seed=seed),
         )
 
