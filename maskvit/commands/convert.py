@@ -14,9 +14,9 @@ Read are .pth, .safetensors, folders and shards of Hugging Face, and ViTs export
 What shapes do not show (heads, a grid that is not square, mean and deviation of the input) is read where the file or the config files
 beside it say it; else the usual is assumed, which is printed with the flag that changes it.
 
-Written (--to) are the key layouts of MultiMAE or MultiViT (multimae), timm, Hugging Face with its config.json (huggingface), MAE,
-CrossMAE, DINO and iBOT. What became of every tensor is written beside the result; what is missing or left over is an error unless
---allow names it.
+Written (--to) are the key layouts of MultiMAE, also fine-tuned or without decoders (multimae), timm, Hugging Face with its config.json
+(huggingface), MAE, CrossMAE, DINO and iBOT. What became of every tensor is written beside the result; what is missing or left over is an
+error unless --allow names it.
 
 python convert_torch_checkpoint.py --src multimae.pth --dst checkpoints/multimae_b     # then config.init_from.path
 python convert_torch_checkpoint.py --src mae_pretrain_vit_base_full.pth --target normalized --dst checkpoints/mae_b

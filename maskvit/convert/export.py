@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskvit.checkpoints import covering, load_objective_state, load_params, trusting
-from maskvit.convert import distillation, mae, multimae, report, vit
+from maskvit.convert import distillation, fine_tuned, mae, multimae, report, vit
 from maskvit.convert.facts import OWN, own_facts
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted
@@ -171,8 +171,10 @@ def _crossmae(model: Model) -> list[Rule]:
 
 
 def _multimae(model: Model) -> list[Rule]:
-    """With other decoders, or none: MultiViT, the encoder alone."""
+    """With other decoders, or none: MultiViT, the encoder alone; fine-tuned, with its head."""
     _require(model.objective["num_global_tokens"] > 0, "has no global token, and MultiMAE has one")
+    if "task" in model.objective and fine_tuned.head_of(model.objective) in model.params:
+        return fine_tuned.writing_rules(model.config, model.params)
     if model.decoder == "spatial":
         return multimae.rules(model.config)
     return multimae.rules({**model.config, "objective": {**model.objective, "outputs": (), "decoder": multimae.DECODER}})

@@ -11,9 +11,11 @@ from typing import Any
 from maskvit.convert.formats import ConversionError
 from maskvit.convert.reader import is_file, read_json, read_stated
 from maskvit.convert.stand_ins import Inert
+from maskvit.heads.segmenter import SegmenterHead
 
 # Our own notes: an entry of a .pth, a text in a .safetensors file.
 OWN = "maskvit"
+DECLARED = "declared_modalities"  # there, inputs and what is answered per pixel, as the config declares them
 # What files call their settings.
 SETTINGS = (OWN, "args", "hyper_parameters", "hparams", "config", "cfg", "model_args", "model_config", "opt", "pretrained_cfg")
 CONFIG, PREPROCESSING = "config.json", ("preprocessor_config.json", "processor_config.json")
@@ -127,12 +129,19 @@ def _of_preprocessing(config: dict[str, Any], _: Path) -> dict[str, Any]:
 def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What our exports note of a model, which its tensors do not show; read back by `facts_beside` and `settings_in`."""
     objective, rgb = config["objective"], config["modalities"].get("rgb", {})
-    size, decoder = config["image_size"], objective.get("decoder") or {}
+    size, decoder, inputs = config["image_size"], objective.get("decoder") or {}, tuple(objective.get("inputs") or ())
     found: dict[str, Any] = dict(image_size=[size, size] if isinstance(size, int) else list(size), num_heads=objective["encoder"]["heads"])
     if objective.get("outputs") and "heads" in decoder:
         found["decoder_num_heads"] = decoder["heads"]
     if objective.get("outputs") and objective.get("name") in ("mae", "crossmae"):
         found |= dict(norm_pix_loss=objective["outputs"][0].startswith("norm_"))
+    task = objective.get("task") or {}
+    if task:
+        found |= dict(use_mean_pooling=objective["pool"] == "all", decoder_main_tasks=list(objective.get("read_from") or inputs[:1]))
+    names = [name for name in (*inputs, task.get("target")) if name in config["modalities"]]
+    found[DECLARED] = {name: dict(config["modalities"][name]) for name in names}
+    if (head := objective.get("head") or {}).get("name") == "segmenter":
+        found["segmenter_heads"] = head.get("heads", SegmenterHead.heads)
     if "mask_ratio" in objective:
         found["mask_ratio"] = objective["mask_ratio"]
     return found | dict(rgb_mean=list(rgb["mean"]), rgb_std=list(rgb["std"]), rgb_scale=rgb["scale"]) if "mean" in rgb else found

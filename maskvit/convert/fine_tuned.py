@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskvit.convert import multimae
+from maskvit.convert.facts import DECLARED
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.rules import Rule, layer_norm, linear
 from maskvit.convert.source import Hints, Source
-from maskvit.convert.task_heads import LAYOUTS, UNUSED, WHY_UNUSED, TaskHead, task_head
+from maskvit.convert.task_heads import LAYOUTS, UNUSED, WHY_UNUSED, TaskHead, own_head_rules, task_head
 from maskvit.heads import HEADS
 
 # A key of a head that no decoder has; the first is that of the classifier of whole pictures.
 CLASSIFIER = "head.weight"
-HEAD = re.compile("|".join(rf"output_adapters\.([^.]+)\.{re.escape(own)}" for own in (CLASSIFIER, *(own for own, _ in LAYOUTS.values()))))
+_OWN = (CLASSIFIER, *(layout.own for layout in LAYOUTS.values()))
+HEAD = re.compile("|".join(rf"output_adapters\.([^.]+)\.{re.escape(own)}" for own in _OWN))
 LEFT_OUT = ((rf"output_adapters\.[^.]+\.{re.escape(UNUSED)}.*", WHY_UNUSED),)
 # Depth as the reference's own script makes its targets, taken for millimeters: with this mean and deviation, in meters.
 DEPTH = dict(scale=1 / 1000, mean=(2.0707764,), std=(0.7775723,), metres_per_count=1 / 1000)
@@ -57,7 +59,7 @@ def infer_config(source: Source, hints: Hints) -> dict[str, Any]:
         raise ConversionError(f"{source.where}: the task is named {task!r}; letters, digits, - and _ only")
     if target != task:
         hints.said.append(f"{task!r} is also an input: what the model answers is called {target!r}")
-    fields = _target(head, task, hints)
+    fields = _target(head, target, task, hints, source.where)
     modalities = {**modalities, target: dict(fields, patch=modalities[read_from[0]]["patch"], stride=1)}
     name = "segmentation" if fields["kind"] == "categorical" else "regression"
     objective |= dict(task=dict(name=name, target=target), head=dict(name=head.name, **head.options), read_from=read_from)
@@ -78,8 +80,13 @@ def _read_from(head: TaskHead, inputs: list[str], width: int, hints: Hints, wher
     return found
 
 
-def _target(head: TaskHead, task: str, hints: Hints) -> dict[str, Any]:
-    """The modality that the head answers, without its patch: classes, or numbers where a head is made for them or has one channel."""
+def _target(head: TaskHead, target: str, task: str, hints: Hints, where: str) -> dict[str, Any]:
+    """The modality that the head answers, without its patch: as the file notes it, else classes, or numbers where a head is made for them
+    or has one channel."""
+    noted = hints.args.get(DECLARED)
+    of_classes = isinstance(noted, Mapping) and isinstance(noted.get(target), Mapping) and noted[target].get("kind") == "categorical"
+    if found := hints.declared(target, {"num_classes" if of_classes else "channels": head.channels}, where):
+        return {key: value for key, value in found.items() if key not in ("patch", "stride")}
     if dict(head.options).get("form") != "regression" and head.channels > 1:
         return dict(kind="categorical", num_classes=head.channels, loss="cross_entropy", missing=255)
     fields: dict[str, Any] = dict(kind="continuous", channels=head.channels, loss="l1")
@@ -88,6 +95,34 @@ def _target(head: TaskHead, task: str, hints: Hints) -> dict[str, Any]:
         return fields | DEPTH
     hints.said.append(f"assumed: values of {task!r} are answered as the head gives them")
     return fields
+
+
+def head_of(objective: Mapping[str, Any]) -> str:
+    """Where the parameters of a fine-tuned model's head stand."""
+    name: str = objective.get("head", {}).get("name", "linear")
+    return "head" if name == "linear" and objective["task"]["name"] == "classification" else name
+
+
+def writing_rules(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[Rule]:
+    """Every tensor of a fine-tuned model of ours. Raises ConversionError, saying what it has, for one that is no model of MultiMAE's."""
+    objective = config["objective"]
+    found, width = multimae.rules(dict(config, objective=dict(objective, outputs=()))), objective["encoder"]["width"]
+    if objective["task"]["name"] == "classification":
+        pool = objective["pool"]
+        if head_of(objective) != "head":
+            raise ConversionError(f"has the head {head_of(objective)!r}, and MultiMAE classifies with a linear one")
+        if pool not in ("all", "global"):
+            raise ConversionError(f"classifies by pool = {pool!r}, and MultiMAE by the mean of all tokens or by the global one")
+        found += layer_norm("output_adapters.cls.norm", "norm", width)
+        return found + linear("output_adapters.cls.head", "head", width, objective["num_classes"])
+    name, target = head_of(objective), objective["task"]["target"]
+    if name not in LAYOUTS:
+        raise ConversionError(f"has the head {name!r}, and for pixels MultiMAE has {', '.join(LAYOUTS)}")
+    depth, layers = objective["encoder"]["depth"], tuple(objective.get("layers") or ())
+    if layers and layers != HEADS[name].layers(depth):
+        raise ConversionError(f"has a head that reads the blocks {layers}, and MultiMAE's reads {HEADS[name].layers(depth)}")
+    task = target.removesuffix("_target") if target.removesuffix("_target") in objective["inputs"] else target
+    return found + own_head_rules(task, name, params[name])
 
 
 def rules(source: Source, config: Mapping[str, Any]) -> list[Rule]:

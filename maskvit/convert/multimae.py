@@ -102,6 +102,9 @@ def read_inputs(source: Source, hints: Hints) -> tuple[list[str], tuple[int, ...
             fields |= dict(kind="categorical", num_classes=classes, embed_dim=embed, loss="cross_entropy")
         else:
             fields |= dict(kind="continuous", channels=channels)
+        if noted := hints.declared(name, fields, where):
+            modalities[name] = noted | (dict(hints.rgb) if name == "rgb" else {})
+            continue
         declared = DECLARED.get(name, {})
         alike = all(declared.get(field) == fields.get(field) for field in ("kind", "channels"))
         modalities[name] = {**declared, **fields} if alike else fields

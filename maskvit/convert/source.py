@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskvit.convert.facts import statistics
+from maskvit.convert.facts import DECLARED, statistics
 from maskvit.convert.formats import ConversionError
 from maskvit.core import modalities as known
+from maskvit.core.modalities import Modality
 
 TARGETS = ("normalized", "raw")
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H; all other common sizes have heads of width 64
@@ -68,6 +69,25 @@ class Hints:
     rgb: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     said: list[str] = dataclasses.field(default_factory=list)
 
+    def declared(self, name: str, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A modality as a file of ours notes it (`own_facts`), with `fields` that the tensors show; {} where nothing is noted.
+
+        Raises ConversionError for a note of another modality than the tensors', or of none.
+        """
+        noted = self.args.get(DECLARED)
+        noted = noted.get(name) if isinstance(noted, Mapping) else None
+        if not isinstance(noted, Mapping):
+            return {}
+        found = {key: tuple(value) if isinstance(value, list) else value for key, value in noted.items()}
+        if differing := [key for key in fields if key in found and found[key] != fields[key]]:
+            key = differing[0]
+            raise ConversionError(f"{where}: its note says {key} = {found[key]!r:.80} of {name!r}, and its tensors {fields[key]!r}")
+        try:
+            Modality(name=name, **{**found, **fields})
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"{where}: its note on {name!r} describes no modality: {error}") from error
+        return {**found, **fields}
+
     def number(self, *names: str) -> Any:
         """The first of these arguments that is a positive whole number, else None."""
         return next((self.args[name] for name in names if type(self.args.get(name)) is int and self.args[name] > 0), None)
@@ -100,7 +120,7 @@ class Hints:
     def segmenter_heads(self, width: int, where: str) -> int:
         """Heads of a Segmenter, a decoder with heads as wide as the encoder's."""
         usual = None if width % HEAD_WIDTHS["Segmenter"] else width // HEAD_WIDTHS["Segmenter"]
-        return self._heads(width, self.decoder_num_heads, None, usual, "Segmenter", "--decoder-num-heads", where)
+        return self._heads(width, self.decoder_num_heads, self.number("segmenter_heads"), usual, "Segmenter", "--decoder-num-heads", where)
 
     def normalized(self, where: str) -> bool:
         """Whether a masked autoencoder predicts per-patch normalized pixels, which nothing in its tensors shows."""

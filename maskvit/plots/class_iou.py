@@ -36,12 +36,12 @@ def class_iou_picture(iou: Float[np.ndarray, " k"], labeled: Int[np.ndarray, " k
         axes.set_yticks(places, [f"{names[number][:24]} ({share[number]:.2g} %)" for number in part], fontsize=7)
         axes.set_ylim(max(tall, 2) - 0.5, -0.5)
         axes.set_xlim(0, 108)
-        axes.set_xlabel("IoU, percent", fontsize=8)
+        axes.set_xlabel("IoU in percent; in brackets the share of the pixels", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     mean = f"mean {iou[there].mean():.1f}" if len(there) else "no labeled pixels"
     absent = f"; {len(iou) - len(there)} of {len(iou)} classes nowhere" if len(there) < len(iou) else ""
-    figure.suptitle(f"IoU by class: {mean}{absent}. In brackets the share of the pixels", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"IoU by class: {mean}{absent}", fontsize=9, x=0.01, ha="left")
     FigureCanvasAgg(figure)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})

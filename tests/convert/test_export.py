@@ -282,3 +282,68 @@ def test_a_classifier_trained_here_goes_out_as_it_pools(pool, tmp_path):
         encoded = loaded.model.encode(loaded.params, loaded.model.embed(loaded.params, images).tokens)
         logits.append(loaded.model.logits(loaded.params, encoded))
     np.testing.assert_allclose(*logits, rtol=1e-6)
+
+
+def of_a_task(**block):
+    """A fine-tuned model's config: two inputs, and a target of each kind."""
+    modalities = dict(
+        rgb=dict(RGB, patch=8), depth=dict(kind="continuous", channels=1, patch=8, scale=0.001, loss="l1", metres_per_count=0.001),
+        parts=dict(kind="categorical", num_classes=4, patch=8, loss="cross_entropy", missing=255),
+        heights=dict(kind="continuous", channels=1, patch=8, scale=0.5, mean=(3.0,), loss="l1"),
+    )  # fmt: skip
+    objective = dict(name="supervised", inputs=("rgb", "depth"), encoder=dict(width=24, depth=4, heads=3), **block)
+    return dict(image_size=(32, 32), modalities=modalities, objective=objective)
+
+
+SEGMENTATION, HEIGHTS = dict(name="segmentation", target="parts"), dict(name="regression", target="heights")
+TASKS = {
+    "convnext": dict(task=SEGMENTATION, head=dict(name="convnext", width=32, preds_per_patch=4, depth=1), read_from=("depth",)),
+    "segmenter": dict(task=SEGMENTATION, head=dict(name="segmenter", width=24, depth=1, heads=2), read_from=("rgb", "depth")),
+    "dpt": dict(task=HEIGHTS, head=dict(name="dpt", form="regression", width=8, layer_dims=(8, 8, 8, 8))),
+    "classes": dict(task=dict(name="classification", num_classes=5), pool="all"),
+    "class token": dict(task=dict(name="classification", num_classes=5), pool="global"),
+}
+
+
+def saved(folder, config):
+    params, state = jax.device_get(build_objective(config).init(jax.random.key(0)))
+    save_imported(folder, params, {"config": config}, objective_state=state)
+    return maskvit.load(folder)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_fine_tuned_models_go_out_as_multimaes_and_come_back(task, suffix, tmp_path):
+    """With their heads, whose tokens they read and in what units they answer; the answers are the same."""
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    before = saved(tmp_path / "ours", of_a_task(**TASKS[task]))
+    convert.export(tmp_path / "ours", tmp_path / f"x{suffix}", "multimae")
+    written = convert.open_checkpoint(tmp_path / f"x{suffix}").state
+    adapters = {key.split(".")[1] for key in written if key.startswith("output_adapters.")}
+    assert adapters == {TASKS[task]["task"].get("target", "cls")}
+    convert.convert(tmp_path / f"x{suffix}", tmp_path / "again")
+    after = maskvit.load(tmp_path / "again")
+    rng = np.random.default_rng(0)
+    given = dict(rgb=rng.integers(0, 256, (2, 32, 32, 3), np.uint8), depth=rng.uniform(500, 9000, (2, 32, 32, 1)).astype(np.float32))
+    two = [loaded.objective.answers(loaded.params, loaded.state, given) for loaded in (before, after)]
+    for name, value in two[0].items():
+        np.testing.assert_allclose(value, two[1][name], rtol=1e-5, atol=1e-5, err_msg=name)
+    if task == "dpt":
+        assert after.model.modality("heights").scale == 0.5 and after.model.modality("heights").metres_per_count is None
+
+
+def test_heads_that_multimae_has_not(tmp_path):
+    """What is said of them, and that the encoder goes out without them."""
+    cases = {
+        "upernet": (dict(task=SEGMENTATION, head=dict(name="upernet", width=8)), "has the head 'upernet', and for pixels MultiMAE"),
+        "attentive": (dict(task=TASKS["classes"]["task"], head=dict(name="attentive", queries=4)), "has the head 'attentive', and Multi"),
+        "mean": (dict(task=TASKS["classes"]["task"]), "classifies by pool = 'mean', and MultiMAE by the mean of all tokens or"),
+        "layers": (dict(TASKS["convnext"], layers=(2,)), r"reads the blocks \(2,\), and MultiMAE's reads \(4,\)"),
+    }
+    for name, (block, message) in cases.items():
+        saved(tmp_path / name, of_a_task(**block))
+        with pytest.raises(ConversionError, match=message):
+            convert.export(tmp_path / name, tmp_path / "x.safetensors", "multimae")
+    convert.export(tmp_path / "upernet", tmp_path / "x.safetensors", "multimae", allow=["upernet/.*"])
+    assert not any(key.startswith("output_adapters.") for key in load_file(tmp_path / "x.safetensors"))

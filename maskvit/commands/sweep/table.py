@@ -181,7 +181,13 @@ def result_page(
         for metric in shown
     }
     caption = "Every run as a point, the mean over its cell's seeds as a bar; the dashed line is the baseline's mean."
-    sections = [page.Section("At a glance", [page.Figure(curves.points(points, baseline), caption)])] if points else []
+    # Figures of the same cells stand together, so that no plot has empty rows; of one cell there is nothing to compare.
+    together: dict[tuple[str, ...], dict[str, Any]] = {}
+    for metric, series in points.items():
+        if len(series) > 1:
+            together.setdefault(tuple(series), {})[metric] = series
+    figures = [page.Figure(curves.points(panels, baseline), caption) for panels in together.values()]
+    sections = [page.Section("At a glance", figures)] if figures else []
     sections[0:0] = [page.Section("What to make of it", [page.Prose(note) for note in notes(results, table, controls)])]
     sections += [page.Section(metric, [page.Table(HEADER, table_rows(table[metric]))]) for metric in table]
     changes = [
