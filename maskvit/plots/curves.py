@@ -138,6 +138,7 @@ def points(panels: Mapping[str, Mapping[str, Numbers]], baseline: str) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, labelleft=index % columns == 0)
+        axes.locator_params(axis="x", nbins=5)
     return _save(figure)
 
 

@@ -62,6 +62,11 @@ p { max-width: 50rem; margin: .6rem 0; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
   font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .wide { overflow-x: auto; margin: .8rem 0; }
+.wide:has(table) { background:
+  linear-gradient(90deg, var(--paper), transparent) left, linear-gradient(270deg, var(--paper), transparent) right,
+  linear-gradient(90deg, #0003, transparent) left, linear-gradient(270deg, #0003, transparent) right;
+  background-size: 3rem 100%, 3rem 100%, .8rem 100%, .8rem 100%; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: .94rem; }
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--faint); font-weight: 600; }
@@ -85,7 +90,10 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
             return f"<pre>{html.escape(text.strip())}</pre>"
         case Figure(png, caption):
             data, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
-            return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+            # A wide figure is no narrower than can be read: a phone scrolls it.
+            width = int.from_bytes(png[16:20], "big")
+            image = f'<img style="min-width: min({width}px, 44rem)" src="data:image/png;base64,{data}" alt="{words}">'
+            return f'<figure><div class="wide">{image}</div><figcaption>{words}</figcaption></figure>'
         case Table(header, rows):
             if ragged := [row for row in rows if len(row) != len(header)]:
                 raise ValueError(f"a table row has {len(ragged[0])} cells under a header of {len(header)}: {ragged[0]}")
