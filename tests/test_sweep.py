@@ -146,7 +146,7 @@ def test_tables_of_known_numbers(tmp_path):
     assert record["runs"][5]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
     page = (tmp_path / "sweep.html").read_text()
     assert (
-        page.count(' src="data:image/png;base64,') == 1
+        page.count('<img src="data:image/png;base64,') == 1
         and "the &lt;command&gt;" in page
         and "http:" not in page
         and "https:" not in page

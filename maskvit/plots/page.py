@@ -92,7 +92,7 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
             data, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
             # A wide figure is no narrower than can be read: a phone scrolls it.
             width = int.from_bytes(png[16:20], "big")
-            image = f'<img style="min-width: min({width}px, 44rem)" src="data:image/png;base64,{data}" alt="{words}">'
+            image = f'<img src="data:image/png;base64,{data}" alt="{words}" style="min-width: min({width}px, 44rem)">'
             return f'<figure><div class="wide">{image}</div><figcaption>{words}</figcaption></figure>'
         case Table(header, rows):
             if ragged := [row for row in rows if len(row) != len(header)]:
