@@ -675,6 +675,12 @@ def test_classes_that_one_side_does_not_name_are_not_compared(caplog):
     assert check_same_run(same({}, label_names=["0", "1"]), named) == check_same_run(named, same({})) == []
 
 
+def test_an_order_of_records_that_has_changed_is_told(caplog):
+    with caplog.at_level("INFO"):
+        assert check_same_run(same({}), same({}, order="computed")) == []
+    assert "records come in another order than when the checkpoint was written" in caplog.text and "not compared" not in caplog.text
+
+
 def test_stored_maps_may_be_moved_where_their_contents_are_known():
     paths = [{"objective": {"guidance": {"name": "stored", "path": path}}} for path in ("/a", "/b")]
     maps = {"records": 4, "contents": {"0": "a"}}

@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from maskvit.commands.plan import __main__ as command
-from maskvit.commands.plan import devices, program
+from maskvit.commands.plan import devices, growth, program
+from maskvit.training.config import check_config
 from tests.runs import ROOT, small_run, write_config
 
 DEVICE = devices.DEVICES["h100"]
@@ -144,6 +145,42 @@ def test_a_plan_of_this_machine(tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text("{}\n")
     assert command.main([*arguments, "--against", str(tmp_path / "b.jsonl")]) == 2
     assert "b.jsonl, line 1 is no plan: write such files with --json" in capsys.readouterr().err
+
+
+def test_points_of_growth():
+    """What is planned of a config, each of them once; sizes and inputs that can be had."""
+    plain, asked = small_run("nowhere"), []
+
+    def plan(name, config):
+        check_config(config)
+        asked.append((name, config["global_batch"], config["image_size"], config["objective"]["inputs"], config["objective"]["outputs"]))
+        return dict(parameters=1e6 * len(asked), floor_ms=float(len(asked)))
+
+    found = growth.grown(plain, plan)
+    assert [place for place, _ in found["batch"]] == [2, 4, 8, 16] and found["batch"][2][1] is found["tokens"][2][1]
+    assert [place for place, _ in found["tokens"]] == [12, 27, 48, 108]  # on 2, 3, 4 and 6 rows and columns
+    assert [place for place, _ in found["modalities"]] == [1, 2, 3] and [place for place, _ in found["parameters, millions"]][0] > 1
+    assert ("objective.inputs=('rgb',), objective.outputs=('rgb',)", 8, (32, 32), ("rgb",), ("rgb",)) in asked
+    assert len(asked) == len({str(one) for one in asked}) == 4 + 3 + 2 + 3  # the config itself stands on three axes
+    alone = dict(plain, objective=dict(plain["objective"], inputs=("rgb",)))
+    assert list(growth.studies(alone)) == ["batch", "tokens", "parameters, millions"]
+
+
+def test_a_start_does_not_grow_with_the_data(tmp_path):
+    (small, _, least), (large, seconds, most) = growth.starts((1000, 3 * 10**6))
+    assert (small, large) == (1000, 3 * 10**6) and most < least + 0.2 and seconds < 60
+    record = dict(floor_ms=2.0, state_gb=1.0, temporary_gb=0.5, images_per_s=100.0, kernels=7)
+    result = {"batch": [(8, record), (16, record)], "modalities": [(1, record)]}
+    growth.draw(result, [(small, 0.1, least), (large, seconds, most)], tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "| batch | 16 | 2.0 | 100 | 1.50 | 7 |" in growth.table(result)
+
+
+def test_growth_of_one_config_on_one_kind_of_device(tmp_path, capsys):
+    path = str(write_config(tmp_path / "run.py", small_run("nowhere")))
+    for more in ([], ["--out", str(tmp_path), "--grid", "global_batch=8"], ["--out", str(tmp_path), "--batch", "8,16"]):
+        assert command.main(["--config", path, "--devices", "cpu", "--growth", *more]) == 2
+        assert "--growth needs --out, and takes one entry of --devices" in capsys.readouterr().err
 
 
 @pytest.mark.slow

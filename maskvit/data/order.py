@@ -21,6 +21,46 @@ def epoch_order(seed: int, epoch: int, num_records: int) -> Int[np.ndarray, " nu
     return order
 
 
+SORTED = 2**21  # data sets of up to so many records are shuffled as a whole
+_ROUNDS, _WORD = 6, 2**64 - 1
+
+
+def record_at(seed: int, epoch: int, position: int, num_records: int) -> int:
+    """Which record stands at a position of an epoch's order.
+
+    Up to `SORTED` records that is `epoch_order`. Of more, which would take seconds to sort and hundreds of megabytes in every worker
+    process, it is a pseudorandom permutation that is computed place by place.
+    """
+    if num_records <= SORTED:
+        return int(epoch_order(seed, epoch, num_records)[position])
+    return scattered(position, num_records, _round_keys(seed, epoch))
+
+
+@functools.lru_cache(maxsize=2)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(_philox(seed, "order", epoch).random_raw(_ROUNDS).tolist())
+
+
+def scattered(position: int, count: int, keys: tuple[int, ...]) -> int:
+    """A permutation of 0 ... count - 1 at `position`: a Feistel network of as many rounds as there are keys.
+
+    Its domain is the least power of four that holds `count`; places beyond are taken once more until one is within (Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    half = ((count - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & _WORD  # the constants are SplitMix64's
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
+            left, right = right, left ^ (mixed ^ mixed >> 31) & mask
+        position = left << half | right
+        if position < count:
+            return position
+
+
 def record_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator that augments record `index` in `epoch`."""
     return np.random.Generator(_philox(seed, "augment", epoch, index))

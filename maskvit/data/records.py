@@ -19,7 +19,7 @@ from maskvit.data.block import block_mask, draw_ratio
 from maskvit.data.codec import RecordError
 from maskvit.data.decoding import absent, decode_record
 from maskvit.data.maps import MapSet
-from maskvit.data.order import _philox, epoch_order, record_rng, steps_per_epoch
+from maskvit.data.order import _philox, record_at, record_rng, steps_per_epoch
 from maskvit.data.probing import READ_ERRORS, probe
 from maskvit.data.sources import Source
 
@@ -245,9 +245,9 @@ class _TrainChunks(_Records):
 
     def _row(self, epoch: int, batch_start: int, row: int, bad: list[tuple[str, str]]) -> dict[str, Any]:
         position = batch_start + self.rows[0] + row
-        order = epoch_order(self.seed, epoch, len(self.source))
+        count = len(self.source)
         for attempt in range(REPLACEMENTS):
-            index = int(order[(position + attempt) % len(order)])
+            index = record_at(self.seed, epoch, (position + attempt) % count, count)
             identity = f"record {index}"
             try:
                 record = self.source[index]

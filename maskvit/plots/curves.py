@@ -68,17 +68,22 @@ _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D
 _STYLES = ("-", "--", ":", "-.")
 
 
-def line_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str = "epoch") -> bytes:
+def line_panels(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str | Mapping[str, str] = "epoch", columns: int = 3,
+    logarithmic: Sequence[str] = (),
+) -> bytes:  # fmt: skip
     """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one color throughout.
 
-    The mean is over the runs that have a finite value at an x; runs are logged at the same steps. Raises ValueError without a panel.
+    The mean is over the runs that have a finite value at an x; runs are logged at the same steps. `x`: what the horizontal axes show, by
+    panel where they differ; those among `logarithmic` have a scale of powers of ten. The label "" stands in no legend. Raises
+    ValueError without a panel.
     """
     from matplotlib.figure import Figure
 
     if not panels:
         raise ValueError("plots of nothing: no panel given")
     labels = list(dict.fromkeys(label for series in panels.values() for label in series))
-    columns = min(3, len(panels))
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     legend = 0.24 * math.ceil(len(labels) / 4) + 0.2
     figure = Figure(figsize=(max(4.2 * columns, 8.4), 2.9 * rows + legend), layout="constrained")  # room for four names
@@ -103,7 +108,12 @@ def line_panels(panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Number
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
-        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0) if logarithmic else None)
+        shown = x if isinstance(x, str) else x[name]
+        axes.set_xlabel(shown, fontsize=9)
+        if shown in logarithmic:
+            axes.set_xscale("log")
+    drawn.pop("", None)
     figure.legend(
         drawn.values(), drawn.keys(), loc="outside upper left", ncols=min(4, len(labels)), fontsize=9, frameon=False, handlelength=3
     )

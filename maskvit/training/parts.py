@@ -14,6 +14,7 @@ from maskvit.data import open_source
 from maskvit.data.augment.settings import parse_augment
 from maskvit.data.identity import data_identity
 from maskvit.data.maps import open_maps
+from maskvit.data.order import SORTED
 from maskvit.data.order import steps_per_epoch as epoch_steps
 from maskvit.data.sources import has_labels
 from maskvit.evaluators import build_evaluators
@@ -149,6 +150,8 @@ def compared_on_resuming(config: Mapping[str, Any], parts: Parts) -> dict[str, A
         durations["optimizer.freeze.until"] = parts.optimizer["freeze"]["until"]
     maps = parts.objective.needs.maps
     more: dict[str, Any] = dict(maps=data_identity(open_maps(maps))) if maps else {}
+    if len(parts.source) > SORTED:
+        more["order"] = "computed"  # earlier versions sorted data sets of any size
     if learned_classes(parts):
         more["label_names"] = list(learned_classes(parts))
     return dict(config=config, steps_per_epoch=parts.steps_per_epoch, data=data_identity(parts.source), durations=durations, **more)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
-from maskvit.data import codec, costs, records
+from maskvit.data import codec, costs, order, records
 from maskvit.data.augment import geometry
 from maskvit.data.batches import eval_batches, train_batches
 from maskvit.data.order import epoch_order, record_rng
@@ -129,6 +129,31 @@ def test_order_and_augmentation_depend_on_seed_and_epoch(source):
     # pinned: the order of a run must outlive releases of NumPy
     assert epoch_order(0, 0, 10).tolist() == [0, 8, 1, 2, 3, 5, 6, 7, 4, 9]
     np.testing.assert_allclose(record_rng(0, 1, 2).random(2), [0.05868554095267242, 0.7570638449782937], rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 17, 1000, 4096, 4097])
+def test_a_computed_order_has_every_record_once(count):
+    """It leaves no trace of the stored order: neighbors are as far apart as chance has it, and every record comes early as often."""
+    orders = np.array([[order.scattered(i, count, (seed, 7, 8, 9, seed + 1, 3)) for i in range(count)] for seed in range(5)])
+    np.testing.assert_array_equal(np.sort(orders), np.broadcast_to(np.arange(count), (5, count)))
+    if count < 1000:
+        return
+    assert len({tuple(row) for row in orders.tolist()}) == 5
+    steps = np.abs(np.diff(orders)) / count
+    assert abs(steps.mean() - 1 / 3) < 0.02 and abs(np.corrcoef(orders[0], np.arange(count))[0, 1]) < 0.1
+    early = orders[:, : count // 10] / count
+    assert abs(early.mean() - 0.5) < 0.05 and abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.1
+
+
+def test_large_data_sets_are_not_sorted(monkeypatch):
+    """Pinned, and the same for every process; below the bound it is the sorted order."""
+    found = [order.record_at(0, 0, position, 10**7) for position in range(4)]
+    assert found == [8249220, 1991635, 7196369, 3955702]
+    assert order.record_at(1, 0, 0, 10**7) != found[0] != order.record_at(0, 1, 0, 10**7)
+    assert [order.record_at(0, 0, position, 10) for position in range(10)] == epoch_order(0, 0, 10).tolist()
+    monkeypatch.setattr(order, "SORTED", 8)
+    stream = take(ListSource([record(number) for number in range(20)]), 5, global_batch=4)
+    assert sorted(sum((numbers(batch) for batch in stream), [])) == list(range(20))
 
 
 def test_augmentation_belongs_to_the_record_not_to_its_row(source):

@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_numbers, default=[], help="global batches in place of the config's; a list")
     p.add_argument("--micro-batches", type=whole(), default=1, help="parts that a batch is processed in")
     p.add_argument("--grid", action="append", default=[], metavar="KEY=A,B", help="a dotted config key and its values; repeatable")
+    p.add_argument(
+        "--growth", action="store_true",
+        help="plan the config at other batches, image sizes, inputs and model sizes, measure starts with up to 10 million records on this "
+        "machine, and draw all of it (needs --out)",
+    )  # fmt: skip
     p.add_argument("--num-records", type=whole(), default=IMAGENET, help="size of the training data (ImageNet-1K's unless given)")
     p.add_argument("--top", type=whole(0), default=0, help="list so many kernels, the longest first")
     p.add_argument("--json", type=Path, metavar="FILE", help="append a line per plan to this file")
@@ -52,8 +57,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def plan(
-    config: str, devices: Sequence[str], batch: Sequence[int], micro_batches: int, grid: Sequence[str], num_records: int, top: int,
-    json: Path | None, against: Path | None, out: Path | None,
+    config: str, devices: Sequence[str], batch: Sequence[int], micro_batches: int, grid: Sequence[str], growth: bool, num_records: int,
+    top: int, json: Path | None, against: Path | None, out: Path | None,
 ) -> int:  # fmt: skip
     """Compile and report every combination; 1 where something got worse than `against`."""
     from maskvit.commands.plan import report
@@ -65,6 +70,12 @@ def plan(
     wanted = [parse_devices(text) for text in devices]
     plain = load_config(config).copy_and_resolve_references().to_dict()
     check_config(plain)
+    if growth:
+        if out is None or len(wanted) > 1 or len(batch) > 1 or grid or against:
+            raise ValueError("--growth needs --out, and takes one entry of --devices, one of --batch, and neither --grid nor --against")
+        make_folder(out)
+        sized = {**plain, "global_batch": (batch or [plain["global_batch"]])[0]}
+        return grow(sized, config, *wanted[0], micro_batches, num_records, json, out)
     cells = {"": {}} if not grid else make_cells(Experiment(plain, {}), [parse_grid(text, plain) for text in grid])
     before = report.read_lines(against) if against else []
     if out:
@@ -90,6 +101,28 @@ def plan(
             report.draw(records, out / "plan.png")
             print(f"plot: {out / 'plan.png'}")
     return report.compare(records, before) if against else 0
+
+
+def grow(
+    plain: dict[str, Any], config: str, name: str, count: str, micro_batches: int, num_records: int, json: Path | None, out: Path
+) -> int:
+    """Plan the points of `growth.studies`, measure starts, and write growth.png."""
+    from maskvit.commands.plan import growth, report
+    from maskvit.training.config import check_config, experiment
+
+    def one(cell: str, changed: dict[str, Any]) -> dict[str, Any]:
+        check_config(changed)
+        head = dict(config=config, cell=cell, devices=f"{name}:{count}", batch=changed["global_batch"])
+        record, _ = report.one(head, experiment(**changed), name, count, num_records, micro_batches, 0)
+        if json:
+            report.append_line(json, record)
+        return record
+
+    result = growth.grown(plain, one)
+    print(growth.table(result))
+    growth.draw(result, growth.starts(), out / "growth.png")
+    print(f"plot: {out / 'growth.png'}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
