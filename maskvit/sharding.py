@@ -31,14 +31,16 @@ WHOLE = 2**12  # arrays of fewer values are not worth an exchange: every device 
 TENSOR_AXIS = ((r"(.*/)?(qkv|kv|q|fc2|proj)/kernel", 0), (r"(.*/)?fc1/kernel", 1))
 
 
-def sharding_block(*, fsdp: int = 1, tensor: int = 1) -> dict[str, Any]:
+def sharding_block(*, fsdp: int | str = 1, tensor: int = 1) -> dict[str, Any]:
     """`config.sharding`. `fsdp`: over how many devices parameters and optimizer state are spread, each holding a part; 0 for all.
+
+    "auto" is the fewest of which each then keeps half of its memory for the rest (`fitting_mesh`).
 
     `tensor`: over how many devices the heads of attention and the hidden units of MLPs are spread; these devices work on the same
     samples. Those of either group are neighbors in the list of all (`tensor` the nearer), so best of one node.
     """
-    if fsdp < 0:
-        raise ValueError(f"config.sharding.fsdp is {fsdp}; it must be a number of devices, or 0 for all")
+    if isinstance(fsdp, str) and fsdp != "auto" or not isinstance(fsdp, str) and fsdp < 0:
+        raise ValueError(f"config.sharding.fsdp is {fsdp!r}; it must be a number of devices, 0 for all, or 'auto'")
     if tensor < 1:
         raise ValueError(f"config.sharding.tensor is {tensor}; it must be a number of devices, 1 for none of it")
     return dict(fsdp=fsdp, tensor=tensor)
@@ -64,6 +66,35 @@ def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1, tensor: int =
         if len({device.process_index for device in group}) > 1:
             raise ValueError(f"config.sharding.tensor is {tensor}, more devices than a process has, or no divisor of their number")
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fitting_mesh(shapes: Any, limit: float, devices: Sequence[Any] | None = None, *, fsdp: int | str = 1, tensor: int = 1) -> Mesh:
+    """`make_mesh`; where `fsdp` is "auto" with the smallest groups whose devices hold parameters and their state in half of `limit` bytes.
+
+    `shapes`: the parameters and what the objective keeps beside them (a teacher, an average). Two more arrays of the size of every
+    parameter are counted for the optimizer. The other half is for activations: the compiler's account decides on micro-batches. Where
+    even all devices hold too much, all of them.
+    """
+    if not isinstance(fsdp, str):
+        return make_mesh(devices, fsdp, tensor)
+    least = make_mesh(devices, 1, tensor)
+    everyone = sample_devices(least)
+    params, beside = shapes
+    for parts in (parts for parts in range(1, everyone + 1) if everyone % parts == 0):
+        mesh = make_mesh(devices, parts, tensor)
+        held = 3 * held_bytes(params, mesh) + held_bytes(beside, mesh)
+        if held <= limit / 2:
+            break
+    return mesh
+
+
+def held_bytes(tree: Any, mesh: Mesh) -> float:
+    """How much of a tree of arrays, or of their shapes, one device holds."""
+    total = 0.0
+    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(parameter_shardings(tree, mesh)), strict=True):
+        devices = math.prod(mesh.shape[name] for axis in place.spec for name in ((axis,) if isinstance(axis, str) else axis or ()))
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize / devices
+    return total
 
 
 def state_spec(path: Any, leaf: Any, mesh: Mesh) -> PartitionSpec:

@@ -87,6 +87,36 @@ def test_a_program_by_hand():
         program.parse("nothing")
 
 
+TPU_PROGRAM = """
+HloModule step
+
+ENTRY %main (x.0: bf16[64,100], y.0: f32[8,16,16]) -> bf16[64,100] {
+  %x.0 = bf16[64,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %y.0 = f32[8,16,16]{2,1,0:T(8,128)} parameter(1)
+  %fetch = (bf16[64,100]{1,0:T(8,128)(2,1)S(1)}, bf16[64,100]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x.0)
+  %x.1 = bf16[64,100]{1,0:T(8,128)(2,1)S(1)} copy-done(%fetch)
+  %part = ((f32[8,16,16]{2,1,0:T(8,128)}), f32[2,16,16]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%y.0), slice={[0:2], [0:16], [0:16]}
+  %y.1 = f32[2,16,16]{2,1,0:T(8,128)S(1)} slice-done(%part)
+  %q.0 = f32[64,8,32,99]{2,3,1,0:T(8,128)} parameter(2)
+  %k.0 = f32[64,8,32,99]{2,3,1,0:T(8,128)S(1)} parameter(3)
+  %product = f32[64,8,99,99]{2,3,1,0:T(8,128)} convolution(%q.0, %k.0), WINDOW, dim_labels=01fb_01io->01bf
+  ROOT %sum = bf16[64,100]{1,0:T(8,128)(2,1)} add(%x.1, %x.1)
+}
+"""
+
+
+def test_a_program_of_a_tpu_by_hand():
+    """What lies on the chip crosses no bus; fetching runs beside the rest; a product of batches is no convolution of them all."""
+    device, window = devices.DEVICES["v5e"], "window={size=64x8 stride=63x7 lhs_dilate=64x8}"
+    rows = {row.name: row for row in program.kernels(program.parse(TPU_PROGRAM.replace("WINDOW", window)))}
+    assert rows["fetch"].bytes == 2 * 64 * 100 and rows["part"].bytes == 4 * 2 * 16 * 16 and rows["sum"].bytes == 2 * 64 * 100
+    assert rows["fetch"].beside and rows["part"].beside and not rows["sum"].beside
+    assert rows["product"].flops == 2 * 64 * 8 * 99 * 99 * 32 and rows["product"].bytes == 4 * 64 * 8 * 99 * (32 + 99)
+    moved = sum(row.bytes for row in rows.values()) / (0.85 * device.rate)
+    alone = rows["product"].seconds(device) + rows["sum"].seconds(device)
+    assert program.least_seconds(list(rows.values()), device) == pytest.approx(max(moved, alone))
+
+
 def test_fused_attention_counts_its_products():
     rest = 'custom_call_target="__cudnn$fmhaSoftmax"'
     attention = program.Instruction("a", "(bf16[4,2,6,8]{3,1,2,0})", "custom-call", ("q", "k", "v"), rest, False)

@@ -19,6 +19,7 @@ from maskvit.sharding import (
     batch_sharding,
     check_batch,
     check_replicas,
+    fitting_mesh,
     make_mesh,
     on_each_device,
     parameter_shardings,
@@ -27,7 +28,10 @@ from maskvit.sharding import (
     sharding_block,
     split_over_tensor,
 )
+from maskvit.training import parts
+from maskvit.training.config import experiment
 from tests.meshes import Training, losses
+from tests.runs import make_scenes, small_run
 
 
 @pytest.mark.parametrize("name", ["random", "guided"])
@@ -102,6 +106,28 @@ def test_where_parts_lie():
         "mlp/fc1/kernel": ("fsdp", "tensor"), "mlp/fc2/kernel": ("tensor", "fsdp"), "attn/qkv/kernel": ("tensor", "fsdp"),
         "attn/qkv/bias": (),
     }  # fmt: skip
+
+
+def test_groups_as_small_as_memory_allows():
+    """1 MiB of parameters, two moments, and a teacher: 4 MiB on one device, 1 on each of four; a device keeps half of what it has."""
+    params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    for megabytes, groups in ((8.0, 1), (7.9, 2), (4.0, 2), (3.9, 4), (0.1, 4)):
+        mesh = fitting_mesh((params, {"teacher": params}), megabytes * 2**20, fsdp="auto")
+        assert mesh.shape == {"data": 4 // groups, "fsdp": groups, "tensor": 1}
+    assert fitting_mesh((params, {}), 1.0, fsdp="auto", tensor=2).shape == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert fitting_mesh((params, {}), 1.0, fsdp=2).shape["fsdp"] == 2
+    with pytest.raises(ValueError, match="config.sharding.fsdp is 'all'; it must be a number of devices, 0 for all, or 'auto'"):
+        sharding_block(fsdp="all")
+
+
+def test_a_run_chooses_its_groups(tmp_path, monkeypatch, caplog):
+    """By what the process with the least memory has."""
+    config = small_run(make_scenes(tmp_path), sharding=dict(fsdp="auto"))
+    for limit, groups in ((1e12, 1), (1e3, 4)):
+        monkeypatch.setattr(parts, "least_memory", lambda limit=limit: limit)
+        with caplog.at_level("INFO", "maskvit"):
+            found = parts.build_parts(experiment(**config), None)
+        assert found.mesh.shape["fsdp"] == groups and f"spread over groups of {groups} devices" in caplog.text
 
 
 def test_meshes_that_cannot_be():

@@ -37,7 +37,7 @@ def compile_step(
 
     Free memory differs between processes: the least of all decides, so that all compile the same program.
     """
-    limit = _over_all(memory_limit(), min)
+    limit = least_memory()
     counts = micro_batch_counts(global_batch, micro_batch, devices)
     if before in counts:
         counts = [n for n in counts if n >= before]
@@ -90,6 +90,11 @@ def activation_bytes(model: Any) -> float:
     tokens = 100 if model.remat else 200
     width = 2 if model.compute_dtype == "bfloat16" else 4
     return tokens * 8 * encoder["width"] * (1 if model.remat else encoder["depth"]) * width
+
+
+def least_memory() -> float:
+    """`memory_limit` of the process that has the least. All processes must ask."""
+    return _over_all(memory_limit(), min)
 
 
 def memory_limit() -> float:

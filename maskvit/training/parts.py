@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from maskvit import checkpoints
 from maskvit.core.durations import to_steps
@@ -21,12 +24,14 @@ from maskvit.evaluators import build_evaluators
 from maskvit.objectives import build_objective, resolved_durations
 from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import freeze_block
-from maskvit.sharding import check_batch, make_mesh, sample_devices, sharding_block
+from maskvit.sharding import check_batch, fitting_mesh, make_mesh, sample_devices, sharding_block
 from maskvit.training.best import best_block, check_figure
 from maskvit.training.config import checkpoint_block, data_block, init_block, make_schedule, read_block
-from maskvit.training.microbatches import micro_batch_counts
+from maskvit.training.microbatches import least_memory, micro_batch_counts
 from maskvit.training.profiling import parse_window
 from maskvit.training.spikes import guard_block
+
+LOG = logging.getLogger("maskvit")
 
 
 @dataclass
@@ -64,7 +69,12 @@ def build_parts(config: Mapping[str, Any], profile: str | None) -> Parts:
     base_lr, global_batch = optimizer.pop("base_lr"), config["global_batch"]
     objective = build_objective({key: config[key] for key in ("modalities", "image_size", "objective")})
     specs = {spec.name: spec for spec in objective.model.modalities}
-    mesh = make_mesh(**sharding_block(**config["sharding"] or {}))
+    sharding = sharding_block(**config["sharding"] or {})
+    if sharding["fsdp"] == "auto":
+        mesh = fitting_mesh(jax.eval_shape(objective.init, jax.random.key(0)), least_memory(), **sharding)
+        LOG.info("config.sharding.fsdp is 'auto': the state is spread over groups of %d devices", mesh.shape["fsdp"])
+    else:
+        mesh = make_mesh(**sharding)
     with all_mistakes() as checks:
         with checks.check():
             objective.check()

@@ -11,8 +11,8 @@ from maskvit.core.configuration import look_up
 class Device(NamedTuple):
     """`memory` in bytes, `rate` of that memory in bytes/s, `peak` in dense bfloat16 FLOP/s, `link` to the others in bytes/s (one way).
 
-    `launch`: the least time between two kernels. `smallest`: the topology of a TPU when no other is asked for. `gpu`: what the
-    compiler wants to know of a GPU. `kinds`: how JAX's names of such a device begin.
+    `launch`: the least time between two kernels; a TPU is given a whole program at once. `smallest`: the topology of a TPU when no other
+    is asked for. `gpu`: what the compiler wants to know of a GPU. `kinds`: how JAX's names of such a device begin.
     """
 
     platform: str
@@ -35,9 +35,9 @@ DEVICES = {
     "a100": Device("cuda", 85094105088, 2.039e12, 312e12, 300e9, gpu=_gpu(108, (8, 0), 41943040, 167936, 166912), kinds=("NVIDIA A100",)),
     "h100": Device("cuda", 84929347584, 3.35232e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 52428800, 233472, 232448), kinds=("NVIDIA H100",)),
     "h200": Device("cuda", 150754820096, 4.8e12, 989e12, 450e9, gpu=_gpu(132, (9, 0), 62914560, 233472, 232448), kinds=("NVIDIA H200",)),
-    "v5e": Device("tpu", 16e9, 0.819e12, 197e12, 100e9, smallest="2x2", kinds=("TPU v5 lite", "TPU v5e")),
-    "v5p": Device("tpu", 95e9, 2.765e12, 459e12, 300e9, smallest="2x2x1", kinds=("TPU v5", "TPU v5p")),
-    "v6e": Device("tpu", 32e9, 1.64e12, 918e12, 224e9, smallest="2x2", kinds=("TPU v6 lite", "TPU v6e")),
+    "v5e": Device("tpu", 16e9, 0.819e12, 197e12, 100e9, launch=0.0, smallest="2x2", kinds=("TPU v5 lite", "TPU v5e")),
+    "v5p": Device("tpu", 95e9, 2.765e12, 459e12, 300e9, launch=0.0, smallest="2x2x1", kinds=("TPU v5", "TPU v5p")),
+    "v6e": Device("tpu", 32e9, 1.64e12, 918e12, 224e9, launch=0.0, smallest="2x2", kinds=("TPU v6 lite", "TPU v6e")),
     # A core with AVX-512 and a share of the memory of a server; a name for "this program on CPUs", not for one model.
     "cpu": Device("cpu", 16e9, 20e9, 160e9, 10e9, launch=0.0),
 }

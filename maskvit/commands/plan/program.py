@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What the device is given to do at once, `times` in a step; bytes and FLOPs of one time."""
+    """What the device is given to do at once, `times` in a step; bytes and FLOPs of one time. `beside`: it runs beside others."""
 
     times: int
     op: str
@@ -63,6 +63,7 @@ class Kernel(NamedTuple):
     flops: float
     source: str
     sent: float = 0.0
+    beside: bool = False
 
     def seconds(self, device: Device) -> float:
         """The least that all its times take."""
@@ -105,6 +106,8 @@ def _instruction(line: str) -> Instruction | None:
 
 def parse(text: str) -> Program:
     """The text of a compiled program (`compiled.as_text()`)."""
+    if _TPU in text:
+        text = _ON_CHIP.sub(_HERE, text)
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in text.splitlines():
@@ -119,14 +122,19 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
+# Layouts of TPUs name tiles ("T(8,128)"), and a memory ("S(1)", "S(2)") that is the chip's own: what lies there crosses no bus.
+_TPU, _ON_CHIP, _HERE = ":T(", re.compile(r"S\([12]\)\}"), "ONCHIP}"
+
+
 def shapes_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """(type, axes) of an array, or of each of a tuple."""
     return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape) if kind in _BYTES]
 
 
 def size_of(shape: str) -> float:
-    """Bytes of an array or a tuple."""
-    return sum(_BYTES[kind] * math.prod(axes) for kind, axes in shapes_of(shape))
+    """Bytes of an array or a tuple in the device's large memory."""
+    off_chip = re.sub(r"\w+\[[\d,]*\]\{[^{}]*ONCHIP\}", "", shape) if _HERE in shape else shape
+    return sum(_BYTES[kind] * math.prod(axes) for kind, axes in shapes_of(off_chip))
 
 
 def _axes(shape: str) -> tuple[int, ...]:
@@ -146,7 +154,13 @@ def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
     labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.rest)
     if (op == "convolution" or target.startswith("__cudnn$conv")) and labels and len(operands) > 1:
         features = operands[1][labels.group(1).index("o")]
-        return 2.0 * out * math.prod(operands[1]) / max(features, 1)
+        # TPUs write products of batches as convolutions of an input with gaps: of a window only what meets no gap is multiplied.
+        size, gaps = (re.search(rf"\b{key}=([\dx]+)", instruction.rest) for key in ("size", "lhs_dilate"))
+        share = 1.0
+        if size and gaps:
+            for side, gap in zip(*(map(int, found.group(1).split("x")) for found in (size, gaps)), strict=True):
+                share *= math.ceil(side / gap) / side
+        return 2.0 * out * math.prod(operands[1]) * share / max(features, 1)
     if target.startswith("__cudnn$fmha"):
         (b, queries, heads, width), keys = operands[0], operands[1][1]
         products = 5 if "Backward" in target else 2
@@ -208,6 +222,15 @@ def _sent(instruction: Instruction, size: float) -> float:
     return times.get(_plain(instruction.op), 1.0) * size
 
 
+def _transferred(shape: str, op: str) -> float:
+    """Bytes of "(to, from, context)" of a copy, or "((from), to, context)" of a part, that are read and written in the large memory."""
+    parts = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", shape)
+    if op == "copy-start":
+        return sum(size_of(part) for part in parts[:2])
+    (kind, axes), *_ = shapes_of(parts[-2])
+    return _BYTES[kind] * math.prod(axes) * (float(_HERE not in parts[0]) + float(_HERE not in parts[-2]))
+
+
 def _plain(op: str) -> str:
     return op.removesuffix("-start")
 
@@ -220,7 +243,7 @@ def kernels(program: Program) -> list[Kernel]:
         shapes: dict[str, str] = {}
         for one in program.computations[name]:
             shapes[one.name] = one.shape
-            if one.op in _FREE or one.op.endswith(("-done", "-update")):
+            if one.op in _FREE or one.op.endswith(("-done", "-update")) or one.target == "ConcatBitcast":
                 continue
             if one.op == "while":
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
@@ -234,6 +257,10 @@ def kernels(program: Program) -> list[Kernel]:
                 continue
             if one.op in ("call", "async-start"):
                 walk(one.called("to_apply") or one.called("calls") or "", times)
+                continue
+            if one.op in ("copy-start", "slice-start"):
+                moved = _transferred(one.shape, one.op)
+                rows.append(Kernel(times, one.op, one.name, moved, 0.0, one.source, beside=True))
                 continue
             operands = sum(size_of(shapes.get(operand, "")) for operand in one.operands)
             plain = _plain(one.op)
@@ -265,7 +292,13 @@ _WORK = (
 
 def floor_seconds(text: str, device: Device) -> float:
     """The least time that a compiled program can take on a device, kernel after kernel."""
-    return sum(row.seconds(device) for row in kernels(parse(text)))
+    return least_seconds(kernels(parse(text)), device)
+
+
+def least_seconds(rows: Sequence[Kernel], device: Device) -> float:
+    """One kernel after the other, and no less than the memory takes for all bytes: transfers beside kernels share it with them."""
+    alone = sum(row.seconds(device) for row in rows if not row.beside)
+    return max(alone, sum(row.times * row.bytes for row in rows) / (MEMORY_SHARE * device.rate))
 
 
 def part_of(source: str) -> str:

@@ -22,10 +22,11 @@ def one(
     device, devices = DEVICES[name], make_devices(name, count)
     capability = None if device.gpu is None else float("{}.{}".format(*device.gpu["capability"]))
     compiled = step.compile_step(
-        config, devices, COMPILER_OPTIONS[device.platform], capability=capability, records=records, micro_batches=micro_batches
-    )
+        config, devices, COMPILER_OPTIONS[device.platform], capability=capability, memory=device.memory, records=records,
+        micro_batches=micro_batches,
+    )  # fmt: skip
     rows = program.kernels(program.parse(compiled.text))
-    floor = sum(row.seconds(device) for row in rows)
+    floor = program.least_seconds(rows, device)
     sent = program.collectives(rows)
     per_device, memory = config["global_batch"] / len(devices), compiled.memory
     record = {

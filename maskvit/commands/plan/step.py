@@ -19,7 +19,7 @@ from maskvit.objectives import build_objective
 from maskvit.optim import build_optimizer
 from maskvit.optim.schedules import Cosine
 from maskvit.optim.transforms import freeze_block
-from maskvit.sharding import batch_sharding, check_batch, make_mesh, parameter_shardings, record_rows, replicated, sharding_block
+from maskvit.sharding import batch_sharding, check_batch, fitting_mesh, parameter_shardings, record_rows, replicated, sharding_block
 from maskvit.training.step import init_state, train_step
 
 STEPS = 10_000  # in place of every duration: no arithmetic depends on how long a run is
@@ -70,10 +70,10 @@ def _maps(model: Any, needs: DataNeeds, size: int) -> Any:
 
 
 def compile_step(
-    config: Mapping[str, Any], devices: Sequence[Any], options: Mapping[str, Any], *, capability: float | None, records: int,
-    micro_batches: int,
+    config: Mapping[str, Any], devices: Sequence[Any], options: Mapping[str, Any], *, capability: float | None, memory: float,
+    records: int, micro_batches: int,
 ) -> Compiled:  # fmt: skip
-    """Compile the step of a whole config. `capability`: of the GPUs, None for others; `records`: size of the training data.
+    """Compile the step of a whole config. `capability`: of the GPUs, None for others; `memory`: of a device; `records`: of the data.
 
     Raises ValueError as a run would for a config that cannot work.
     """
@@ -86,9 +86,9 @@ def compile_step(
     objective.check()
     objective = objective.resolve(lambda duration: STEPS)
     views = parse_augment(dict(config["data"].get("augment") or {})).views if objective.needs.views else None
-    mesh = make_mesh(devices, **sharding_block(**config["sharding"] or {}))
+    shapes, beside = jax.eval_shape(objective.init, jax.random.key(0))
+    mesh = fitting_mesh((shapes, beside), memory, devices, **sharding_block(**config["sharding"] or {}))
     check_batch(config["global_batch"], mesh, micro_batches)
-    shapes = jax.eval_shape(lambda key: objective.init(key)[0], jax.random.key(0))
     block = {key: value for key, value in config["optimizer"].items() if key != "base_lr"}
     if block.get("freeze"):
         block["freeze"] = dict(freeze_block(**block["freeze"]), until=STEPS)
