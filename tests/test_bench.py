@@ -78,6 +78,7 @@ def test_measures_every_step_in_turns(records):
         json.dumps(record)
     assert by_name["guided"]["gflop_per_image"] > by_name["random"]["gflop_per_image"]
     assert by_name["random"]["planned_gb"] > 0 and by_name["random"]["resident_peak_gb"] > 0
+    assert by_name["random"]["measured_gb"] is None or 0 < by_name["random"]["measured_gb"] < by_name["random"]["resident_peak_gb"]
     ratios = by_name["guided"]["ratio_to_random"], by_name["random"]["ratio_to_guided"]
     assert ratios[0] * ratios[1] == pytest.approx(1.0, rel=1e-3)
     assert all(step.table_row(record).startswith(record["measurement"]) for record in records)

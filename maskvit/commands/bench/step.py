@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskvit.commands.bench.timing import compiled_gb, device_peak_gb, in_turns, ratio, resident_peak_gb, summary, utilization
+from maskvit.commands.bench.timing import (
+    compiled_gb,
+    device_peak_gb,
+    forget_peak,
+    in_turns,
+    ratio,
+    resident_gb,
+    resident_peak_gb,
+    summary,
+    utilization,
+)
 
 SIZES = ("Ti", "S", "B", "L", "H")
 DTYPES = ("float32", "bfloat16")
@@ -107,6 +117,13 @@ def bench_step(
         holder["loss"] = metrics["loss"][0]
 
     calls: dict[str, Callable[[], None]] = {name: functools.partial(run, name) for name in STEPS}
+    before, measured = resident_gb(), {}
+    for name in STEPS:  # the lightest first: what a step gave back, the process keeps for the next
+        forget_peak()
+        calls[name]()
+        most = resident_gb(peak=True)
+        if before is not None and most is not None:  # the state and the batch are in both
+            measured[name] = most - before + sum(x.nbytes for x in jax.tree.leaves((holder["state"], data))) / 1e9
     in_turns(calls, 0, warmup)
     memory = resident_peak_gb()  # before torch comes in
     others: dict[str, Callable[[], None]] = {}
@@ -131,7 +148,8 @@ def bench_step(
     for name in STEPS:
         flops = objectives[name].flops()
         record = step_record(name, seconds, batch, flops, device, jax.device_count())
-        record |= dict(compile_s=compile_s[name], planned_gb=compiled_gb(compiled[name]), resident_peak_gb=memory)
+        record |= dict(compile_s=compile_s[name], planned_gb=compiled_gb(compiled[name]))
+        record |= dict(measured_gb=measured.get(name), resident_peak_gb=memory)
         record |= floor_record(compiled[name], device.device_kind, record["median_s"])
         records.append({**common, **record, "device_peak_gb": device_peak_gb(device)})
     records += [{**common, **step_record(name, seconds, batch, objective.flops(), device, 1)} for name in others]

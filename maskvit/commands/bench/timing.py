@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -46,6 +47,21 @@ def resident_peak_gb() -> float:
     """The largest main memory this process has held so far, in 1e9 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def resident_gb(peak: bool = False) -> float | None:
+    """The main memory this process holds, or held at most since `forget_peak`, in 1e9 bytes; None where that is not told (not Linux)."""
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")) / 1e9
+    except (OSError, StopIteration):
+        return None
+
+
+def forget_peak() -> None:
+    """Let `resident_gb(peak=True)` begin anew, where the system allows it."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def device_peak_gb(device: Any) -> float | None:
