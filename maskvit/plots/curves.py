@@ -70,13 +70,13 @@ _STYLES = ("-", "--", ":", "-.")
 
 def line_panels(
     panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str | Mapping[str, str] = "epoch", columns: int = 3,
-    logarithmic: Sequence[str] = (),
+    logarithmic: Sequence[str] = (), from_zero: bool = False,
 ) -> bytes:  # fmt: skip
     """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one color throughout.
 
     The mean is over the runs that have a finite value at an x; runs are logged at the same steps. `x`: what the horizontal axes show, by
-    panel where they differ; those among `logarithmic` have a scale of powers of ten. The label "" stands in no legend. Raises
-    ValueError without a panel.
+    panel where they differ; those among `logarithmic` have a scale of powers of ten. `from_zero`: vertical axes begin there. The
+    label "" stands in no legend. Raises ValueError without a panel.
     """
     from matplotlib.figure import Figure
 
@@ -108,11 +108,12 @@ def line_panels(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0) if logarithmic else None)
         shown = x if isinstance(x, str) else x[name]
         axes.set_xlabel(shown, fontsize=9)
         if shown in logarithmic:
             axes.set_xscale("log")
+        if from_zero:
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1)
     drawn.pop("", None)
     figure.legend(
         drawn.values(), drawn.keys(), loc="outside upper left", ncols=min(4, len(labels)), fontsize=9, frameon=False, handlelength=3

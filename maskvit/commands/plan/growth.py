@@ -147,7 +147,7 @@ def draw(result: Mapping[str, Sequence[tuple[float, Any]]], begun: Sequence[tupl
     if begun:
         add("start in seconds by records", "records", [(count, seconds) for count, seconds, _ in begun])
         add("memory of the start in GB by records", "records", [(count, held) for count, _, held in begun])
-    path.write_bytes(curves.line_panels(panels, x=axes, columns=2, logarithmic=("records",)))
+    path.write_bytes(curves.line_panels(panels, x=axes, columns=2, logarithmic=("records",), from_zero=True))
 
 
 def table(result: Mapping[str, Sequence[tuple[float, Any]]]) -> str:
