@@ -381,15 +381,6 @@ def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality]
         raise ValueError(f"{directory}/metadata.json: 'modalities' is {described!r:.80}; a block of fields per modality belongs there")
     if not isinstance(metadata.get("may_lack", []), (list, tuple)):
         raise ValueError(f"{directory}/metadata.json: 'may_lack' is {metadata['may_lack']!r:.80}; a list of modalities belongs there")
-    named = metadata.get("pixel_classes") or {}
-    for name, spec in modalities.items():
-        classes = named.get(name, []) if isinstance(named, dict) else None
-        listed = isinstance(classes, (list, tuple)) and all(isinstance(one, str) for one in classes)
-        if not listed or (classes and len(classes) != spec.num_classes):
-            raise ValueError(
-                f"{directory}/metadata.json: 'pixel_classes' of {name!r} is {classes!r:.80}; a list of the names of "
-                f"{spec.num_classes} classes belongs there"
-            )
     for name, stated in described.items():
         if name not in modalities:
             continue
@@ -402,6 +393,15 @@ def _check_metadata(metadata: dict[str, Any], modalities: Mapping[str, Modality]
             raise ValueError(
                 f"{directory} states {field} = {stated[field]!r} for modality {name!r}, config.modalities.{name}.{field} is {ours!r}: "
                 "set the config to what is stored, or build the data set again"
+            )
+    named = metadata.get("pixel_classes") or {}
+    for name, spec in modalities.items():
+        classes = named.get(name, []) if isinstance(named, dict) else None
+        listed = isinstance(classes, (list, tuple)) and all(isinstance(one, str) for one in classes)
+        if not listed or (classes and len(classes) != spec.num_classes):
+            raise ValueError(
+                f"{directory}/metadata.json: 'pixel_classes' of {name!r} is {classes!r:.80}; a list of the names of "
+                f"{spec.num_classes} classes belongs there"
             )
 
 
