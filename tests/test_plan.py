@@ -197,8 +197,8 @@ def test_points_of_growth():
 
 
 def test_a_start_does_not_grow_with_the_data(tmp_path):
-    (small, _, least), (large, seconds, most) = growth.starts((1000, 3 * 10**6))
-    assert (small, large) == (1000, 3 * 10**6) and most < least + 0.2 and seconds < 60
+    (small, _, least), (large, seconds, most) = growth.starts((1000, 10**7))
+    assert (small, large) == (1000, 10**7) and not most > least + 0.2  # to sort them would take twice that
     record = dict(floor_ms=2.0, state_gb=1.0, temporary_gb=0.5, images_per_s=100.0, kernels=7)
     result = {"batch": [(8, record), (16, record)], "modalities": [(1, record)]}
     growth.draw(result, [(small, 0.1, least), (large, seconds, most)], tmp_path / "growth.png")

@@ -97,6 +97,10 @@ def _target(head: TaskHead, target: str, task: str, hints: Hints, where: str) ->
     return fields
 
 
+def _classifier_rules(task: str, width: int, classes: int) -> list[Rule]:
+    return layer_norm(f"output_adapters.{task}.norm", "norm", width) + linear(f"output_adapters.{task}.head", "head", width, classes)
+
+
 def head_of(objective: Mapping[str, Any]) -> str:
     """Where the parameters of a fine-tuned model's head stand."""
     name: str = objective.get("head", {}).get("name", "linear")
@@ -113,8 +117,7 @@ def writing_rules(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[
             raise ConversionError(f"has the head {head_of(objective)!r}, and MultiMAE classifies with a linear one")
         if pool not in ("all", "global"):
             raise ConversionError(f"classifies by pool = {pool!r}, and MultiMAE by the mean of all tokens or by the global one")
-        found += layer_norm("output_adapters.cls.norm", "norm", width)
-        return found + linear("output_adapters.cls.head", "head", width, objective["num_classes"])
+        return found + _classifier_rules("cls", width, objective["num_classes"])
     name, target = head_of(objective), objective["task"]["target"]
     if name not in LAYOUTS:
         raise ConversionError(f"has the head {name!r}, and for pixels MultiMAE has {', '.join(LAYOUTS)}")
@@ -130,7 +133,5 @@ def rules(source: Source, config: Mapping[str, Any]) -> list[Rule]:
     objective, task = config["objective"], _task(source)
     found, width = multimae.rules(dict(config, objective=dict(objective, outputs=()))), objective["encoder"]["width"]
     if objective["task"]["name"] == "classification":
-        key = f"output_adapters.{task}"
-        found += layer_norm(f"{key}.norm", "norm", width)
-        return found + linear(f"{key}.head", "head", width, objective["task"]["num_classes"])
+        return found + _classifier_rules(task, width, objective["task"]["num_classes"])
     return found + task_head(source, task, Hints(decoder_num_heads=objective["head"].get("heads"))).rules

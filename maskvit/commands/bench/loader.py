@@ -7,22 +7,27 @@ import time
 from typing import Any
 
 
+def stated_modalities(data_dir: str, name: str) -> Any:
+    """rgb, depth and semantic maps with what a prepared data set states of them (class count, code for missing depth)."""
+    from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+    from maskvit.data.sources import STATED, open_builder
+
+    stated = (open_builder(os.path.abspath(os.path.expanduser(data_dir)), name).info.metadata or {}).get("modalities", {})
+    declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
+    return parse_modalities(
+        {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
+    )
+
+
 def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int, resize: str) -> dict[str, Any]:
     """Records per second of the training pipeline: read, decode, crop, flip, batch. The first batch is not timed.
 
     Beside it what each stage takes of one core (milliseconds per record), and how many records a second one core makes by that.
     """
-    from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
     from maskvit.data import open_source
     from maskvit.data.batches import train_batches
-    from maskvit.data.sources import STATED, open_builder
 
-    # What the data set states of itself (class count, code for missing depth) goes before the published declarations.
-    stated = (open_builder(os.path.abspath(os.path.expanduser(data_dir)), name).info.metadata or {}).get("modalities", {})
-    declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
-    modalities = parse_modalities(
-        {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
-    )
+    modalities = stated_modalities(data_dir, name)
     source = open_source("tfds", modalities, name=name, data_dir=data_dir, split=split)
     augment = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=0.5, resize=resize)
     stream = train_batches(source, modalities, (image, image), seed=0, global_batch=batch, augment=augment, workers=workers)

@@ -120,6 +120,7 @@ def grow(
 
     result = growth.grown(plain, one)
     print(growth.table(result))
+    growth.draw(result, (), out / "growth.png")  # what took minutes is there before anything else can fail
     growth.draw(result, growth.starts(), out / "growth.png")
     print(f"plot: {out / 'growth.png'}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import tempfile
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskvit.commands.bench.loader import stated_modalities
+from maskvit.commands.bench.timing import resident_gb
 from maskvit.commands.sweep.cells import overrides
 
 RECORDS = (10**3, 10**4, 10**5, 10**6, 10**7)
@@ -25,11 +28,11 @@ class Point(NamedTuple):
 
 
 def studies(plain: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """{axis: points} of a plain config: half to twice its batch, its image size and so its tokens, its inputs one by one, S, B and L."""
+    """{axis: points} of a plain config: a quarter to twice its batch, other image sizes and so tokens, inputs one by one, S, B and L."""
     objective, size = plain["objective"], plain["image_size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     batch = plain["global_batch"]
-    found = {"batch": [Point({"global_batch": size}, size) for size in (batch // 4, batch // 2, batch, 2 * batch) if size]}
+    found = {"batch": [Point({"global_batch": count}, count) for count in (batch // 4, batch // 2, batch, 2 * batch) if count]}
     patch = max(block.get("patch", 16) for block in plain["modalities"].values())
     sizes = dict.fromkeys(tuple(max(round(side * share / patch), 2) * patch for side in size) for share in (0.5, 0.75, 1, 1.5))
     inputs = tuple(objective.get("inputs") or ("rgb",))
@@ -85,18 +88,15 @@ class Repeated:
 
 
 def start(directory: str, count: int) -> tuple[float, float]:
-    """(Seconds from opened data to the first batch, GB that the process then holds), of `count` records: the scenes in `directory`."""
-    from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
+    """(Seconds from opened data to the first batch, GB that the process held at most), of `count` records: the scenes in `directory`.
+
+    The memory is NaN where the system does not tell it.
+    """
     from maskvit.data import open_source
     from maskvit.data.batches import train_batches
     from maskvit.data.identity import data_identity
-    from maskvit.data.sources import STATED, open_builder
 
-    stated = (open_builder(directory, "").info.metadata or {})["modalities"]
-    specs = parse_modalities(
-        {key: {**fields, **{k: v for k, v in stated[key].items() if k in STATED}} for key, fields in
-         dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG).items()}
-    )  # fmt: skip
+    specs = stated_modalities(directory, "")
     source = Repeated(open_source("tfds", specs, data_dir=directory, split="train"), count)
     began = time.perf_counter()
     data_identity(source)
@@ -106,9 +106,7 @@ def start(directory: str, count: int) -> tuple[float, float]:
         seconds = time.perf_counter() - began
     finally:
         stream.close()
-    with open("/proc/self/status") as lines:  # the most it ever held, in kB
-        most = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return seconds, most / 1e6
+    return seconds, resident_gb(peak=True) or math.nan
 
 
 def starts(counts: Sequence[int] = RECORDS) -> list[tuple[int, float, float]]:
@@ -146,7 +144,8 @@ def draw(result: Mapping[str, Sequence[tuple[float, Any]]], begun: Sequence[tupl
         add(f"memory in GB by {axis}", axis, [(place, record["state_gb"] + record["temporary_gb"]) for place, record in points])
     if begun:
         add("start in seconds by records", "records", [(count, seconds) for count, seconds, _ in begun])
-        add("memory of the start in GB by records", "records", [(count, held) for count, _, held in begun])
+        if known := [(count, held) for count, _, held in begun if math.isfinite(held)]:
+            add("memory of the start in GB by records", "records", known)
     path.write_bytes(curves.line_panels(panels, x=axes, columns=2, logarithmic=("records",), from_zero=True))
 
 
