@@ -63,7 +63,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
   font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 .wide:has(table) { background:
-  linear-gradient(90deg, var(--paper), transparent) left, linear-gradient(270deg, var(--paper), transparent) right,
+  linear-gradient(90deg, var(--paper) 30%, transparent) left, linear-gradient(270deg, var(--paper) 30%, transparent) right,
   linear-gradient(90deg, #0003, transparent) left, linear-gradient(270deg, #0003, transparent) right;
   background-size: 3rem 100%, 3rem 100%, .8rem 100%, .8rem 100%; background-repeat: no-repeat;
   background-attachment: local, local, scroll, scroll; }
