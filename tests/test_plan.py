@@ -117,6 +117,22 @@ def test_a_program_of_a_tpu_by_hand():
     assert program.least_seconds(list(rows.values()), device) == pytest.approx(max(moved, alone))
 
 
+@pytest.mark.parametrize(
+    ("given", "kernel", "result", "window", "labels", "products"),
+    [
+        ((2, 3, 8, 8), (3, 5, 3, 3), (2, 5, 8, 8), "size=3x3 pad=1_1x1_1", "bf01_io01->bf01", 2 * 5 * 3 * 22 * 22),  # of 24 two are padding
+        ((2, 8, 8, 3), (2, 2, 3, 5), (2, 4, 4, 5), "size=2x2 stride=2x2", "b01f_01io->b01f", 2 * 5 * 3 * 8 * 8),
+        # Heads beside each other, as TPUs write them.
+        ((4, 99, 48, 1), (12, 8, 48, 1), (4, 99, 12, 8), "size=1x12 pad=0_0x11_11 rhs_reversal=0x1", "0bf1_1oi0->0b1f", 4 * 99 * 96 * 48),
+        ((2, 9, 3), (3, 3, 5), (2, 5, 5), "size=3 rhs_dilate=2", "b0f_0io->b0f", 2 * 5 * 3 * 5 * 3),
+    ],
+)
+def test_only_what_meets_the_input_is_a_product_of_a_convolution(given, kernel, result, window, labels, products):
+    shapes = {"x": f"f32[{','.join(map(str, given))}]", "w": f"f32[{','.join(map(str, kernel))}]"}
+    shape, rest = f"f32[{','.join(map(str, result))}]", f"window={{{window}}}, dim_labels={labels}"
+    assert program.product_flops(program.Instruction("a", shape, "convolution", ("x", "w"), rest, False), shapes) == 2 * products
+
+
 def test_fused_attention_counts_its_products():
     rest = 'custom_call_target="__cudnn$fmhaSoftmax"'
     attention = program.Instruction("a", "(bf16[4,2,6,8]{3,1,2,0})", "custom-call", ("q", "k", "v"), rest, False)

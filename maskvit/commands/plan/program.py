@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from maskvit.commands.plan.devices import Device
 
 # What real programs reach of the makers' figures at best.
@@ -142,6 +144,28 @@ def _axes(shape: str) -> tuple[int, ...]:
     return found[0][1] if found else ()
 
 
+def _spatial(axes: tuple[int, ...], names: str) -> list[int]:
+    """The sides of a convolution's array along its windows, in their order; `names`: a label per axis, digits for these."""
+    return [axes[names.index(digit)] for digit in sorted(filter(str.isdigit, names))]
+
+
+def _windows(rest: str, count: int) -> list[dict[str, int]]:
+    """Stride, padding in front, gaps in the input and gaps in the window along each of `count` axes."""
+    found = dict(re.findall(r"(\w+)=([-\dx_]+)", text.group(1))) if (text := re.search(r"window=\{([^}]*)\}", rest)) else {}
+    usual = dict(stride="1", lhs_dilate="1", rhs_dilate="1", pad="0_0")
+    values = {key: found[key].split("x") if key in found else [value] * count for key, value in usual.items()}
+    return [{key: int(sides[axis].split("_")[0]) for key, sides in values.items()} for axis in range(count)]
+
+
+def _window_products(given: int, window: int, results: int, how: Mapping[str, int]) -> int:
+    """How many values of an input a convolution multiplies along one axis, over all its results: neither padding nor gaps are any.
+
+    TPUs write products of batches, and of heads beside each other, as convolutions whose windows meet one value and else nothing.
+    """
+    at = np.arange(results)[:, None] * how["stride"] + np.arange(window) * how["rhs_dilate"] - how["pad"]
+    return int(((at >= 0) & (at % how["lhs_dilate"] == 0) & (at // how["lhs_dilate"] < given)).sum())
+
+
 def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
     """FLOPs of one matrix product, convolution, or library kernel that is one; 0 of anything else."""
     op, target = instruction.op, instruction.target
@@ -151,16 +175,11 @@ def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
         contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[\[{]([\d",\s]*)[\]}]', instruction.rest)
         axes = [int(d) for d in re.findall(r"\d+", contracted.group(1))] if contracted else []
         return 2.0 * out * math.prod(operands[0][axis] for axis in axes)
-    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.rest)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if (op == "convolution" or target.startswith("__cudnn$conv")) and labels and len(operands) > 1:
-        features = operands[1][labels.group(1).index("o")]
-        # TPUs write products of batches as convolutions of an input with gaps: of a window only what meets no gap is multiplied.
-        size, gaps = (re.search(rf"\b{key}=([\dx]+)", instruction.rest) for key in ("size", "lhs_dilate"))
-        share = 1.0
-        if size and gaps:
-            for side, gap in zip(*(map(int, found.group(1).split("x")) for found in (size, gaps)), strict=True):
-                share *= math.ceil(side / gap) / side
-        return 2.0 * out * math.prod(operands[1]) * share / max(features, 1)
+        sides = [_spatial(axes, names) for axes, names in zip((*operands[:2], _axes(instruction.shape)), labels.groups(), strict=True)]
+        steps = math.prod(_window_products(*side) for side in zip(*sides, _windows(instruction.rest, len(sides[0])), strict=True))
+        return 2.0 * out / max(math.prod(sides[2]), 1) * operands[1][labels.group(2).index("i")] * steps
     if target.startswith("__cudnn$fmha"):
         (b, queries, heads, width), keys = operands[0], operands[1][1]
         products = 5 if "Backward" in target else 2
