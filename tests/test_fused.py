@@ -12,7 +12,7 @@ import pytest
 
 from maskvit.core.types import Batch
 from maskvit.nn import attention
-from maskvit.nn.attention import attend, attention_kernel, evened, fused_attend
+from maskvit.nn.attention import attend, attention_kernel, evened, fitting_kernel, fused_attend, kernel_at, splash_attend
 from maskvit.nn.layers import LayerNorm, apply, gelu
 from maskvit.objectives import build_objective
 
@@ -61,6 +61,31 @@ def test_a_mask_takes_plain_attention(monkeypatch):
     monkeypatch.setattr(attention, "fused_attend", lambda *_: pytest.fail("a fused kernel was given a mask"))
     q, mask = tokens(2, 5, 24), jnp.array([[True] * 5, [True, False, True, False, True]])
     np.testing.assert_array_equal(attend(q, q, q, 3, mask, "cudnn"), attend(q, q, q, 3, mask))
+
+
+@pytest.mark.parametrize(("queries", "keys", "masked"), [(130, 261, False), (257, 257, True), (5, 900, False)])
+def test_splash_attention_is_attention(queries, keys, masked, monkeypatch):
+    """By JAX's interpreter of TPU kernels: outputs and gradients; numbers that no block divides, several blocks, a mask."""
+    monkeypatch.setattr(attention, "splash_attend", functools.partial(splash_attend, interpret=True))
+    q, k, v = tokens(2, queries, 128), tokens(2, keys, 128, seed=1), tokens(2, keys, 128, seed=2)
+    mask = jax.random.bernoulli(jax.random.key(4), 0.6, (2, keys)) if masked else None
+    weights = tokens(2, queries, 128, seed=3)
+
+    def loss(q, k, v, kernel):
+        out = attend(q, k, v, 2, mask, kernel)
+        return (out * weights).sum(), out
+
+    both = [jax.jit(jax.value_and_grad(functools.partial(loss, kernel=kernel), (0, 1, 2), has_aux=True)) for kernel in ("splash", "plain")]
+    found, plain = (function(q, k, v) for function in both)
+    np.testing.assert_allclose(found[0][1], plain[0][1], rtol=2e-5, atol=2e-6)
+    for ours, other in zip(found[1], plain[1], strict=True):
+        np.testing.assert_allclose(ours, other, rtol=2e-5, atol=2e-6)
+    assert not np.array_equal(found[0][1], plain[0][1])  # it was another computation
+
+
+def test_splash_attention_is_for_many_keys_and_wide_heads():
+    assert [kernel_at("splash", *case) for case in ((256, 64), (255, 64), (256, 32))] == ["splash", "plain", "plain"]
+    assert kernel_at("cudnn", 4, 8) == "cudnn" and kernel_at("plain", 999, 64) == "plain"
 
 
 MODALITIES = dict(
@@ -114,6 +139,7 @@ def test_which_kernel_is_chosen(monkeypatch):
     assert attention_kernel("auto", "bfloat16") == "cudnn" and attention_kernel("auto", "float32") == "plain"
     Gpu.compute_capability = "8.0"
     assert attention_kernel("auto", "bfloat16") == "plain"
+    assert fitting_kernel("tpu", None, "bfloat16") == "splash" and fitting_kernel("tpu", None, "float32") == "plain"
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-6), ("bfloat16", 1e-2)])

@@ -109,9 +109,10 @@ def test_a_program_of_a_tpu_by_hand():
     """What lies on the chip crosses no bus; fetching runs beside the rest; a product of batches is no convolution of them all."""
     device, window = devices.DEVICES["v5e"], "window={size=64x8 stride=63x7 lhs_dilate=64x8}"
     rows = {row.name: row for row in program.kernels(program.parse(TPU_PROGRAM.replace("WINDOW", window)))}
-    assert rows["fetch"].bytes == 2 * 64 * 100 and rows["part"].bytes == 4 * 2 * 16 * 16 and rows["sum"].bytes == 2 * 64 * 100
+    assert rows["fetch"].bytes == 2 * 64 * 128 and rows["part"].bytes == 4 * 2 * 16 * 128 and rows["sum"].bytes == 2 * 64 * 128
     assert rows["fetch"].beside and rows["part"].beside and not rows["sum"].beside
-    assert rows["product"].flops == 2 * 64 * 8 * 99 * 99 * 32 and rows["product"].bytes == 4 * 64 * 8 * 99 * (32 + 99)
+    assert rows["product"].flops == 2 * 64 * 8 * 99 * 99 * 32
+    assert rows["product"].bytes == 4 * 64 * 8 * (128 * 104 + 128 * 104)  # 32 columns take a tile of 128, and 99 rows 13 of 8
     moved = sum(row.bytes for row in rows.values()) / (0.85 * device.rate)
     alone = rows["product"].seconds(device) + rows["sum"].seconds(device)
     assert program.least_seconds(list(rows.values()), device) == pytest.approx(max(moved, alone))
@@ -140,6 +141,21 @@ def test_fused_attention_counts_its_products():
     assert program.product_flops(attention, shapes) == 2 * 2 * 4 * 2 * 6 * 10 * 8
     backward = attention._replace(rest='custom_call_target="__cudnn$fmhaSoftmaxBackward"')
     assert program.product_flops(backward, shapes) == 2.5 * program.product_flops(attention, shapes)
+
+
+def test_splash_attention_counts_its_products():
+    rest = 'custom_call_target="tpu_custom_call"'
+    forward = program.Instruction("splash_mha_fwd_segmented.2", "bf16[4,2,6,8]", "custom-call", ("mask", "q", "k", "v", "ids"), rest, False)
+    shapes = dict(mask="s8[1,1,1]", q="bf16[4,2,6,8]", k="bf16[4,2,10,8]", v="bf16[4,2,10,8]", ids="s32[4,8,10]")
+    assert program.product_flops(forward, shapes) == 2 * 2 * 4 * 2 * 6 * 10 * 8
+    backward = forward._replace(name="splash_mha_dkv_segmented.1")
+    assert program.product_flops(backward, shapes) == 2.5 * program.product_flops(forward, shapes)
+
+
+def test_arrays_lie_in_whole_tiles_on_tpus():
+    assert program.size_of("bf16[64,12,640,64]{3,2,1,0:T(8,128)(2,1)}") == 2 * 64 * 12 * 640 * 128
+    assert program.size_of("(f32[3,5]{0,1:T(8,128)}, f32[7]{0:T(1024)}, u32[]{:T(128)S(2)})") == 4 * (128 * 8 + 1024 + 1)
+    assert program.size_of("f32[64,99]{1,0}") == 4 * 64 * 99
 
 
 def test_rows_by_the_names_that_jax_gives():

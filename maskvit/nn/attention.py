@@ -32,34 +32,56 @@ def attention_weights(
     return jax.nn.softmax(logits, axis=-1)
 
 
-# What computes attention: "plain" is matrix products and a softmax, of any shape and on any device; "cudnn" cuDNN's fused kernel.
-KERNELS = ("plain", "cudnn")
+# What computes attention: "plain" is matrix products and a softmax, of any shape and on any device; "cudnn" cuDNN's fused kernel, of
+# GPUs; "splash" the one that JAX ships for TPUs.
+KERNELS = ("plain", "cudnn", "splash")
+
+# By compiled programs for a v5e of ViT-B in bfloat16, splash attention takes longer than plain attention at 99 and 197 tokens (whose
+# weights stay on the chip), and two thirds of its time at 589. Heads narrower than 64 fill too little of the tiles that lie in memory.
+SPLASH_TOKENS, SPLASH_WIDTH = 256, 64
+# Rows and columns of its blocks come in multiples of this, and at most so many fit on the chip in the backward pass.
+_SPLASH_LANES, _SPLASH_BLOCK = 128, 768
 
 
 def attention_kernel(wanted: str, compute_dtype: str) -> str:
-    """One of `KERNELS` for `config.objective.attention`: "auto" is cuDNN's for bfloat16 on GPUs of compute capability 9 and more.
+    """One of `KERNELS` for `config.objective.attention`: "auto" is `fitting_kernel` of the devices that there are.
 
-    On older ones it is reported to be slower than plain attention at the lengths of ViTs. Raises ValueError for an unknown name, or
-    for "cudnn" in float32, which it does not compute.
+    Raises ValueError for an unknown name, or for a fused kernel in float32.
     """
     if wanted not in ("auto", *KERNELS):
         raise ValueError(f"config.objective.attention is {wanted!r}; known: auto, {', '.join(KERNELS)}")
-    if wanted == "cudnn" and compute_dtype != "bfloat16":
-        raise ValueError(f"config.objective.attention is 'cudnn', which is for compute_dtype 'bfloat16', not {compute_dtype!r}: use 'auto'")
+    if wanted not in ("auto", "plain") and compute_dtype != "bfloat16":
+        needs = "which is for compute_dtype 'bfloat16'"
+        raise ValueError(f"config.objective.attention is {wanted!r}, {needs}, not {compute_dtype!r}: use 'auto'")
     if wanted != "auto":
         return wanted
-    if compute_dtype != "bfloat16" or jax.default_backend() != "gpu":
+    return fitting_kernel(jax.default_backend(), getattr(jax.local_devices()[0], "compute_capability", None), compute_dtype)
+
+
+def fitting_kernel(platform: str, capability: float | str | None, compute_dtype: str) -> str:
+    """The fused kernel of a device in bfloat16, else "plain": splash on TPUs, cuDNN's on GPUs of compute capability 9 and more.
+
+    On older GPUs cuDNN's is reported to be slower than plain attention at the lengths of ViTs.
+    """
+    if compute_dtype != "bfloat16":
         return "plain"
-    return "cudnn" if float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9 else "plain"
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform == "gpu" and float(capability or 0) >= 9 else "plain"
+
+
+def kernel_at(kernel: str, keys: int, width: int) -> str:
+    """What computes attention over so many keys with heads that wide: splash attention is for many, and for wide ones."""
+    return "plain" if kernel == "splash" and (keys < SPLASH_TOKENS or width < SPLASH_WIDTH) else kernel
 
 
 def evened(x: Float[Array, "b n d"], kernel: str) -> tuple[Float[Array, "b e d"], Int[Array, " b"] | None]:
-    """The tokens, with one of zeros behind them where `kernel` wants an even number and theirs is odd, and then their true number.
+    """The tokens, with one of zeros behind them where cuDNN computes and their number is odd, and then their true number.
 
     Done once in front of a stack of blocks: in every block it would be a copy of queries, keys and values and of their gradients.
     """
     b, n, _ = x.shape
-    if kernel == "plain" or n % 2 == 0:
+    if kernel != "cudnn" or n % 2 == 0:
         return x, None
     return jnp.pad(x, ((0, 0), (0, 1), (0, 0))), jnp.full((b,), n, jnp.int32)
 
@@ -93,6 +115,54 @@ def fused_attend(
     return by_tensor_group(of_heads, (q, k, v), (queries, keys))
 
 
+def _blocks(tokens: int) -> tuple[int, int]:
+    """(Tokens with padding, tokens of a block) of splash attention: as few blocks as fit on the chip, of as few tokens as hold all."""
+    count = -(-tokens // _SPLASH_BLOCK)
+    block = -(-tokens // (count * _SPLASH_LANES)) * _SPLASH_LANES
+    return count * block, block
+
+
+def splash_attend(
+    q: Float[Array, "b q d"],
+    k: Float[Array, "b n d"],
+    v: Float[Array, "b n d"],
+    heads: int,
+    mask: Bool[Array, "b n"] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "b q d"]:
+    """What `attend` gives, by the attention kernel that JAX ships for TPUs: logits and weights stay on the chip.
+
+    `interpret`: by JAX's interpreter of such kernels, on any device; slow.
+    """
+    # Loaded where it is used: it takes a second, and there is none of it in a run on another device.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    (rows, row_block), (columns, column_block) = _blocks(q.shape[1]), _blocks(k.shape[1])
+    width = q.shape[2] // heads
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=row_block, block_kv=column_block, block_kv_compute=column_block, block_q_dkv=row_block, block_kv_dkv=column_block,
+        block_kv_dkv_compute=column_block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    there = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    absent = jnp.pad(~there, ((0, 0), (0, columns - k.shape[1])), constant_values=True).astype(jnp.int32)
+
+    def of_heads(q: Array, k: Array, v: Array, absent: Array) -> Array:
+        parts = q.shape[2] // width
+        everywhere = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((rows, columns))] * parts)
+        kernel = splash_attention_kernel.make_splash_mha_single_device(everywhere, block_sizes=sizes, interpret=interpret)
+        padded = (jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0))) for x, length in ((q, rows), (k, columns), (v, columns)))
+        queries, keys, values = (split_heads(x, parts) for x in padded)
+
+        def of_sample(q: Array, k: Array, v: Array, absent: Array) -> Array:
+            segments = splash_attention_kernel.SegmentIds(q=jnp.zeros((rows,), jnp.int32), kv=absent)
+            return kernel(q, k, v, segment_ids=segments)
+
+        out = jax.vmap(of_sample)(queries * width**-0.5, keys, values, absent)
+        return out.transpose(0, 2, 1, 3).reshape(q.shape[0], rows, -1)[:, : q.shape[1]].astype(v.dtype)
+
+    return by_tensor_group(of_heads, (q, k, v), (absent,))
+
+
 def attend(
     q: Float[Array, "b q d"],
     k: Float[Array, "b n d"],
@@ -105,10 +175,12 @@ def attend(
 ) -> Float[Array, "b q d"]:
     """Multi-head attention on projected tokens; `mask` as in `attention_weights`.
 
-    `kernel`: one of `KERNELS`. With a mask it is the plain one: a fused kernel would take a mask as a bias of full size. `queries`,
+    `kernel`: one of `KERNELS`. With a mask cuDNN's gives way to the plain one: it would take the mask as a bias of full size. `queries`,
     `keys`: as in `fused_attend`, where the caller has made their numbers even.
     """
     q, k, v = (split_over_tensor(x, 2, heads) for x in (q, k, v))
+    if kernel_at(kernel, k.shape[1], k.shape[2] // heads) == "splash":
+        return splash_attend(q, k, v, heads, mask)
     if kernel == "cudnn" and mask is None:
         n = q.shape[1]
         if n % 2:
@@ -144,7 +216,7 @@ class SelfAttention(nn.Module):
 
     def _projected(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n d"]]:
         """Queries, keys, values."""
-        if self.kernel == "plain" and tensor_devices() == 1:
+        if kernel_at(self.kernel, x.shape[1], self.width // self.heads) == "plain" and tensor_devices() == 1:
             return jnp.split(self.qkv(x), 3, axis=-1)
         # A fused kernel wants each by itself: three products write them there, where one would be cut up by a copy. And heads are
         # dealt out of each.
@@ -187,7 +259,7 @@ class CrossAttention(nn.Module):
         if mask is None:
             context, length = evened(context, self.kernel)
         kv = Dense(2 * self.width, self.dtype, xavier_uniform(parts=self.kv_parts), parts=self.heads, name="kv")
-        if self.kernel == "plain" and tensor_devices() == 1:
+        if kernel_at(self.kernel, context.shape[1], self.width // self.heads) == "plain" and tensor_devices() == 1:
             k, v = jnp.split(kv(context), 2, axis=-1)
         else:  # each by itself, as in `SelfAttention`
             k, v = (kv(context, columns=slice(i * self.width, (i + 1) * self.width)) for i in range(2))

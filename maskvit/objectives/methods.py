@@ -67,8 +67,8 @@ def masked_autoencoder(
     arguments}; by default random scores under a Dirichlet budget. `guided_share`, `loss_weight`, `predicted`: the fields of
     `GuidedShare`, `LossWeight`, `Predicted`. `final_norm`, `num_classes`, `pool`:
     of imported encoders; one without `outputs` gives features and guidance and cannot be trained.
-    `attention`: what computes it, "plain", "cudnn" or "auto" (`maskvit.nn.attention.attention_kernel`). `remat`: False, True, "dots"
-    or "offload" (`maskvit.nn.encoder.REMAT`).
+    `attention`: what computes it, "plain", "cudnn", "splash" or "auto" (`maskvit.nn.attention.attention_kernel`). `remat`: False,
+    True, "dots" or "offload" (`maskvit.nn.encoder.REMAT`).
     """
     check_inputs(modalities, inputs)
     check_outputs(modalities, outputs)

@@ -244,7 +244,7 @@ def supervised(
     `inputs`: what the encoder is shown; `read_from`: whose tokens a dense head reads, by default the first input's.
     `final_norm`: whether the pretrained encoder's last norm follows on every token that a head reads; "linear" always has one.
     `encoder`, `num_global_tokens`, `positions`: as the encoder was pretrained.
-    `attention`: what computes it, "plain", "cudnn" or "auto" (`maskvit.nn.attention.attention_kernel`).
+    `attention`: what computes it, "plain", "cudnn", "splash" or "auto" (`maskvit.nn.attention.attention_kernel`).
     """
     check_inputs(modalities, inputs)
     if not 0 <= drop_path < 1:

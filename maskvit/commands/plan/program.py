@@ -109,7 +109,7 @@ def _instruction(line: str) -> Instruction | None:
 def parse(text: str) -> Program:
     """The text of a compiled program (`compiled.as_text()`)."""
     if _TPU in text:
-        text = _ON_CHIP.sub(_HERE, text)
+        text = _ON_CHIP.sub(_HERE + "}", text)
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in text.splitlines():
@@ -125,7 +125,7 @@ def parse(text: str) -> Program:
 
 
 # Layouts of TPUs name tiles ("T(8,128)"), and a memory ("S(1)", "S(2)") that is the chip's own: what lies there crosses no bus.
-_TPU, _ON_CHIP, _HERE = ":T(", re.compile(r"S\([12]\)\}"), "ONCHIP}"
+_TPU, _ON_CHIP, _HERE = ":T(", re.compile(r"S\([12]\)\}"), "ONCHIP"
 
 
 def shapes_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -134,9 +134,24 @@ def shapes_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def size_of(shape: str) -> float:
-    """Bytes of an array or a tuple in the device's large memory."""
-    off_chip = re.sub(r"\w+\[[\d,]*\]\{[^{}]*ONCHIP\}", "", shape) if _HERE in shape else shape
-    return sum(_BYTES[kind] * math.prod(axes) for kind, axes in shapes_of(off_chip))
+    """Bytes of an array or a tuple in the device's large memory; on TPUs in whole tiles, which is how they lie there and are fetched."""
+    return sum(size for size, here in _sizes(shape) if not here)
+
+
+def _sizes(shape: str) -> list[tuple[float, bool]]:
+    """(Bytes, whether it lies on the chip) of an array, or of each of a tuple."""
+    found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?", shape)
+    return [(_BYTES[kind] * math.prod(_tiled(dims, layout)), layout.endswith(_HERE)) for kind, dims, layout in found if kind in _BYTES]
+
+
+def _tiled(dims: str, layout: str) -> list[int]:
+    """The axes of an array, the last ones of its layout rounded up to whole tiles: "64,12,640,64" in "3,2,1,0:T(8,128)" ends in 128."""
+    axes = [int(d) for d in dims.split(",") if d]
+    order, _, tiles = layout.partition(":")
+    if (tile := re.match(r"T\(([\d,]+)\)", tiles)) and axes:
+        for axis, side in zip(map(int, order.split(",")), reversed([int(d) for d in tile.group(1).split(",")]), strict=False):
+            axes[axis] = -(-axes[axis] // side) * side
+    return axes
 
 
 def _axes(shape: str) -> tuple[int, ...]:
@@ -184,6 +199,9 @@ def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
         (b, queries, heads, width), keys = operands[0], operands[1][1]
         products = 5 if "Backward" in target else 2
         return 2.0 * products * b * heads * queries * keys * width
+    if target == "tpu_custom_call" and instruction.name.startswith("splash_mha"):
+        (b, heads, queries, width), (_, _, keys, _) = [axes for axes in operands if len(axes) == 4][:2]
+        return 2.0 * (5 if "dkv" in instruction.name else 2) * b * heads * queries * keys * width
     return 0.0
 
 
@@ -246,8 +264,7 @@ def _transferred(shape: str, op: str) -> float:
     parts = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", shape)
     if op == "copy-start":
         return sum(size_of(part) for part in parts[:2])
-    (kind, axes), *_ = shapes_of(parts[-2])
-    return _BYTES[kind] * math.prod(axes) * (float(_HERE not in parts[0]) + float(_HERE not in parts[-2]))
+    return _sizes(parts[-2])[0][0] * (float(_HERE not in parts[0]) + float(_HERE not in parts[-2]))
 
 
 def _plain(op: str) -> str:

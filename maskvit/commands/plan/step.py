@@ -13,7 +13,7 @@ import numpy as np
 
 from maskvit.core.types import Batch, DataNeeds, Record
 from maskvit.data.augment.settings import parse_augment
-from maskvit.nn.attention import attention_kernel
+from maskvit.nn.attention import attention_kernel, fitting_kernel
 from maskvit.nn.backbone import frozen_mask
 from maskvit.objectives import build_objective
 from maskvit.optim import build_optimizer
@@ -79,8 +79,8 @@ def compile_step(
     """
     objective_block = dict(config["objective"])
     if objective_block.get("attention", "auto") == "auto":  # "auto" would look at the devices of this machine
-        fused = capability is not None and capability >= 9 and objective_block.get("compute_dtype") == "bfloat16"
-        objective_block["attention"] = "cudnn" if fused else "plain"
+        platform = "gpu" if capability is not None else devices[0].platform
+        objective_block["attention"] = fitting_kernel(platform, capability, objective_block.get("compute_dtype", "float32"))
     attention = attention_kernel(objective_block["attention"], objective_block.get("compute_dtype", "float32"))
     objective = build_objective({"modalities": config["modalities"], "image_size": config["image_size"], "objective": objective_block})
     objective.check()
