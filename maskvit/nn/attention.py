@@ -36,8 +36,8 @@ def attention_weights(
 # GPUs; "splash" the one that JAX ships for TPUs.
 KERNELS = ("plain", "cudnn", "splash")
 
-# By compiled programs for a v5e of ViT-B in bfloat16, splash attention takes longer than plain attention at 99 and 197 tokens (whose
-# weights stay on the chip), and two thirds of its time at 589. Heads narrower than 64 fill too little of the tiles that lie in memory.
+# By compiled programs for a v5e of ViT-B in bfloat16, splash attention takes longer than plain attention at 99 tokens (whose weights
+# stay on the chip), as long at 197, and 0.6 of it at 589. Heads narrower than 64 fill too little of the tiles that lie in memory.
 SPLASH_TOKENS, SPLASH_WIDTH = 256, 64
 # Rows and columns of its blocks come in multiples of this, and at most so many fit on the chip in the backward pass.
 _SPLASH_LANES, _SPLASH_BLOCK = 128, 768
