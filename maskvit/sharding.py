@@ -135,6 +135,11 @@ def batch_devices() -> int:
     return math.prod(mesh.shape[axis] for axis in SAMPLES if axis in mesh.manual_axes)
 
 
+def on_own_samples() -> bool:
+    """Whether what is being traced is what each device does by itself with its own samples, as in `on_each_device`."""
+    return set(SAMPLES) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def mean_over_devices(x: Array) -> Array:
     """The mean over the devices of `batch_devices`; `x` itself where there are none.
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from maskvit.core.types import Batch
 from maskvit.nn import attention
 from maskvit.nn.attention import attend, attention_kernel, evened, fitting_kernel, fused_attend, kernel_at, splash_attend
 from maskvit.nn.layers import LayerNorm, apply, gelu
 from maskvit.objectives import build_objective
+from maskvit.sharding import make_mesh
 
 XLA = functools.partial(fused_attend, implementation="xla")
 
@@ -75,15 +77,22 @@ def test_splash_attention_is_attention(queries, keys, masked, monkeypatch):
         out = attend(q, k, v, 2, mask, kernel)
         return (out * weights).sum(), out
 
-    both = [jax.jit(jax.value_and_grad(functools.partial(loss, kernel=kernel), (0, 1, 2), has_aux=True)) for kernel in ("splash", "plain")]
-    found, plain = (function(q, k, v) for function in both)
+    def by_itself(function):
+        whole = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec())
+        return jax.shard_map(function, mesh=make_mesh(jax.devices()[:1]), **whole, check_vma=False)
+
+    both = [jax.value_and_grad(functools.partial(loss, kernel=kernel), (0, 1, 2), has_aux=True) for kernel in ("splash", "plain")]
+    found, plain = (jax.jit(by_itself(function))(q, k, v) for function in both)
     np.testing.assert_allclose(found[0][1], plain[0][1], rtol=2e-5, atol=2e-6)
     for ours, other in zip(found[1], plain[1], strict=True):
         np.testing.assert_allclose(ours, other, rtol=2e-5, atol=2e-6)
     assert not np.array_equal(found[0][1], plain[0][1])  # it was another computation
 
 
-def test_splash_attention_is_for_many_keys_and_wide_heads():
+def test_splash_attention_is_for_many_keys_and_wide_heads(monkeypatch):
+    """And for what each device does with its own samples."""
+    assert kernel_at("splash", 256, 64) == "plain"
+    monkeypatch.setattr(attention, "on_own_samples", lambda: True)
     assert [kernel_at("splash", *case) for case in ((256, 64), (255, 64), (256, 32))] == ["splash", "plain", "plain"]
     assert kernel_at("cudnn", 4, 8) == "cudnn" and kernel_at("plain", 999, 64) == "plain"
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from maskvit.nn.layers import Dense, xavier_uniform
-from maskvit.sharding import by_tensor_group, split_over_tensor, tensor_devices
+from maskvit.sharding import by_tensor_group, on_own_samples, split_over_tensor, tensor_devices
 
 
 def split_heads(x: Float[Array, "b n d"], heads: int) -> Float[Array, "b a n e"]:
@@ -71,8 +71,13 @@ def fitting_kernel(platform: str, capability: float | str | None, compute_dtype:
 
 
 def kernel_at(kernel: str, keys: int, width: int) -> str:
-    """What computes attention over so many keys with heads that wide: splash attention is for many, and for wide ones."""
-    return "plain" if kernel == "splash" and (keys < SPLASH_TOKENS or width < SPLASH_WIDTH) else kernel
+    """What computes attention over so many keys with heads that wide: splash attention is for many, and for wide ones.
+
+    And for what a device does by itself, which is all of a training step but the guidance's own learning: the compiler cannot divide
+    such a kernel among devices.
+    """
+    fits = keys >= SPLASH_TOKENS and width >= SPLASH_WIDTH and on_own_samples()
+    return "plain" if kernel == "splash" and not fits else kernel
 
 
 def evened(x: Float[Array, "b n d"], kernel: str) -> tuple[Float[Array, "b e d"], Int[Array, " b"] | None]:
