@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from maskvit.core.types import TokenLayout
 from maskvit.masking.plan import present_counts
 
+Count = int | Int[Array, ""]  # traced, one compiled program serves every number of visible tokens
+
 
 def _as_alphas(alphas: float | tuple[float, ...], layout: TokenLayout) -> Float[Array, " m"]:
     modalities = len(layout.names)
@@ -23,7 +25,7 @@ def _as_alphas(alphas: float | tuple[float, ...], layout: TokenLayout) -> Float[
 
 
 def _spend_shares(
-    keys: Key[Array, " b"], shares: Float[Array, "b m"], layout: TokenLayout, num_visible: int, sizes: Int[Array, "b m"]
+    keys: Key[Array, " b"], shares: Float[Array, "b m"], layout: TokenLayout, num_visible: Count, sizes: Int[Array, "b m"]
 ) -> Int[Array, "b m"]:
     """Shares of `num_visible` to whole counts that add up to it, as the MultiMAE reference does.
 
@@ -48,7 +50,7 @@ def _spend_shares(
 
 
 def _dirichlet(
-    keys: Key[Array, " b"], layout: TokenLayout, num_visible: int, present: Bool[Array, "b n"] | None, alphas: Float[Array, " m"]
+    keys: Key[Array, " b"], layout: TokenLayout, num_visible: Count, present: Bool[Array, "b n"] | None, alphas: Float[Array, " m"]
 ) -> Int[Array, "b m"]:
     sizes = present_counts(layout, present, keys.shape[0])
     both = jax.vmap(jax.random.split)(keys)
@@ -61,7 +63,7 @@ def _dirichlet(
 def dirichlet_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
-    num_visible: int,
+    num_visible: Count,
     present: Bool[Array, "b n"] | None = None,
     scores: Float[Array, "b n"] | None = None,
     averages: Float[Array, " m"] | None = None,
@@ -96,7 +98,7 @@ def moved_averages(
 def adaptive_dirichlet_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
-    num_visible: int,
+    num_visible: Count,
     present: Bool[Array, "b n"] | None = None,
     scores: Float[Array, "b n"] | None = None,
     averages: Float[Array, " m"] | None = None,
@@ -118,7 +120,7 @@ def adaptive_dirichlet_budget(
 def uniform_subsets_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
-    num_visible: int,
+    num_visible: Count,
     present: Bool[Array, "b n"] | None = None,
     scores: Float[Array, "b n"] | None = None,
     averages: Float[Array, " m"] | None = None,
@@ -145,7 +147,7 @@ def uniform_subsets_budget(
 def equal_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
-    num_visible: int,
+    num_visible: Count,
     present: Bool[Array, "b n"] | None = None,
     scores: Float[Array, "b n"] | None = None,
     averages: Float[Array, " m"] | None = None,
@@ -186,7 +188,7 @@ def fixed_budget(
 def joint_budget(
     keys: Key[Array, " b"],
     layout: TokenLayout,
-    num_visible: int,
+    num_visible: Count,
     present: Bool[Array, "b n"] | None = None,
     scores: Float[Array, "b n"] | None = None,
     averages: Float[Array, " m"] | None = None,

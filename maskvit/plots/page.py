@@ -43,7 +43,7 @@ class Section(NamedTuple):
     blocks: Sequence[Prose | Table | Figure | Commands]
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; }
 :root { --paper: #ffffff; --ink: #1c2026; --faint: #5c6570; --line: #dfe3e8; --panel: #f5f7f9; --accent: #2f6fb5; }
 @media (prefers-color-scheme: dark) {
@@ -127,7 +127,7 @@ def html_page(title: str, sections: Sequence[Section], summary: str = "") -> str
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <header><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p><nav>{links}</nav></header>

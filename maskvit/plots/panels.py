@@ -74,19 +74,26 @@ def _tile_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     return round(width * tall / height), tall
 
 
-def tile_grid(tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "", heat_bar: bool = False) -> bytes:
-    """Labeled pictures in rows of `columns`, as PNG; with `heat_bar` the legend of `heat_overlay` below them."""
+def tile_grid(
+    tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "", heat_bar: bool = False, bar: tuple[str, str] | None = None
+) -> bytes:
+    """Labeled pictures in rows of `columns`, as PNG; with `heat_bar` the legend of `heat_overlay` below them.
+
+    `bar`: words at both ends of that legend, where they are not about attention and a scale of each tile's own.
+    """
+    if heat_bar and bar is None:
+        bar = "least attention", "most (each tile for itself)"
     wide, tall = _tile_size([picture.shape for _, picture in tiles])
     rows, gap, label, top = math.ceil(len(tiles) / columns), 12, 24, 44 if title else 12
     width = max(columns * (wide + gap) + gap, 420)
-    sheet = _Sheet(width, top + rows * (tall + label + gap) + (28 if heat_bar else 0))
+    sheet = _Sheet(width, top + rows * (tall + label + gap) + (28 if bar else 0))
     sheet.text((gap, 14), title, 18)
     for index, (name, picture) in enumerate(tiles):
         x, y = gap + index % columns * (wide + gap), top + index // columns * (tall + label + gap)
         sheet.text((x, y + label - 7), name, 15, INK, "ls")
         sheet.tile((x, y + label), picture, (wide, tall))
-    if heat_bar:
-        sheet.heat_bar((gap + 110, sheet.image.height - 24), 160, "least attention", "most (each tile for itself)")
+    if bar:
+        sheet.heat_bar((gap + 20 + 6 * len(bar[0]), sheet.image.height - 24), 160, *bar)
     return sheet.png()
 
 

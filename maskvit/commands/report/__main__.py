@@ -1,6 +1,7 @@
 """Reports.
 
 python -m maskvit report attention --checkpoint C --images FILES_OR_FOLDER --out attention.html
+python -m maskvit report features --checkpoint C --images FILES_OR_FOLDER --out features.html
 python -m maskvit report rows --checkpoint C --data_dir D
 python -m maskvit report decoder --checkpoint C --images FILES_OR_FOLDER --out decoder.html
 python -m maskvit report compare RUN... --out compare.html
@@ -14,11 +15,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from maskvit.commands.report import attention, compare, decoder, guidance, masks, rows
+from maskvit.commands.report import attention, compare, decoder, features, guidance, masks, rows
 from maskvit.core.errors import add_debug, run_command
 
 COMMANDS = {
     "attention": (attention, "heads, rollout and masks on pictures of one's own, as one HTML page"),
+    "features": (features, "main components of patch features and patches like a chosen one, on pictures of one's own, as one HTML page"),
     "rows": (rows, "which attention row hides objects more, measured on data with a semantic map"),
     "decoder": (decoder, "what the decoder of a MAE or CrossMAE rebuilds after each block, and what it reads, as one HTML page"),
     "compare": (compare, "runs side by side: curves, k-NN, epochs to reach the baseline, a table with spread"),
