@@ -28,9 +28,14 @@ COMMANDS = {
         "--checkpoint DIR --images DIR --out DIR",
     ),
     "features": ("maskvit.features", "features of your own pictures", "--checkpoint DIR --images DIR --out FILE.npz"),
+    "explore": (
+        "maskvit.commands.explore.__main__",
+        "look into a checkpoint by hand: a page on which tokens are hidden and shown",
+        "--checkpoint DIR --images DIR",
+    ),
     "report": (
         "maskvit.commands.report.__main__",
-        "pages: attention, decoder, masks, guidance, compare; a table: rows",
+        "pages: attention, features, decoder, masks, guidance, compare; a table: rows",
         "attention --checkpoint DIR --images DIR --out FILE.html",
     ),
     "sweep": ("maskvit.commands.sweep.__main__", "a grid of runs, and a table of what differs", "--config FILE.py --out DIR"),

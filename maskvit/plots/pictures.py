@@ -68,6 +68,11 @@ def _color_map(name: str) -> UInt8[np.ndarray, "256 3"]:
     return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
+def color_table(name: str) -> list[str]:
+    """The 256 colors of a map of matplotlib's as "#rrggbb", for pages that color by themselves."""
+    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in _color_map(name)]
+
+
 def value_range(modality: Modality, array: Shaped[np.ndarray, "h w *c"]) -> tuple[float, float]:
     """The stored values that a picture of a continuous `array` shows as its darkest and lightest.
 
