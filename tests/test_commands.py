@@ -61,6 +61,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 
 FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
 PREDICT = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "answers"]
+EXPLORE = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "e.html"]
 SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("table", ["missing_run"], "no missing_run: a run writes it when an evaluator"),
@@ -73,6 +74,12 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("features", [*FEATURES[:3], "text.txt", *FEATURES[4:]], "no folder"),
     ("features", [*FEATURES[:5], "f.csv"], ".npz or .safetensors"),
     ("features", [*FEATURES[:5], "none/f.npz"], "the folder none does not exist"),
+    ("explore", EXPLORE, "nowhere"),
+    ("explore", [*EXPLORE[:1], "checkpoint", *EXPLORE[2:]], "checkpoint"),
+    ("explore", [*EXPLORE[:3], "none", *EXPLORE[4:]], "--images is 'none', which does not exist"),
+    ("explore", [*EXPLORE[:5], "none/e.html"], "the folder none does not exist"),
+    ("explore", [*EXPLORE, "--port", "8000"], "--port is of the server and --out writes a page instead"),
+    ("explore", [*EXPLORE[:4], "--budgets", "0.5"], "--budgets is of a page that is written"),
     ("predict", PREDICT, "nowhere"),
     ("predict", [*PREDICT[:1], "checkpoint", *PREDICT[2:]], "checkpoint"),
     ("predict", [*PREDICT[:3], "empty", *PREDICT[4:]], "no images below empty"),

@@ -96,13 +96,10 @@ def open_explorer(checkpoint: str, images: Path, crop: float) -> Explorer:
     return Explorer(loaded, tasks, str(checkpoint), crop)
 
 
-def prepare(explorer: Explorer) -> float:
-    """Have all programs compiled by asking for each thing once; the seconds that a click takes from then on."""
-    start = explorer.about()["start"]
-    first = next(iter(explorer.readable()))
-    for name in explorer.strategies:
-        for budget in explorer.about()["budgets"]:
-            masked = explorer.draw(first, name, budget, start["visible"], 0)["masked"]
+def first_click(explorer: Explorer) -> float:
+    """Have what every click needs compiled, by doing it; the seconds that a click takes from then on, 0 without a decoder."""
+    start, first = explorer.about()["start"], next(iter(explorer.readable()))
+    masked = explorer.draw(first, start["strategy"], start["budget"], start["visible"], 0)["masked"]
     if explorer.cannot_rebuild:
         return 0.0
     explorer.rebuild(first, masked)
@@ -111,20 +108,34 @@ def prepare(explorer: Explorer) -> float:
     return time.perf_counter() - began
 
 
+def other_choices(explorer: Explorer, ended: threading.Event) -> None:
+    """Have the other strategies and budgets compiled while the page is looked at, until `ended`."""
+    about, first = explorer.about(), next(iter(explorer.readable()))
+    start = about["start"]
+    choices = [(name, start["budget"]) for name in explorer.strategies] + [(start["strategy"], budget) for budget in about["budgets"]]
+    for strategy, budget in choices:
+        if ended.is_set():
+            return
+        explorer.draw(first, strategy, budget, start["visible"], 0)
+
+
 def serve(server: Server, checkpoint: str, images: Path, crop: float) -> None:
     """Answer until Ctrl-C."""
     server.explorer = open_explorer(checkpoint, images, crop)
-    seconds = prepare(server.explorer)
+    seconds = first_click(server.explorer)
     server.page = explore_page(server.explorer.about())
     click = f"; a click takes {1000 * seconds:.0f} ms" if seconds else ""
     print(f"{len(server.explorer.tasks)} picture(s) at {server.address}{click}. Ctrl-C ends it.", flush=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    ended = threading.Event()
+    beside = threading.Thread(target=other_choices, args=(server.explorer, ended))
+    beside.start()
     try:
-        thread.join()
+        server.serve_forever()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-    server.shutdown()
+    finally:
+        ended.set()
+        beside.join()
 
 
 def write_page(checkpoint: str, images: Path, out: Path, budgets: Sequence[float], strategies: Sequence[str], crop: float) -> int:

@@ -85,13 +85,14 @@ def pasted(
 
 
 class Explorer:
-    """Answers about the samples `tasks` by one checkpoint. May be called from several threads, which wait for each other.
+    """Answers about the samples `tasks` by one checkpoint. May be called from several threads.
 
     Raises ValueError where none of the samples can be read.
     """
 
     def __init__(self, loaded: LoadedModel, tasks: Sequence[Task], checkpoint: str, crop: float | int):
         self.objective, self.model, self.params = loaded.objective, loaded.model, loaded.params
+        self.name = loaded.config["objective"]["name"]
         self.tasks, self.checkpoint, self.crop = list(tasks), checkpoint, crop
         self.layout = self.model.layout
         self.specs: dict[str, Modality] = {spec.name: spec for spec in self.model.modalities}
@@ -152,7 +153,7 @@ class Explorer:
     def cannot_rebuild(self) -> str:
         """Why nothing can be rebuilt; "" where it can."""
         if not isinstance(self.objective, MaskedAutoencoder):
-            return f"This checkpoint was trained as {type(self.objective).__name__}, which rebuilds nothing: it has no decoder."
+            return f"This checkpoint is of the objective {self.name!r}, which rebuilds nothing: it has no decoder."
         if not self.model.outputs:
             return "This checkpoint has no decoder: it was converted or trained without outputs."
         return ""
@@ -171,7 +172,7 @@ class Explorer:
         words = f"Guided strategies read the attention of block {block + 1} ({row}, mean over heads)."
         if trained is not None and not isinstance(trained, SelfAttention):
             words += f" The run itself was guided by {type(trained).__name__}, which is not read here."
-        encoder = dict(self.model.encoder)
+        encoder, visible = dict(self.model.encoder), int(getattr(self.objective, "num_visible", self.layout.num_tokens))
         return {
             "checkpoint": self.checkpoint,
             "model": f"width {encoder['width']}, {encoder['depth']} blocks, {encoder['heads']} heads",
@@ -190,7 +191,7 @@ class Explorer:
             "start": {
                 "strategy": next((name for name, score in SCORES.items() if score is function), "random"),
                 "budget": next((n for n in look.BUDGET_NAMES if len(inputs) > 1 and look.BUDGETS[n] is budget), "equal"),
-                "visible": int(getattr(self.objective, "num_visible", max(1, self.layout.num_tokens // 4))),
+                "visible": visible if visible < self.layout.num_tokens else max(1, self.layout.num_tokens // 4),
             },
             "blocks": encoder["depth"],
             "guidance": words,
@@ -256,12 +257,10 @@ class Explorer:
         if not 1 <= visible <= self.layout.num_tokens:
             raise ValueError(f"{visible} tokens shown; there are 1 to {self.layout.num_tokens}")
         seen, (block, query) = self.sample(number).seen, self.guidance
-        with self._lock:
-            guidance = look.importance(seen.attention[:, block], self.layout, seen.present, query)
-            masked = look.draw(
-                sample_keys(seed, number, 1), self.layout, guidance, seen.present, jnp.int32(visible), strategy,
-                self.strategies[strategy], budget,
-            )  # fmt: skip
+        keys, present = sample_keys(seed, number, 1), jnp.asarray(seen.present)
+        guidance = look.importance(jnp.asarray(seen.attention[:, block]), self.layout, present, query)
+        scores = look.score(keys, self.layout, guidance, present, strategy, self.strategies[strategy])
+        masked = look.spend(keys, self.layout, scores, present, jnp.int32(visible), budget)
         return {"masked": to_bits(np.asarray(masked[0]))}
 
     def rebuild(self, number: int, masked: str) -> Answer:

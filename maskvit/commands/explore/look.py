@@ -7,7 +7,6 @@ to the number of all, so that no number of tokens is a program of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +55,7 @@ def see(model: Any, params: Params, batch: Batch) -> Seen:
     return Seen(features[:, : tokens.layout.num_tokens].astype(jnp.float32), attention.astype(jnp.float32), prepared.present)
 
 
+@functools.partial(jax.jit, static_argnames=("layout", "query"))
 def importance(attention: Float[Array, "b e e"], layout: TokenLayout, present: Bool[Array, "b n"], query: str) -> Float[Array, "b n"]:
     """The guidance that strategies read: what each token receives in one block, by `maskvit.guidance.attention`."""
     rows = attention[:, None, layout.num_tokens :] if query == "global" else attention[:, None]
@@ -87,19 +87,28 @@ def rebuild(objective: Any, params: Params, batch: Batch, masked: Bool[Array, "b
     return Rebuilt(maps, objective.loss_sums(predictions, prepared, plan, tokens.layout))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "strategy", "options", "budget"))
-def draw(
+@functools.partial(jax.jit, static_argnames=("layout", "strategy", "options"))
+def score(
     keys: Key[Array, " b"],
     layout: TokenLayout,
     guidance: Float[Array, "b n"],
     present: Bool[Array, "b n"],
-    num_visible: Int[Array, ""],
     strategy: str,
-    options: Options,
+    options: Options = (),
+) -> Float[Array, "b n"]:
+    """What a strategy, a row of `SCORES`, hides first: the higher, the earlier."""
+    return SCORES[strategy](stream_keys(keys, "scores"), layout, guidance, present, **dict(options))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "budget"))
+def spend(
+    keys: Key[Array, " b"],
+    layout: TokenLayout,
+    scores: Float[Array, "b n"],
+    present: Bool[Array, "b n"],
+    num_visible: Int[Array, ""],
     budget: str,
 ) -> Bool[Array, "b n"]:
-    """What a strategy (a row of `SCORES`) hides when `num_visible` tokens, at least 1, are shown under a budget of `BUDGET_NAMES`."""
-    scores = SCORES[strategy](stream_keys(keys, "scores"), layout, guidance, present, **dict(options))
-    spend: Callable[..., Int[Array, "b m"]] = BUDGETS[budget]
-    counts = spend(stream_keys(keys, "budget"), layout, num_visible, present, scores)
+    """What is hidden when `num_visible` tokens, at least 1, are shown under a budget of `BUDGET_NAMES`."""
+    counts = BUDGETS[budget](stream_keys(keys, "budget"), layout, num_visible, present, scores)
     return drop(scores, counts, layout, layout.num_tokens, present).masked

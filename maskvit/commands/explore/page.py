@@ -42,8 +42,8 @@ def explore_page(about: Mapping[str, Any], stored: Mapping[str, Any] | None = No
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("explore.css", "explore.js"))
     count = len(about["samples"])
     summary = (
-        f"What {about['checkpoint']} ({about['model']}) sees of {count} picture{'s' if count > 1 else ''}, rebuilds of what it is shown, "
-        "attends to, and finds alike."
+        f"What {about['checkpoint']} ({about['model']}) sees of {count} picture{'s' if count > 1 else ''}, "
+        f"{'' if about['cannot_rebuild'] else 'rebuilds of what it is shown, '}attends to, and finds alike."
     )
     connect = "; connect-src 'self'" if stored is None else ""
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'{connect}"
