@@ -75,7 +75,11 @@ def _tile_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
 
 
 def tile_grid(
-    tiles: Sequence[tuple[str, Picture]], columns: int, title: str = "", heat_bar: bool = False, bar: tuple[str, str] | None = None
+    tiles: Sequence[tuple[str, UInt8[np.ndarray, "_ _ 3"]]],
+    columns: int,
+    title: str = "",
+    heat_bar: bool = False,
+    bar: tuple[str, str] | None = None,
 ) -> bytes:
     """Labeled pictures in rows of `columns`, as PNG; with `heat_bar` the legend of `heat_overlay` below them.
 

@@ -33,11 +33,13 @@ Answer = dict[str, Any]
 
 
 class Sample(NamedTuple):
-    """A sample as the model sees it: stored values "h w c" or ids "h w" of what it has, the batch of it, and the unmasked pass."""
+    """A sample as the model sees it: stored values "h w c" or ids "h w" of what it has, the batch of it, and the rest as `look.Seen`."""
 
     stored: dict[str, Shaped[np.ndarray, "h w *c"]]
     batch: Batch
-    seen: look.Seen
+    features: Float[np.ndarray, "n d"]
+    attention: Float[np.ndarray, "l e e"]
+    present: Bool[np.ndarray, " n"]
 
 
 class Colors(NamedTuple):
@@ -129,7 +131,7 @@ class Explorer:
                 continue
             for name in self.layout.names:
                 if name in sample.stored:
-                    found[name].append(self._grid(name, sample.seen.features[0]))
+                    found[name].append(self._grid(name, sample.features))
         if not any(found.values()):
             raise ValueError(f"none of the samples can be read; the first: {problem}")
         fitted = {}
@@ -216,8 +218,9 @@ class Explorer:
                 name: jnp.asarray(arrays[name], None if spec.kind == "categorical" else jnp.float32) for name, spec in self.specs.items()
             }
             batch = Batch(values, jnp.asarray(arrays["present"]))
-            seen = jax.device_get(look.see(self.model, self.params, batch))
-            made = Sample({name: arrays[name][0] for name in self.specs if has[name]}, batch, seen)
+            seen = look.see(self.model, self.params, batch)
+            stored = {name: arrays[name][0] for name in self.specs if has[name]}
+            made = Sample(stored, batch, *(np.asarray(part[0]) for part in (seen.features, seen.attention, seen.present)))
             self._kept[number] = made
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -237,13 +240,13 @@ class Explorer:
         sample = self.sample(number)
         inputs = {}
         for name in self.layout.names:
-            present = self._grid(name, sample.seen.present[0])
+            present = self._grid(name, sample.present)
             inputs[name] = {"absent": name not in sample.stored, "present": to_bits(present.reshape(-1))}
             if name in sample.stored:
                 inputs[name]["picture"] = data_url(pictures.to_picture(self.specs[name], sample.stored[name]))
                 if name in self.colors:
                     basis, place, content = self.colors[name]
-                    features = self._grid(name, sample.seen.features[0])
+                    features = self._grid(name, sample.features)
                     inputs[name]["components"] = data_url(components.component_colors(basis, features))
                     inputs[name]["content"] = data_url(components.component_colors(content, place.removed(features)))
         return {"name": self.tasks[number].key, "inputs": inputs}
@@ -256,9 +259,9 @@ class Explorer:
             raise ValueError(f"budget is {budget!r}; known: {', '.join(look.BUDGET_NAMES)}")
         if not 1 <= visible <= self.layout.num_tokens:
             raise ValueError(f"{visible} tokens shown; there are 1 to {self.layout.num_tokens}")
-        seen, (block, query) = self.sample(number).seen, self.guidance
-        keys, present = sample_keys(seed, number, 1), jnp.asarray(seen.present)
-        guidance = look.importance(jnp.asarray(seen.attention[:, block]), self.layout, present, query)
+        sample, (block, query) = self.sample(number), self.guidance
+        keys, present = sample_keys(seed, number, 1), jnp.asarray(sample.present[None])
+        guidance = look.importance(jnp.asarray(sample.attention[None, block]), self.layout, present, query)
         scores = look.score(keys, self.layout, guidance, present, strategy, self.strategies[strategy])
         masked = look.spend(keys, self.layout, scores, present, jnp.int32(visible), budget)
         return {"masked": to_bits(np.asarray(masked[0]))}
@@ -270,7 +273,8 @@ class Explorer:
         hidden, sample = from_bits(masked, self.layout.num_tokens), self.sample(number)
         began = time.perf_counter()
         with self._lock:
-            rebuilt = jax.device_get(look.rebuild(self.objective, self.params, sample.batch, jnp.asarray(hidden[None])))
+            rebuilt = look.rebuild(self.objective, self.params, sample.batch, jnp.asarray(hidden[None]))
+            jax.block_until_ready(rebuilt)
         outputs = {name: self._output(name, rebuilt, sample, hidden) for name in self.model.outputs}
         return {"outputs": outputs, "milliseconds": 1000 * (time.perf_counter() - began)}
 
@@ -280,28 +284,27 @@ class Explorer:
         stored = sample.stored.get(spec.name)
         if stored is None and name != spec.name:
             return {"note": f"needs the mean and deviation of {spec.name}'s own patches, and {spec.name} is absent"}
-        masked = self._grid(spec.name, hidden | ~sample.seen.present[0]) if spec.name in self.layout.names else None
+        masked = self._grid(spec.name, hidden | ~sample.present) if spec.name in self.layout.names else None
         total, count = (float(part) for part in rebuilt.losses[name])
         note = "absent: on a scale of its own" if stored is None else f"{spec.loss} {total:.4g}" if count else "nothing hidden"
-        return {"picture": data_url(pasted(spec, rebuilt.maps[name][0], stored, masked)), "note": note}
+        return {"picture": data_url(pasted(spec, np.asarray(rebuilt.maps[name][0]), stored, masked)), "note": note}
 
     def token(self, number: int, token: int, block: int) -> Answer:
         """What a token attends to in a block, mean over heads, and the cosine of every feature to its own."""
         if not 0 <= token < self.layout.num_tokens or not 0 <= block < dict(self.model.encoder)["depth"]:
             raise ValueError(f"there is no token {token} or no block {block}")
-        seen = self.sample(number).seen
-        if not seen.present[0, token]:
+        sample = self.sample(number)
+        if not sample.present[token]:
             raise ValueError("this token is absent: it attends to nothing")
-        row, features = seen.attention[0, block, token], seen.features[0]
-        like = components.cosine(features, features[token])
+        row, like = sample.attention[block, token], components.cosine(sample.features, sample.features[token])
         return {"attention": _rounded(row[: self.layout.num_tokens]), "similarity": _rounded(like)}
 
     def tokens(self, number: int) -> Answer:
         """`token` of every token in the last block, in 256 levels: attention of the row's own greatest, similarity from -1 to 1."""
-        seen, n = self.sample(number).seen, self.layout.num_tokens
-        rows = seen.attention[0, -1, :n, :n]
+        sample, n = self.sample(number), self.layout.num_tokens
+        rows = sample.attention[-1, :n, :n]
         most = np.maximum(rows.max(axis=1), 1e-12)
-        features = seen.features[0].astype(np.float64)
+        features = sample.features.astype(np.float64)
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-15)
         return {
             "most": _rounded(most),

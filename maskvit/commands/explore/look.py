@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from maskvit.core.keys import stream_keys
-from maskvit.core.types import Batch, MaskPlan, Params, TokenLayout
+from maskvit.core.types import Batch, MaskPlan, Params, TokenBatch, TokenLayout
 from maskvit.guidance.attention import read_attention
-from maskvit.heads.values import prepare
+from maskvit.heads.values import Prepared, prepare
 from maskvit.masking.budgets import BUDGETS
 from maskvit.masking.plan import drop
 from maskvit.masking.scores import SCORES
@@ -45,14 +45,21 @@ class Rebuilt(NamedTuple):
     losses: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
+def _embedded(model: Any, params: Params, batch: Batch) -> tuple[Prepared, TokenBatch, Bool[Array, "b n"]]:
+    """A batch in model values, its tokens, and which of them exist; `batch.present` must be given."""
+    prepared = prepare(model, batch)
+    if prepared.present is None:
+        raise ValueError("the batch does not say which modalities its samples have")
+    return prepared, model.embed(params, prepared.values_of(model.inputs), prepared.present), prepared.present
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def see(model: Any, params: Params, batch: Batch) -> Seen:
     """All tokens that a batch has; `batch.present` must be given."""
-    prepared = prepare(model, batch)
-    tokens = model.embed(params, prepared.values_of(model.inputs), prepared.present)
+    _, tokens, present = _embedded(model, params, batch)
     features = model.encode(params, tokens.tokens, tokens.present)
     attention = jnp.stack([weights.mean(axis=1) for weights in model.attentions(params, tokens)], axis=1)
-    return Seen(features[:, : tokens.layout.num_tokens].astype(jnp.float32), attention.astype(jnp.float32), prepared.present)
+    return Seen(features[:, : tokens.layout.num_tokens].astype(jnp.float32), attention.astype(jnp.float32), present)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "query"))
@@ -79,9 +86,8 @@ def plan_of(masked: Bool[Array, "b n"], present: Bool[Array, "b n"]) -> MaskPlan
 @functools.partial(jax.jit, static_argnames="objective")
 def rebuild(objective: Any, params: Params, batch: Batch, masked: Bool[Array, "b n"]) -> Rebuilt:
     """What the decoders make of the tokens that are not `masked`. `objective` is one that rebuilds: `maskvit.objectives.masked`."""
-    prepared = prepare(objective.model, batch)
-    tokens = objective.model.embed(params, prepared.values_of(objective.model.inputs), prepared.present)
-    plan = plan_of(masked, prepared.present)
+    prepared, tokens, present = _embedded(objective.model, params, batch)
+    plan = plan_of(masked, present)
     predictions = objective.reconstruct(params, tokens, plan)
     maps = {name: objective.to_stored(name, prediction, prepared) for name, prediction in predictions.items()}
     return Rebuilt(maps, objective.loss_sums(predictions, prepared, plan, tokens.layout))
