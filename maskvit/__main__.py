@@ -33,6 +33,11 @@ COMMANDS = {
         "look into a checkpoint by hand: a page on which tokens are hidden and shown",
         "--checkpoint DIR --images DIR",
     ),
+    "export": (
+        "maskvit.commands.export",
+        "a checkpoint as one program that JAX runs without maskvit (StableHLO)",
+        "--checkpoint DIR --dst FILE.stablehlo",
+    ),
     "report": (
         "maskvit.commands.report.__main__",
         "pages: attention, features, decoder, masks, guidance, compare; a table: rows",

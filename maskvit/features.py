@@ -70,7 +70,7 @@ class LoadedModel(NamedTuple):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Of the classes that a fine-tuned model tells apart; numbers where the checkpoint does not name them. () of other models."""
-        task = getattr(self._supervised, "task", None)
+        task = getattr(self.supervised, "task", None)
         if task is None or (task.dense and self.model.modality(task.target).kind != "categorical"):
             return ()
         count = task.channels({spec.name: spec for spec in self.model.modalities})
@@ -88,14 +88,14 @@ class LoadedModel(NamedTuple):
         "classes", and "ids" (int32 "b h w"). Of a regression: "values" (float32 "b h w c", stored units), and "meters" where the config
         says what a unit is. Raises ValueError for a model that was not fine-tuned, and for arrays that are not its inputs.
         """
-        task, objective = self.check_fine_tuned(), self._supervised
+        task, objective = self.check_fine_tuned(), self.supervised
         given = dict(images) if isinstance(images, Mapping) else {self.model.inputs[0]: images}
         if wrong := [name for name in given if name not in self.model.inputs]:
             raise ValueError(f"images name {wrong[0]!r}; the model's inputs are {', '.join(self.model.inputs)}")
         if not given:
             raise ValueError(f"images are empty; the model's inputs are {', '.join(self.model.inputs)}")
         names = tuple(name for name in self.model.inputs if name in given)
-        answers = _said(objective, names, self.params, self.state, {name: given[name] for name in names})
+        answers = said(objective, names, self.params, self.state, {name: given[name] for name in names})
         found = {name: np.asarray(value) for name, value in answers.items()}
         if not task.dense:
             return {"classes": self.class_names, **found}
@@ -106,13 +106,13 @@ class LoadedModel(NamedTuple):
 
     def check_fine_tuned(self) -> Any:
         """The task that the model was fine-tuned for. Raises ValueError where there is none."""
-        if self._supervised is None:
+        if self.supervised is None:
             name = self.config["objective"]["name"]
             raise ValueError(f"the checkpoint is of the objective {name!r}, which has no task: fine-tune it first")
-        return self._supervised.task
+        return self.supervised.task
 
     @property
-    def _supervised(self) -> Any:
+    def supervised(self) -> Any:
         """The objective that answers: the model's own, or that of the classifier that an imported encoder came with; None."""
         if hasattr(self.objective, "task"):
             return self.objective
@@ -120,7 +120,7 @@ class LoadedModel(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _said(objective: Any, names: tuple[str, ...], params: Params, state: Any, values: Any) -> dict[str, Any]:
+def said(objective: Any, names: tuple[str, ...], params: Params, state: Any, values: Any) -> dict[str, Any]:
     """The objective's answers as a user reads them: "probabilities", "ids" or "values"."""
     answers = objective.answers(params, state, values, names)
     if "values" in answers:

@@ -15,6 +15,7 @@ from maskvit.core.errors import Mistakes, message
 from maskvit.core.modalities import Modality, parse_modalities
 from maskvit.core.types import Params, tree_paths
 from maskvit.heads import HEADS
+from maskvit.nn.attention import KERNELS
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives import OBJECTIVES, build_objective, check_blocks, parse_image_size
 
@@ -25,7 +26,8 @@ def stored_objective(config: Mapping[str, Any], params: Params, finish: Callable
     """`finish` of the objective that `config` describes and `params` are the parameters of.
 
     Sizes are compared with the stored shapes before anything is built, so that the work is bounded by the size of the checkpoint.
-    A config of converted files says nothing of masking: a sixth of all tokens is visible, MultiMAE's own share.
+    A config of converted files says nothing of masking: a sixth of all tokens is visible, MultiMAE's own share. A fused attention
+    kernel that a run asked for is a choice for its devices: here it is "auto".
 
     Raises ValueError, in one line, for every config that is not that of these parameters.
     """
@@ -34,8 +36,10 @@ def stored_objective(config: Mapping[str, Any], params: Params, finish: Callable
         for key in ("modalities", "image_size", "objective"):
             if key not in config:
                 raise ValueError(f"lacks {key!r}: it does not say what model it is of")
-        visible = _check_sizes(config, found)
-        objective = finish(build_objective({**config, "objective": {**config["objective"], **visible}}))
+        chosen = _check_sizes(config, found)
+        if config["objective"].get("attention") in KERNELS[1:]:
+            chosen["attention"] = "auto"
+        objective = finish(build_objective({**config, "objective": {**config["objective"], **chosen}}))
         expected = {name: leaf.shape for name, leaf in tree_paths(jax.eval_shape(objective.init, jax.random.key(0))[0]).items()}
     except Exception as error:  # the builders expect what a person may write, not what a file may hold
         text = f"lacks {error}" if isinstance(error, KeyError) else message(error)
