@@ -62,6 +62,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
 PREDICT = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "answers"]
 EXPLORE = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "e.html"]
+EXPORT = ["--checkpoint", "nowhere", "--dst", "m.stablehlo"]
 SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("table", ["missing_run"], "no missing_run: a run writes it when an evaluator"),
@@ -80,6 +81,10 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("explore", [*EXPLORE[:5], "none/e.html"], "the folder none does not exist"),
     ("explore", [*EXPLORE, "--port", "8000"], "--port is of the server and --out writes a page instead"),
     ("explore", [*EXPLORE[:4], "--budgets", "0.5"], "--budgets is of a page that is written"),
+    ("export", EXPORT, "nowhere"),
+    ("export", [*EXPORT[:1], "checkpoint", *EXPORT[2:]], "checkpoint"),
+    ("export", [*EXPORT[:3], "m.bin"], "its suffix says the format: .stablehlo"),
+    ("export", [*EXPORT[:3], "none/m.stablehlo"], "the folder none does not exist"),
     ("predict", PREDICT, "nowhere"),
     ("predict", [*PREDICT[:1], "checkpoint", *PREDICT[2:]], "checkpoint"),
     ("predict", [*PREDICT[:3], "empty", *PREDICT[4:]], "no images below empty"),

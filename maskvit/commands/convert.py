@@ -15,8 +15,8 @@ What shapes do not show (heads, a grid that is not square, mean and deviation of
 beside it say it; else the usual is assumed, which is printed with the flag that changes it.
 
 Written (--to) are the key layouts of MultiMAE, also fine-tuned or without decoders (multimae), timm, Hugging Face with its config.json
-(huggingface), MAE, CrossMAE, DINO and iBOT. What became of every tensor is written beside the result; what is missing or left over is an
-error unless --allow names it.
+(huggingface), MAE, CrossMAE, DINO and iBOT; for timm and Hugging Face also a folder that their libraries load, with a model card. What
+became of every tensor is written beside the result; what is missing or left over is an error unless --allow names it.
 
 python convert_torch_checkpoint.py --src multimae.pth --dst checkpoints/multimae_b     # then config.init_from.path
 python convert_torch_checkpoint.py --src mae_pretrain_vit_base_full.pth --target normalized --dst checkpoints/mae_b
@@ -24,6 +24,7 @@ python convert_torch_checkpoint.py --src dino_deitsmall16_pretrain.pth --dst che
 python convert_torch_checkpoint.py --src multimae.pth --inspect
 python convert_torch_checkpoint.py --src runs/x --dst x.safetensors --to multimae
 python convert_torch_checkpoint.py --src runs/mae --dst vit.safetensors --to timm --allow 'outputs/.*'    # the encoder alone
+python convert_torch_checkpoint.py --src runs/x --dst x_hf --to huggingface    # a folder for from_pretrained
 python convert_torch_checkpoint.py --src multimae.pth --verify ~/MultiMAE [--images DIR]
 """
 
@@ -38,6 +39,7 @@ from typing import Any, NoReturn
 from maskvit.core.errors import add_debug, all_mistakes, printable, run_command
 
 LAYOUTS = ("multimae", "timm", "huggingface", "mae", "crossmae", "dino", "ibot")
+FOLDERS = ("timm", "huggingface")
 MODELS = ("teacher", "student", "both")
 TARGETS = ("normalized", "raw")
 # What belongs to reading a foreign file, and means nothing where one of ours is written.
@@ -179,15 +181,15 @@ def _without_effect(values: dict[str, Any]) -> list[tuple[bool, str]]:
     return [
         (not (values["inspect"] or values["verify"] or dst), "nothing to do: give --dst, --inspect or --verify"),
         (not src.exists(), f"--src {src}: no such file or folder"),
-        (bool(values["to"]) and not dst, "--to needs --dst, the file to write"),
+        (bool(values["to"]) and not dst, "--to needs --dst, the file or folder to write"),
         (bool(idle), f"{', '.join(idle)}: for reading a foreign file; --to writes a checkpoint of ours"),
         (bool(values["images"]) and not values["verify"], "--images is for --verify"),
         (bool(values["images"]) and not Path(values["images"] or ".").is_dir(), f"--images {values['images']}: no such folder"),
         (bool(values["verify"]) and bool(dst), "--verify compares and writes nothing: leave --dst out"),
         (bool(values["verify"]) and not Path(values["verify"] or ".").is_dir(), f"--verify {values['verify']}: no such folder"),
         (
-            bool(values["to"]) and bool(dst) and Path(dst).suffix not in (".safetensors", ".pth"),
-            f"--dst {dst}: name it .safetensors or .pth",
+            bool(values["to"]) and values["to"] not in FOLDERS and bool(dst) and Path(dst).suffix not in (".safetensors", ".pth"),
+            f"--dst {dst}: name it .safetensors or .pth; a folder is written for {' and '.join(FOLDERS)}",
         ),
         (not values["to"] and bool(dst) and Path(dst).is_file(), f"--dst {dst}: is a file; a checkpoint of ours is a folder"),
     ]

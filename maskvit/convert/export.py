@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maskvit import __version__
 from maskvit.checkpoints import covering, load_objective_state, load_params, trusting
-from maskvit.convert import distillation, fine_tuned, mae, multimae, report, vit
+from maskvit.convert import distillation, fine_tuned, hub, mae, multimae, report, vit
 from maskvit.convert.facts import OWN, own_facts
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted
@@ -147,7 +148,11 @@ def _timm(model: Model) -> list[Rule]:
 def _hugging_face(model: Model) -> list[Rule]:
     _require(model.objective["num_global_tokens"] == 1, "has not one global token, and a ViT at Hugging Face has one class token")
     _require(model.objective["final_norm"], "has no final norm (MultiMAE's encoder has none), and a ViT at Hugging Face always has one")
-    _require(model.objective["pool"] == "global", "classifies the mean of its tokens, and a ViT at Hugging Face its class token")
+    pools = "classifies the mean of its tokens, and a ViT at Hugging Face its class token (--to timm has both)"
+    _require(model.objective["pool"] == "global", pools)
+    height, width = model.config["image_size"]
+    square = "and a MAE at Hugging Face of square ones (--allow 'outputs/.*' writes the encoder alone)"
+    _require(height == width or model.decoder != "mae", f"is of pictures of {height} x {width}, {square}")
     return _mae(model, vit.HUGGING_FACE) if model.decoder == "mae" else _vit(model, vit.HUGGING_FACE)
 
 
@@ -195,6 +200,8 @@ LAYOUTS: dict[str, Callable[[Model], list[Rule]]] = {
     "ibot": _distilled,
 }
 
+FOLDERS = ("timm", "huggingface")  # the layouts whose libraries load a folder
+
 
 # Writing
 
@@ -202,15 +209,16 @@ LAYOUTS: dict[str, Callable[[Model], list[Rule]]] = {
 def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow: Sequence[str] = (), model: str = "teacher") -> None:
     """Write one of our checkpoints in a key layout of `LAYOUTS`: `.safetensors`, or `.pth` where torch is installed.
 
+    For timm and Hugging Face `dst` may be a folder, a new or empty one, which their libraries load as it is: the weights as
+    model.safetensors, config files, and a model card.
     `allow`: regular expressions of our paths that the layout has no place for and that may be left out. `model`: of a
     checkpoint of DINO or iBOT the "teacher" or the "student"; their own layouts hold both. What became of every tensor is
     written beside `dst`; for Hugging Face a config.json too.
     """
-    dst, allowed = Path(dst), Allowed(allow)
-    if dst.suffix not in (".safetensors", ".pth"):
-        raise ConversionError(f"{dst}: name it .safetensors or .pth")
     if layout not in LAYOUTS:
         raise ConversionError(f"--to is {layout!r}; known: {', '.join(LAYOUTS)}")
+    folder, dst = _place(Path(dst), layout)
+    allowed = Allowed(allow)
     params, metadata = load_params(src)
     config = metadata.get("config", {})
     if "objective" not in config:
@@ -248,17 +256,45 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
     if layout == "timm" and not of.objective["final_norm"]:
         said.append(NO_FINAL_NORM)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    beside = _hugging_face_config(of) if layout == "huggingface" else None
-    if beside is not None and (dst.parent / "config.json").exists():
+    files = _files_beside(of, layout, metadata, tensors, folder)
+    if "config.json" in files and (dst.parent / "config.json").exists():
         raise ConversionError(f"{dst.parent / 'config.json'}: is there already; write to a folder of its own")
     _write(dst, tensors, own_facts(of.config))
-    if beside is not None:
-        (dst.parent / "config.json").write_text(json.dumps(beside, indent=2) + "\n")
-        (dst.parent / "preprocessor_config.json").write_text(json.dumps(_hugging_face_preprocessing(of), indent=2) + "\n")
-    report.write(dst.with_name(f"{dst.name}.{report.FILE}"), f"{src}, in the layout {layout}, to {dst}", rows, said)
+    for name, text in files.items():
+        (dst.parent / name).write_text(text, encoding="utf-8")
+    listed_in = dst.with_name(report.FILE if folder else f"{dst.name}.{report.FILE}")
+    report.write(listed_in, f"{src}, in the layout {layout}, to {dst}", rows, said)
     for line in said:
         LOG.info("%s: %s", src, line)
     LOG.info("%s: in the layout %s written to %s; %s", src, layout, dst, report.summary(rows))
+
+
+def _place(dst: Path, layout: str) -> tuple[Path | None, Path]:
+    """(the folder that others load as it is, or None; the file of weights). Raises ConversionError where nothing is to be written there."""
+    if dst.suffix in (".safetensors", ".pth") and not dst.is_dir():
+        return None, dst
+    if layout not in FOLDERS:
+        raise ConversionError(f"{dst}: name it .safetensors or .pth; a folder is written for {' and '.join(FOLDERS)}")
+    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+        raise ConversionError(f"{dst}: is there already; give a new folder, or name the file .safetensors or .pth")
+    return dst, dst / hub.WEIGHTS
+
+
+def _files_beside(
+    model: Model, layout: str, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray], folder: Path | None
+) -> dict[str, str]:
+    """{name: text} of what is written beside the weights."""
+    names, found = hub.class_names(model.config, metadata), {}
+    if layout == "huggingface":
+        found["config.json"] = hub.hugging_face_config(model.config, model.decoder, names)
+        found["preprocessor_config.json"] = hub.hugging_face_preprocessing(model.config)
+    elif layout == "timm" and folder is not None:
+        found["config.json"] = hub.timm_config(model.config, names, metadata.get("licence"))
+    files = {name: json.dumps(content, indent=2) + "\n" for name, content in found.items()}
+    if folder is not None:
+        count = hub.parameter_count(tensors)
+        files["README.md"] = hub.model_card(layout, folder.resolve().name, model.config, model.decoder, metadata, count, __version__)
+    return files
 
 
 def _with_fixed_positions(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,54 +377,3 @@ def _write(dst: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any
         part = parts.setdefault(start if in_part else "model", collections.OrderedDict())
         part[name if in_part else key] = torch.from_numpy(np.array(value))
     torch.save({**parts, OWN: dict(facts)}, dst)
-
-
-def _hugging_face_preprocessing(model: Model) -> dict[str, Any]:
-    """The preprocessor_config.json that an image processor needs beside the weights."""
-    rgb, (height, width) = parse_modalities(model.config["modalities"])["rgb"], model.config["image_size"]
-    repeated = lambda values: list(values) * (rgb.channels if len(values) == 1 else 1)  # noqa: E731
-    return dict(
-        image_processor_type="ViTImageProcessor",
-        do_resize=True,
-        size=dict(height=height, width=width),
-        do_rescale=True,
-        rescale_factor=rgb.scale,
-        do_normalize=True,
-        image_mean=repeated(rgb.mean),
-        image_std=repeated(rgb.std),
-    )
-
-
-def _hugging_face_config(model: Model) -> dict[str, Any]:
-    """The config.json that `from_pretrained` needs beside the weights."""
-    objective, rgb = model.objective, model.config["modalities"]["rgb"]
-    encoder, size = objective["encoder"], model.config["image_size"]
-    found = dict(
-        model_type="vit",
-        architectures=["ViTForImageClassification" if objective["num_classes"] else "ViTModel"],
-        hidden_size=encoder["width"],
-        num_hidden_layers=encoder["depth"],
-        num_attention_heads=encoder["heads"],
-        intermediate_size=round(encoder["width"] * encoder["mlp_ratio"]),
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        image_size=size[0] if size[0] == size[1] else list(size),
-        patch_size=rgb["patch"],
-        num_channels=rgb["channels"],
-        qkv_bias=True,
-    )
-    if objective["num_classes"]:
-        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(objective["num_classes"])}
-    if model.decoder:
-        decoder = objective["decoder"]
-        found |= dict(
-            model_type="vit_mae",
-            architectures=["ViTMAEForPreTraining"],
-            decoder_hidden_size=decoder["width"],
-            decoder_num_hidden_layers=decoder["depth"],
-            decoder_num_attention_heads=decoder.get("heads", 16),
-            decoder_intermediate_size=round(decoder["width"] * decoder["mlp_ratio"]),
-            mask_ratio=objective.get("mask_ratio", 0.75),
-            norm_pix_loss=objective["outputs"][0].startswith("norm_"),
-        )
-    return found
