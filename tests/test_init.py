@@ -67,7 +67,7 @@ def here(tmp_path, monkeypatch) -> pathlib.Path:
 
 def builder_arguments(said: str) -> list[str]:
     """The arguments of the builder command that was printed."""
-    text = said.split("python -m maskvit data ")[1].split("python main.py")[0]
+    text = said.split("python -m maskvit data ")[1].split("python -m maskvit train")[0]
     return shlex.split(text.replace("\\\n", " "))
 
 

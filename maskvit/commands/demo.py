@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from maskvit.core.arguments import make_folder
 from maskvit.core.errors import add_debug, log_lines, run_command
 from maskvit.core.keys import sample_keys
+from maskvit.core.shipped import bring_configs, find
 from maskvit.core.types import Batch, MaskPlan, Params, batch_of
 from maskvit.plots import curves, page, panels
 from maskvit.training import setup
@@ -116,8 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(workdir: Path) -> int:
     """Everything; 1 where a check failed."""
     log_lines()
-    if not CHECKPOINT.exists():
+    checkpoint = find(CHECKPOINT)
+    if not checkpoint.exists():
         raise FileNotFoundError(f"{CHECKPOINT} is missing: run the demo in the repository's root")
+    bring_configs()
     make_folder(workdir, "--workdir")
 
     from configs import demo as experiment
@@ -142,7 +145,7 @@ def demo(workdir: Path) -> int:
     height = config["image_size"][0]
     timed("rendering scenes", prepare, "scenes", str(workdir / "data"), size=height, **SCENES)
     if not (workdir / "imported" / "0" / "manifest.json").exists():  # a second `make demo` resumes where the first stopped
-        timed("converting the PyTorch checkpoint", convert, CHECKPOINT, workdir / "imported")
+        timed("converting the PyTorch checkpoint", convert, checkpoint, workdir / "imported")
 
     objective = build_objective(config)
     held_out = batches_of(config, objective, "val", SCENES["num_val"])
@@ -214,7 +217,7 @@ def build_page(
                 P("A small MultiMAE, stored in the key layout of the public PyTorch checkpoint, was converted and pretrained further "
                   "on rendered scenes. Before each step one extra forward pass over all tokens says which tokens the model attends to "
                   "most; those are hidden, and the model rebuilds them from what is left."),
-                C("make demo"),
+                C("python -m maskvit demo"),
                 T(("setting", "value"), [
                     ("images", f"{SCENES['num_train']} for training, {SCENES['num_val']} held out, {config['image_size']} pixels"),
                     ("visible tokens", f"{objective['num_visible']} per image over {', '.join(objective['inputs'])}"),

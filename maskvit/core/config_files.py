@@ -13,7 +13,6 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from maskvit.core.errors import all_mistakes
+from maskvit.core.shipped import bring_configs, find, shipped
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 # Blocks whose entries are named by the config alone: in them a name nobody declared is a slip, not a key left out.
@@ -31,10 +31,16 @@ DECLARING = ("modalities",)
 
 
 def run_file(path: str | os.PathLike) -> ModuleType:
-    """Run a config file. Raises FileNotFoundError, or ValueError naming file, line and error where it does not run to its end."""
-    if not Path(path).is_file():
-        what = "is a folder; give a config file" if Path(path).is_dir() else "does not exist"
-        raise FileNotFoundError(f"the config file {path} {what}")
+    """Run a config file, one below configs/ that is not there as it came with the package (`maskvit.core.shipped`).
+
+    Raises FileNotFoundError, or ValueError naming file, line and error where it does not run to its end.
+    """
+    bring_configs()
+    path = find(path)
+    if not path.is_file():
+        what = "is a folder; give a config file" if path.is_dir() else "does not exist"
+        came = shipped("configs") if path.parts[:1] == ("configs",) else None
+        raise FileNotFoundError(f"the config file {path} {what}" + (f"; those that come with maskvit lie in {came}" if came else ""))
     module = ModuleType("experiment")
     module.__file__ = str(path)
     loader = importlib.machinery.SourceFileLoader("experiment", str(path))
@@ -47,7 +53,8 @@ def load_config(text: str) -> ConfigDict:
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is not there, cannot be run, or gives no ConfigDict.
     """
-    path, colon, argument = text.partition(":")
+    given, colon, argument = text.partition(":")
+    path = find(given)  # where lines of it are told
     return config_of(run_file(path), path, *([argument] if colon else []))
 
 
@@ -184,6 +191,7 @@ def parse_flags(argv: Sequence[str], required: Sequence[str] = ("config",)) -> C
     Raises ValueError or FileNotFoundError for unknown flags, wrong values, leftover words, and a config that cannot be had.
     """
     app.define_help_flags()
+    bring_configs()
     others, overrides = split_overrides(argv)
     try:
         rest = flags.FLAGS(others)

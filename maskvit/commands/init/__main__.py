@@ -67,7 +67,7 @@ def init(options: argparse.Namespace) -> None:
         value = get_value(chosen.config, key)
         print(f"  config.{key}" + ("" if isinstance(value, dict) else f" = {value!r}") + f": {reason}")
     print(f"Written to {out}. Next:")
-    for command in (*data.commands, f"python main.py --config={out} --workdir=runs/{out.stem}"):
+    for command in (*data.commands, f"python -m maskvit train --config={out} --workdir=runs/{out.stem}"):
         print(f"  {command}")
 
 

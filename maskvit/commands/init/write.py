@@ -33,7 +33,7 @@ def config_text(recipe: Recipe, data: Data, directory: str, path: str) -> str:
     """The file. `path`: where it is written, for the commands in it."""
     lines = [f"{os.path.basename(os.path.abspath(directory))}: written by `python -m maskvit init`; change what you like.", ""]
     lines += [f"    {line}" for command in data.commands for line in command.splitlines()]
-    lines += [f"    python main.py --config={path} --workdir=runs/{os.path.splitext(os.path.basename(path))[0]}"]
+    lines += [f"    python -m maskvit train --config={path} --workdir=runs/{os.path.splitext(os.path.basename(path))[0]}"]
     lines += ["", "Any key can be set for one run: --config.total=100, --config.objective.scores.name=color.", "", "Found:"]
     lines += [f"- {line}" for line in data.found]
     if data.assumed:
