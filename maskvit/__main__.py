@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "export": (
         "maskvit.commands.export",
-        "a checkpoint as one program that JAX runs without maskvit (StableHLO)",
+        "a checkpoint as one program that runs without maskvit: StableHLO, for JAX, or ONNX",
         "--checkpoint DIR --dst FILE.stablehlo",
     ),
     "report": (

@@ -83,7 +83,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("explore", [*EXPLORE[:4], "--budgets", "0.5"], "--budgets is of a page that is written"),
     ("export", EXPORT, "nowhere"),
     ("export", [*EXPORT[:1], "checkpoint", *EXPORT[2:]], "checkpoint"),
-    ("export", [*EXPORT[:3], "m.bin"], "its suffix says the format: .stablehlo"),
+    ("export", [*EXPORT[:3], "m.bin"], "its suffix says the format: .stablehlo or .onnx"),
     ("export", [*EXPORT[:3], "none/m.stablehlo"], "the folder none does not exist"),
     ("predict", PREDICT, "nowhere"),
     ("predict", [*PREDICT[:1], "checkpoint", *PREDICT[2:]], "checkpoint"),

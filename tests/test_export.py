@@ -98,6 +98,35 @@ def test_attention_is_plain_whatever_the_checkpoint_says(tmp_path):
         command.as_stablehlo(command.program_of(there, function))
 
 
+def test_onnx_says_the_same(tmp_path):
+    """In float32 whatever the model computes in, inputs and outputs by name, for a batch of any size."""
+    pytest.importorskip("jax2onnx", reason="pip install 'maskvit[onnx-export]'")
+    runtime = pytest.importorskip("onnxruntime")
+    config = fine_tuned(dict(name="regression", target="depth"), head=dict(name="linear", norm="batch"), inputs=("rgb", "semseg"))
+    _, params, state = saved(tmp_path / "run", config)
+    config["objective"]["compute_dtype"] = "bfloat16"
+    save_imported(tmp_path / "half", params, {"config": config}, objective_state=state)
+    for name in ("run", "half"):
+        assert command.main(["--checkpoint", str(tmp_path / name), "--dst", str(tmp_path / f"{name}.onnx")]) == 0
+        session = runtime.InferenceSession(tmp_path / f"{name}.onnx")
+        assert json.loads((tmp_path / f"{name}.onnx.json").read_text())["compute_dtype"] == "float32"
+        for count in (1, 3):
+            batch = {name: value for name, value in tiny_batch(count).items() if name in ("rgb", "semseg")}
+            batch["semseg"] = np.repeat(np.repeat(batch["semseg"], 4, axis=1), 4, axis=2)
+            expected = maskvit.load(tmp_path / "run").predict(batch)
+            found = dict(zip((output.name for output in session.get_outputs()), session.run(None, batch), strict=True))
+            assert found.keys() == expected.keys() == {"values", "meters"}
+            for key, value in expected.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-4, err_msg=key)
+
+
+def test_onnx_needs_its_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    saved(tmp_path / "run", fine_tuned(CLASSES))
+    assert command.main(["--checkpoint", str(tmp_path / "run"), "--dst", str(tmp_path / "x.onnx")]) == 2
+    assert "pip install 'maskvit[onnx-export]'" in capsys.readouterr().err and not (tmp_path / "x.onnx").exists()
+
+
 READING = """
 import sys
 import numpy as np
@@ -120,7 +149,7 @@ def test_it_is_read_without_maskvit(tmp_path):
 
 @pytest.mark.parametrize(
     ("dst", "message"),
-    [("x.bin", "its suffix says the format: .stablehlo"), ("there/x.stablehlo", "does not exist: make it first")],
+    [("x.bin", "its suffix says the format: .stablehlo or .onnx"), ("there/x.stablehlo", "does not exist: make it first")],
 )
 def test_where_nothing_can_be_written(dst, message, tmp_path, capsys):
     """Said before the checkpoint is opened: here there is none."""

@@ -2,7 +2,8 @@
 
     python -m maskvit export --checkpoint RUN --dst model.stablehlo [--function predict|features] [--weights ema]
 
-The suffix of --dst says the format: .stablehlo, a program that JAX reads (`jax.export`) on CPU, CUDA and TPU. The batch has any size.
+The suffix of --dst says the format: .stablehlo, a program that JAX reads (`jax.export`) on CPU, CUDA and TPU; .onnx, for ONNX Runtime and
+others, computed in float32 (by jax2onnx, and compared here with what the model says). The batch has any size.
 It takes what `maskvit.load(RUN).predict` takes, in stored units, and gives a dictionary of arrays:
 
   predict   what a fine-tuned model says: "probabilities", "ids", or "values" (and "meters" where the unit is known)
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +49,11 @@ class Program(NamedTuple):
     inputs: dict[str, jax.ShapeDtypeStruct]
     about: dict[str, Any]
 
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """By name, behind the batch."""
+        forms = {name: jax.ShapeDtypeStruct((1, *form.shape), form.dtype) for name, form in self.inputs.items()}
+        return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in jax.eval_shape(self.function, forms).items()}
+
 
 # What a checkpoint computes
 
@@ -58,15 +65,16 @@ def stored_dtype(spec: Modality) -> str:
     return "uint8" if np.isclose(spec.scale, 1 / 255) and spec.missing is None else "float32"
 
 
-def program_of(loaded: LoadedModel, function: str | None = None) -> Program:
+def program_of(loaded: LoadedModel, function: str | None = None, compute_dtype: str | None = None) -> Program:
     """What `function` ("predict" or "features"; by default the first where the model was fine-tuned) computes, its weights inside.
 
+    `compute_dtype`: in place of the model's own.
     Raises ValueError for "predict" of a model that was not fine-tuned.
     """
     chosen = function or ("features" if loaded.supervised is None else "predict")
     if chosen == "predict":
         loaded.check_fine_tuned()
-    objective = _portable(loaded.supervised if chosen == "predict" else loaded.objective)
+    objective = _portable(loaded.supervised if chosen == "predict" else loaded.objective, compute_dtype)
     # On one device, as the program is.
     model, (params, state) = objective.model, jax.tree.map(jnp.asarray, jax.device_get((loaded.params, loaded.state)))
     names = model.inputs if chosen == "predict" else model.inputs[:1]
@@ -87,9 +95,11 @@ def program_of(loaded: LoadedModel, function: str | None = None) -> Program:
     return Program(call, inputs, about)
 
 
-def _portable(objective: Any) -> Any:
+def _portable(objective: Any, compute_dtype: str | None) -> Any:
     """With plain attention: a kernel for one kind of device has no form on the others."""
-    return dataclasses.replace(objective, model=dataclasses.replace(objective.model, attention_kernel="plain"))
+    model = dataclasses.replace(objective.model, attention_kernel="plain")
+    model = dataclasses.replace(model, compute_dtype=compute_dtype) if compute_dtype else model
+    return dataclasses.replace(objective, model=model)
 
 
 def _answers(objective: Any, params: Any, state: Any) -> Function:
@@ -135,7 +145,51 @@ def as_stablehlo(program: Program) -> bytes:
     return bytes(export.export(jax.jit(program.function), platforms=PLATFORMS)(inputs).serialize())
 
 
-FORMATS: dict[str, Callable[[Program], bytes]] = {".stablehlo": as_stablehlo}
+def as_onnx(program: Program) -> bytes:
+    """The program as an ONNX model, inputs and outputs by our names; the batch is the symbol b.
+
+    Raises ImportError without jax2onnx, ValueError where ONNX Runtime computes something else from the result than the model does.
+    """
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise ImportError("writing .onnx needs jax2onnx: pip install 'maskvit[onnx-export]'") from error
+    from jax import export
+
+    for noisy in ("jax2onnx", "onnx_ir"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    (b,), names, outputs = export.symbolic_shape("b"), list(program.inputs), list(program.outputs())
+    forms = [jax.ShapeDtypeStruct((b, *form.shape), form.dtype) for form in program.inputs.values()]
+
+    def in_order(*values: Any) -> tuple[Any, ...]:
+        found = program.function(dict(zip(names, values, strict=True)))
+        return tuple(found[name] for name in outputs)
+
+    content = to_onnx(in_order, forms, model_name="maskvit", input_names=names, output_names=outputs).SerializeToString()
+    _compare(program, content)
+    return content
+
+
+def _compare(program: Program, content: bytes) -> None:
+    """Raise ValueError unless ONNX Runtime says of random inputs what the program says, for two batch sizes."""
+    import onnxruntime
+
+    session, rng = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]), np.random.default_rng(0)
+    for count in (1, 2):
+        given = {name: rng.integers(0, 2, (count, *form.shape)).astype(form.dtype) for name, form in program.inputs.items()}
+        expected = program.function(given)
+        for name, found in zip(program.outputs(), session.run(list(program.outputs()), given), strict=True):
+            ours = np.asarray(expected[name])
+            if np.issubdtype(ours.dtype, np.integer):  # classes: where two are all but equal, either may be said
+                wrong = ours.shape != found.shape or np.mean(ours != found) > 0.01
+            else:
+                wrong = ours.shape != found.shape or not np.abs(ours - found).max() <= 1e-3 * np.abs(ours).max()
+            if wrong:
+                raise ValueError(f"the ONNX model does not say what the checkpoint says ({name}, {count} samples): nothing was written")
+
+
+FORMATS: dict[str, Callable[[Program], bytes]] = {".stablehlo": as_stablehlo, ".onnx": as_onnx}
+FLOAT32 = (".onnx",)  # formats that are computed in float32: few programs have the operations in bfloat16
 
 
 def write(path: Path, content: bytes) -> None:
@@ -179,9 +233,8 @@ def export_program(checkpoint: str, dst: Path, function: str | None, weights: st
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((loaded.params, loaded.state)))
     if size > LARGEST:
         raise ValueError(f"{checkpoint}: its weights take {size / 2**30:.1f} GiB, and a {dst.suffix} file holds less than 2 GiB")
-    program = program_of(loaded, function)
-    forms = {name: jax.ShapeDtypeStruct((1, *form.shape), form.dtype) for name, form in program.inputs.items()}
-    outputs = {name: _form(jax.ShapeDtypeStruct(x.shape[1:], x.dtype)) for name, x in jax.eval_shape(program.function, forms).items()}
+    program = program_of(loaded, function, "float32" if dst.suffix in FLOAT32 else None)
+    outputs = {name: _form(form) for name, form in program.outputs().items()}
     about = dict(program.about, outputs=outputs, checkpoint=str(checkpoint), weights=weights)
     if dst.suffix == ".stablehlo":
         about["platforms"] = list(PLATFORMS)
