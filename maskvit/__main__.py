@@ -38,6 +38,8 @@ COMMANDS = {
         "a checkpoint as one program that runs without maskvit: StableHLO, for JAX, or ONNX",
         "--checkpoint DIR --dst FILE.stablehlo",
     ),
+    "push": ("maskvit.commands.push", "a folder to the Hugging Face Hub", "--folder DIR --repo NAME"),
+    "pull": ("maskvit.commands.pull", "a folder from the Hugging Face Hub", "--repo NAME --dst DIR"),
     "report": (
         "maskvit.commands.report.__main__",
         "pages: attention, features, decoder, masks, guidance, compare; a table: rows",
