@@ -49,8 +49,10 @@ def gradients(
     function = functools.partial(_gradients, objective=objective, micro_batches=micro_batches, frozen=frozen)
     without = functools.partial(_without, frozen=frozen)
     # One device is all devices; but for a kernel that wants to be told that it works by itself.
-    alone = mesh is None or (mesh.size == 1 and objective.model.attention_kernel != "splash")
-    everywhere = function if alone else on_each_device(function, mesh, without)
+    if mesh is None or (mesh.size == 1 and objective.model.attention_kernel != "splash"):
+        everywhere = function
+    else:
+        everywhere = on_each_device(function, mesh, without)
     grads, (loss, metrics), observed = everywhere(state.params, shared, samples)
     return loss, grads, observed, metrics
 
