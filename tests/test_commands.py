@@ -155,7 +155,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("bench", ["--cpu-threads", "100000"], "--cpu-threads 100000"),
     ("bench", ["--image", "30", "--no-torch"], "30"),
     ("bench", ["--out", "text.txt", "guidance", "--no-time"], "text.txt"),
-    ("demo", ["--workdir", "runs"], "run the demo in the repository's root"),
+    ("demo", ["--workdir", "text.txt"], "--workdir is 'text.txt', which cannot be made a folder"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,13 @@ def test_a_config_that_nobody_has(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="configs/nowhere.py does not exist; those that come with maskvit lie in .*configs"):
         load_config("configs/nowhere.py")
     assert load_config("configs/pretrain/mae_b_1600e.py").objective.name == "mae"
+
+
+def test_a_demo_without_its_checkpoint(tmp_path, monkeypatch, capsys):
+    """Before anything is written."""
+    from maskvit.commands import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "CHECKPOINT", pathlib.Path("assets/nowhere.pth"))
+    assert demo.main(["--workdir", "run"]) == 2
+    assert "assets/nowhere.pth is missing, here and in the package" in capsys.readouterr().err and not (tmp_path / "run").exists()

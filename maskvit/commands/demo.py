@@ -119,7 +119,7 @@ def demo(workdir: Path) -> int:
     log_lines()
     checkpoint = find(CHECKPOINT)
     if not checkpoint.exists():
-        raise FileNotFoundError(f"{CHECKPOINT} is missing: run the demo in the repository's root")
+        raise FileNotFoundError(f"{CHECKPOINT} is missing, here and in the package: run the demo in the root of a checkout")
     bring_configs()
     make_folder(workdir, "--workdir")
 
