@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -41,7 +41,7 @@ class _Configs(importlib.abc.MetaPathFinder):
     """Finds `configs` and its modules in the package, where no other finder has found them."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         top, *inside = fullname.split(".")
         place = shipped("configs") if top == "configs" else None
