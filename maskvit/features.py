@@ -36,7 +36,7 @@ from maskvit.data.files import list_files, tell
 from maskvit.data.pictures import SUFFIXES, PictureError, open_picture
 from maskvit.heads.task_network import TaskNetwork
 from maskvit.objectives.distillation import teacher_params
-from maskvit.objectives.stored import check_shapes, stored_objective
+from maskvit.objectives.stored import check_shapes, class_names, stored_objective
 from maskvit.objectives.supervised import classifier_of
 from maskvit.sharding import make_mesh, parameter_shardings, place_batch, replicated
 
@@ -74,9 +74,7 @@ class LoadedModel(NamedTuple):
         if task is None or (task.dense and self.model.modality(task.target).kind != "categorical"):
             return ()
         count = task.channels({spec.name: spec for spec in self.model.modalities})
-        stored = self.metadata.get("label_names")
-        fits = isinstance(stored, list) and len(stored) == count and all(isinstance(name, str) for name in stored)
-        return tuple(stored) if fits and stored else tuple(map(str, range(count)))
+        return class_names(self.metadata, count) or tuple(map(str, range(count)))
 
     def predict(self, images: Images | Mapping[str, Images]) -> dict[str, Any]:
         """What a fine-tuned model says of pictures.

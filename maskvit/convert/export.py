@@ -27,6 +27,7 @@ from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import tree_paths
 from maskvit.nn.backbone import encoder_sizes
 from maskvit.objectives import OBJECTIVES
+from maskvit.objectives.stored import class_names
 
 LOG = logging.getLogger("maskvit")
 
@@ -284,7 +285,7 @@ def _files_beside(
     model: Model, layout: str, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray], folder: Path | None
 ) -> dict[str, str]:
     """{name: text} of what is written beside the weights."""
-    names, found = hub.class_names(model.config, metadata), {}
+    names, found = class_names(metadata, model.objective["num_classes"]), {}
     if layout == "huggingface":
         found["config.json"] = hub.hugging_face_config(model.config, model.decoder, names)
         found["preprocessor_config.json"] = hub.hugging_face_preprocessing(model.config)

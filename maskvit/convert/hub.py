@@ -23,13 +23,6 @@ TIMM_MODELS = {
 }
 
 
-def class_names(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes that the classifier in `config` tells apart, as the checkpoint records them; () where it does not."""
-    stored, count = metadata.get("label_names"), config["objective"]["num_classes"]
-    fits = isinstance(stored, (list, tuple)) and len(stored) == count and all(isinstance(name, str) for name in stored)
-    return tuple(stored) if fits and stored else ()
-
-
 def _rgb(config: Mapping[str, Any]) -> Modality:
     return parse_modalities(config["modalities"])["rgb"]
 

@@ -22,6 +22,14 @@ from maskvit.objectives import OBJECTIVES, build_objective, check_blocks, parse_
 LONGEST = 400  # characters of an error: a config may hold any text
 
 
+def class_names(metadata: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """The names of so many classes, as the metadata of a checkpoint record them; () where they do not."""
+    stored = metadata.get("label_names")
+    if not isinstance(stored, (list, tuple)) or len(stored) != count or not all(isinstance(name, str) for name in stored):
+        return ()
+    return tuple(stored)
+
+
 def stored_objective(config: Mapping[str, Any], params: Params, finish: Callable[[Any], Any] = lambda objective: objective) -> Any:
     """`finish` of the objective that `config` describes and `params` are the parameters of.
 

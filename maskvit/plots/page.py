@@ -43,7 +43,7 @@ class Section(NamedTuple):
     blocks: Sequence[Prose | Table | Figure | Commands]
 
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; }
 :root { --paper: #ffffff; --ink: #1c2026; --faint: #5c6570; --line: #dfe3e8; --panel: #f5f7f9; --accent: #2f6fb5; }
 @media (prefers-color-scheme: dark) {
@@ -120,21 +120,24 @@ def html_page(title: str, sections: Sequence[Section], summary: str = "") -> str
         + "</section>"
         for index, section in enumerate(sections)
     )
+    head = f'<header><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p><nav>{links}</nav></header>'
+    return document(title, f"{head}\n<main>\n{body}\n</main>\n<footer></footer>")
+
+
+def document(title: str, body: str, style: str = "", allowed: str = "") -> str:
+    """The whole of a page in the house style: `style` is added to it, `allowed` to what its browser may do (no scripts, no addresses)."""
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'{allowed}"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{html.escape(title)}</title>
-<style>{STYLE}</style>
+<style>{_STYLE}{style}</style>
 </head>
 <body>
-<header><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p><nav>{links}</nav></header>
-<main>
 {body}
-</main>
-<footer></footer>
 </body>
 </html>
 """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskvit.plots.page import STYLE
+from maskvit.plots.page import document
 
 HERE = Path(__file__).parent
 
@@ -46,26 +46,13 @@ def explore_page(about: Mapping[str, Any], stored: Mapping[str, Any] | None = No
         f"{'' if about['cannot_rebuild'] else 'rebuilds of what it is shown, '}attends to, and finds alike."
     )
     connect = "; connect-src 'self'" if stored is None else ""
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'{connect}"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>Explore</title>
-<style>{STYLE}{style}</style>
-</head>
-<body>
-<header><h1>Explore</h1><p>{html.escape(summary)}</p></header>
+    body = f"""<header><h1>Explore</h1><p>{html.escape(summary)}</p></header>
 <main>{_BODY}</main>
 <footer></footer>
 <script type="application/json" id="about">{_as_script(about)}</script>
 <script type="application/json" id="stored">{_as_script(stored)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+<script>{script}</script>"""
+    return document("Explore", body, style, f"; script-src 'unsafe-inline'{connect}")
 
 
 def _as_script(value: Any) -> str:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from maskvit.commands.report.files import add_picture_arguments, picture_command
+from maskvit.commands.report.files import add_picture_arguments, each_picture, picture_command
 from maskvit.core.types import Batch, Params, TokenBatch, TokenLayout
-from maskvit.data.batches import eval_batches
-from maskvit.features import LoadedModel, Pictures, first_input, unreadable
+from maskvit.features import LoadedModel, first_input
 from maskvit.guidance.attention import QUERIES, self_attention
 from maskvit.masking.plan import drop, present_counts
 from maskvit.plots import page, panels, pictures
@@ -88,40 +87,28 @@ def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, 
     grid = spec.grid(model.image_size)
     tokens = math.prod(grid)
     visible = share_visible(tokens, loaded.objective.num_visible, model.layout.num_tokens)
-    left_out = unreadable(paths)
-    paths = [path for path in paths if path not in left_out]
-    if not paths:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
-
+    left_out: dict[Path, str] = {}
     sections = []
-    with eval_batches(Pictures(paths, spec.name), {spec.name: spec}, model.image_size, batch_size=1, crop=crop) as batches:
-        for batch in batches:
-            path = paths[int(batch["index"][0])]
-            if not batch["valid"][0]:
-                left_out[path] = batch["reason"][0]
-                continue
-            values = Batch({spec.name: jnp.asarray(batch[spec.name])})
-            maps = jax.device_get(attention_maps(loaded.objective, loaded.params, values, visible))
-            rollout = pictures.attention_rollout(maps.attentions[0])[-1, :tokens]
-            heads = maps.attentions[0, -1, :, -1, :tokens]
-            picture = pictures.to_picture(spec, batch[spec.name][0])
-            on_grid = lambda values: np.asarray(values, np.float64).reshape(grid)  # noqa: E731
-            heat = functools.partial(pictures.heat_overlay, picture)
-            tiles = [("input", picture)]
-            tiles += [(ROW_NAMES[query], heat(on_grid(maps.rows[query][0]))) for query in QUERIES]
-            tiles += [("rollout over all blocks", heat(on_grid(rollout)))]
-            tiles += [
-                (f"visible, {ROW_NAMES[query]}", pictures.mask_overlay(picture, maps.masked[query][0].reshape(grid))) for query in QUERIES
-            ]
-            tiles += [(f"head {i}", heat(on_grid(head))) for i, head in enumerate(heads)]
-            caption = (
-                f"{path}: last-block attention averaged over heads (both rows), attention rollout, the {visible} of {tokens} tokens that "
-                "stay visible when the most attended are hidden, and the global token's attention per head. Each heat map has its own "
-                "scale."
-            )
-            sections.append(page.Section(path.name, [page.Figure(panels.tile_grid(tiles, 4, heat_bar=True), caption)]))
-    if not sections:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
+    for path, stored in each_picture(model, paths, crop, left_out):
+        maps = jax.device_get(attention_maps(loaded.objective, loaded.params, Batch({spec.name: jnp.asarray(stored)}), visible))
+        rollout = pictures.attention_rollout(maps.attentions[0])[-1, :tokens]
+        heads = maps.attentions[0, -1, :, -1, :tokens]
+        picture = pictures.to_picture(spec, stored[0])
+        on_grid = lambda values: np.asarray(values, np.float64).reshape(grid)  # noqa: E731
+        heat = functools.partial(pictures.heat_overlay, picture)
+        tiles = [("input", picture)]
+        tiles += [(ROW_NAMES[query], heat(on_grid(maps.rows[query][0]))) for query in QUERIES]
+        tiles += [("rollout over all blocks", heat(on_grid(rollout)))]
+        tiles += [
+            (f"visible, {ROW_NAMES[query]}", pictures.mask_overlay(picture, maps.masked[query][0].reshape(grid))) for query in QUERIES
+        ]
+        tiles += [(f"head {i}", heat(on_grid(head))) for i, head in enumerate(heads)]
+        caption = (
+            f"{path}: last-block attention averaged over heads (both rows), attention rollout, the {visible} of {tokens} tokens that "
+            "stay visible when the most attended are hidden, and the global token's attention per head. Each heat map has its own "
+            "scale."
+        )
+        sections.append(page.Section(path.name, [page.Figure(panels.tile_grid(tiles, 4, heat_bar=True), caption)]))
 
     encoder = dict(model.encoder)
     guidance = loaded.config["objective"].get("guidance") or {}

@@ -18,11 +18,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Num
 
 from maskvit.commands.report.attention import share_visible
-from maskvit.commands.report.files import add_picture_arguments, picture_command
+from maskvit.commands.report.files import add_picture_arguments, each_picture, picture_command
 from maskvit.core.keys import sample_keys, stream_keys
 from maskvit.core.types import Batch, Params
-from maskvit.data.batches import eval_batches
-from maskvit.features import LoadedModel, Pictures, first_input, unreadable
+from maskvit.features import LoadedModel, first_input
 from maskvit.masking.plan import drop, present_counts
 from maskvit.masking.scores import random_scores
 from maskvit.plots import curves, page, panels, pictures
@@ -93,35 +92,25 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
     output, grid = output_of(model, spec.name), spec.grid(model.image_size)
     tokens = grid[0] * grid[1]
     visible = share_visible(tokens, loaded.objective.num_visible, model.layout.num_tokens)
-    left_out = unreadable(paths)
-    paths = [path for path in paths if path not in left_out]
-
+    left_out: dict[Path, str] = {}
     sections, attentions = [], []
-    if paths:
-        with eval_batches(Pictures(paths, spec.name), {spec.name: spec}, model.image_size, batch_size=1, crop=crop) as batches:
-            for number, batch in enumerate(batches):
-                path = paths[int(batch["index"][0])]
-                if not batch["valid"][0]:
-                    left_out[path] = batch["reason"][0]
-                    continue
-                values, keys = Batch({spec.name: jnp.asarray(batch[spec.name])}), sample_keys(0, number, 1)
-                found = jax.device_get(decode(loaded.objective, loaded.params, values, keys, output, visible))
-                attentions += [] if found.attention is None else [found.attention]
-                stored, masked = np.asarray(batch[spec.name][0]), found.masked[0].reshape(grid)
-                picture = pictures.to_picture(spec, stored)
-                tiles = [("input", picture), (f"visible: {visible} of {tokens}", pictures.mask_overlay(picture, masked))]
-                for i, stage in enumerate(found.stages):
-                    shown = pictures.to_picture(spec, paste_visible(stage[0], stored, masked), like=stored)
-                    tiles.append((f"after block {i}", shown))
-                caption = (
-                    f"{path}: what {output} rebuilds if the decoder ends after each of its blocks (final norm and head applied), with the "
-                    "visible patches as they are."
-                )
-                if output != spec.name:
-                    caption += " Predictions of normalized patches borrow mean and deviation of the true patch."
-                sections.append(page.Section(path.name, [page.Figure(panels.tile_grid(tiles, 5), caption)]))
-    if not sections:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
+    for number, (path, given) in enumerate(each_picture(model, paths, crop, left_out)):
+        values, keys = Batch({spec.name: jnp.asarray(given)}), sample_keys(0, number, 1)
+        found = jax.device_get(decode(loaded.objective, loaded.params, values, keys, output, visible))
+        attentions += [] if found.attention is None else [found.attention]
+        stored, masked = given[0], found.masked[0].reshape(grid)
+        picture = pictures.to_picture(spec, stored)
+        tiles = [("input", picture), (f"visible: {visible} of {tokens}", pictures.mask_overlay(picture, masked))]
+        for i, stage in enumerate(found.stages):
+            shown = pictures.to_picture(spec, paste_visible(stage[0], stored, masked), like=stored)
+            tiles.append((f"after block {i}", shown))
+        caption = (
+            f"{path}: what {output} rebuilds if the decoder ends after each of its blocks (final norm and head applied), with the "
+            "visible patches as they are."
+        )
+        if output != spec.name:
+            caption += " Predictions of normalized patches borrow mean and deviation of the true patch."
+        sections.append(page.Section(path.name, [page.Figure(panels.tile_grid(tiles, 5), caption)]))
 
     decoder = dict(model.decoder)
     facts = [

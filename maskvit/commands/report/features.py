@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from maskvit.commands.report.files import add_picture_arguments, picture_command
+from maskvit.commands.report.files import add_picture_arguments, each_picture, picture_command
 from maskvit.core.types import Batch
-from maskvit.data.batches import eval_batches
-from maskvit.features import LoadedModel, Pictures, first_input, unreadable
+from maskvit.features import LoadedModel, first_input
 from maskvit.heads.values import encoded_tokens
 from maskvit.plots import components, page, panels, pictures
 
@@ -39,21 +38,11 @@ def look(loaded: LoadedModel, paths: Sequence[Path], crop: float | int) -> tuple
     spec, model = first_input(loaded.model), loaded.model
     grid = spec.grid(model.image_size)
     tokens = jax.jit(functools.partial(encoded_tokens, model), static_argnames="inputs")
-    left_out = unreadable(paths)
-    paths = [path for path in paths if path not in left_out]
+    left_out: dict[Path, str] = {}
     found = []
-    if paths:
-        with eval_batches(Pictures(paths, spec.name), {spec.name: spec}, model.image_size, batch_size=1, crop=crop) as batches:
-            for batch in batches:
-                path = paths[int(batch["index"][0])]
-                if not batch["valid"][0]:
-                    left_out[path] = batch["reason"][0]
-                    continue
-                values = Batch({spec.name: jnp.asarray(batch[spec.name])})
-                features = np.asarray(tokens(loaded.params, values, inputs=(spec.name,)).patches[0])
-                found.append(Looked(path, batch[spec.name][0], features.reshape(*grid, -1)))
-    if not found:
-        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
+    for path, stored in each_picture(model, paths, crop, left_out):
+        features = np.asarray(tokens(loaded.params, Batch({spec.name: jnp.asarray(stored)}), inputs=(spec.name,)).patches[0])
+        found.append(Looked(path, stored[0], features.reshape(*grid, -1)))
     return found, left_out
 
 

@@ -1,15 +1,20 @@
-"""Writing a report: a file appears whole or not at all."""
+"""What reports on pictures share: reading them one by one, and writing a file that appears whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
 
 from maskvit.core.arguments import check_output, number
-from maskvit.features import LoadedModel, find_pictures, load
+from maskvit.data.batches import eval_batches
+from maskvit.features import LoadedModel, Pictures, find_pictures, first_input, load, unreadable
 
 
 def write(out: Path, text: str) -> None:
@@ -17,6 +22,29 @@ def write(out: Path, text: str) -> None:
     partial = out.with_name(out.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, out)
+
+
+def each_picture(
+    model: Any, paths: Sequence[Path], crop: float | int, left_out: dict[Path, str]
+) -> Iterator[tuple[Path, Shaped[np.ndarray, "1 h w c"]]]:
+    """The files that can be read and what they hold, one after the other, as the first input modality of a model is given.
+
+    `left_out` receives the others, each with the reason. Raises ValueError, at the end, where none can be read.
+    """
+    spec, found = first_input(model), False
+    left_out |= unreadable(paths)
+    paths = [path for path in paths if path not in left_out]
+    if paths:
+        with eval_batches(Pictures(paths, spec.name), {spec.name: spec}, model.image_size, batch_size=1, crop=crop) as batches:
+            for batch in batches:
+                path = paths[int(batch["index"][0])]
+                if batch["valid"][0]:
+                    found = True
+                    yield path, np.asarray(batch[spec.name])
+                else:
+                    left_out[path] = batch["reason"][0]
+    if not found:
+        raise ValueError(f"none of the files can be read as an image: {next(f'{p}: {why}' for p, why in left_out.items())}")
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
