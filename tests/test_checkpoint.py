@@ -335,27 +335,30 @@ def test_what_is_kept_per_record_is_restored_with_the_padding_of_other_devices(t
     mesh = lambda count: make_mesh(jax.devices()[:count])  # noqa: E731
     rows = {count: record_rows(37, mesh(count)) for count in (1, 2, 4)}
     assert rows == {1: 37, 2: 38, 4: 40}
-    table = np.random.default_rng(0).normal(size=(37, 2, 3)).astype(np.float16)
+    written = np.random.default_rng(0).normal(size=(37, 2, 3)).astype(np.float16)  # the first versions did not flatten a row
+    table = written.reshape(37, 6)
 
     def target(count, shape):
         state = jax.eval_shape(lambda: make_state(1)._replace(objective_state={"guidance": {"maps": jnp.zeros(shape, jnp.float16)}}))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, parameter_shardings(state, mesh(count)))
 
-    first = target(1, table.shape).objective_state["guidance"]["maps"].sharding
+    first = target(1, written.shape).objective_state["guidance"]["maps"].sharding
     with contextlib.closing(CheckpointStore(tmp_path, keep=9)) as store:
-        store.save(1, make_state(1)._replace(objective_state={"guidance": {"maps": jax.device_put(table, first)}}), {})
+        store.save(1, make_state(1)._replace(objective_state={"guidance": {"maps": jax.device_put(written, first)}}), {})
         store.wait()
         for step, count in enumerate((4, 2, 1, 4), start=1):
-            state = store.restore(step, target(count, (rows[count], 2, 3)))
+            state = store.restore(step, target(count, (rows[count], 6)))
             maps = state.objective_state["guidance"]["maps"]
             assert {shard.data.shape[0] for shard in maps.addressable_shards} == {rows[count] // count}
             np.testing.assert_array_equal(np.asarray(maps)[:37], table)
             store.save(step + 1, state, {})
             store.wait()
-        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 2, 3\) in the checkpoint, \(44, 2, 3\)"):
-            store.restore(5, target(4, (44, 2, 3)))  # of at least 41 records
-        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 2, 3\) in the checkpoint, \(40, 2, 4\)"):
-            store.restore(5, target(4, (40, 2, 4)))
+        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 6\) in the checkpoint, \(44, 6\)"):
+            store.restore(5, target(4, (44, 6)))  # of at least 41 records
+        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(40, 6\) in the checkpoint, \(40, 8\)"):
+            store.restore(5, target(4, (40, 8)))
+        with pytest.raises(CheckpointError, match=r"objective_state/guidance/maps: \(37, 2, 3\) in the checkpoint, \(37, 8\)"):
+            store.restore(1, target(1, (37, 8)))
 
 
 TWO_PROCESSES = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -214,7 +215,8 @@ class CheckpointStore:
 
         Leaves of `abstract_state` are arrays or `jax.ShapeDtypeStruct`s; the sharding of each is honoured, whatever
         the devices the checkpoint was written on, and a leaf without one goes to the first local device. What an objective keeps
-        per record, spread over devices by its first axis, may have been written with fewer or more rows of padding at its end.
+        per record, spread over devices by its first axis, may have been written with fewer or more rows of padding at its end, and with
+        rows that are not flattened.
         Raises CheckpointError for damaged files and for any tensor that is missing, left over or of another shape.
         """
         step_dir = self.directory / str(step)
@@ -225,15 +227,17 @@ class CheckpointStore:
             if problems:
                 raise CheckpointError(f"the checkpoint {step_dir} is damaged: " + "; ".join(problems))
         abstract = jax.tree.map(_abstract_leaf, plain_tree(abstract_state))
-        differences = _shape_differences(stored_shapes(step_dir), abstract)
+        stored = stored_shapes(step_dir)
+        differences = _shape_differences(stored, abstract)
         if differences:
             raise CheckpointError(
                 f"the checkpoint {step_dir} does not fit this run's state:\n" + "\n".join(f"  {line}" for line in differences)
             )
+        as_written = jax.tree.map(_with_rows_of, abstract, stored)
         with reading(step_dir):
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(as_written, strict=False)))
         self._saved.add(step)
-        return shaped_like(abstract_state, restored.state)
+        return shaped_like(abstract_state, jax.tree.map(_with_flat_rows, restored.state, abstract))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The JSON data saved with `step`."""
@@ -272,15 +276,30 @@ def _shape_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def _differs_in_padding(stored: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether `leaf` is spread by its first axis, and was written with all its rows but for some of the padding of its parts.
+    """Whether `leaf` is spread by its first axis, and was written with all its rows but for some of the padding of its parts; the
+    first versions did not flatten a row.
 
     That there are as many records is seen where the data are compared (`check_same_run`).
     """
     spec = getattr(leaf.sharding, "spec", ())
-    if not spec or spec[0] is None or stored[1:] != leaf.shape[1:]:
+    if not spec or spec[0] is None or leaf.shape[1:] not in (stored[1:], (math.prod(stored[1:]),)):
         return False
     parts = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
     return stored[0] > leaf.shape[0] - parts
+
+
+def _with_rows_of(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtypeStruct:
+    """`leaf` with its rows in the shape in which they were written."""
+    if len(stored.shape) == len(leaf.shape):
+        return leaf
+    sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec(leaf.sharding.spec[0]))
+    return jax.ShapeDtypeStruct((leaf.shape[0], *stored.shape[1:]), leaf.dtype, sharding=sharding)
+
+
+def _with_flat_rows(value: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if value.shape == leaf.shape:
+        return value
+    return jax.jit(lambda x: x.reshape(leaf.shape), out_shardings=leaf.sharding)(value)
 
 
 def _claim(directory: Path) -> DirectoryLock:

@@ -23,12 +23,13 @@ from maskvit.guidance.errors import check_rebuilds_inputs
 from maskvit.guidance.source import Request, Source
 from maskvit.heads.network import Network
 
-Maps = Float[Array, "r m g g"]  # float16; NaN where a record's cell was never written
+# A row per record: its maps (m, g, g), flattened, since TPUs pad the last axis of an array to 128. float16; NaN where nothing was written.
+Table = Float[Array, "r c"]
 
 
-def blank(num_records: int, layout: TokenLayout, grid: int) -> Maps:
+def blank(num_records: int, layout: TokenLayout, grid: int) -> Table:
     """Maps that know nothing, one per record and modality."""
-    return jnp.full((num_records, len(layout.names), grid, grid), jnp.nan, jnp.float16)
+    return jnp.full((num_records, len(layout.names) * grid**2), jnp.nan, jnp.float16)
 
 
 def _centers(count: int) -> Float[Array, " k"]:
@@ -105,20 +106,21 @@ def write(
     return jax.vmap(one_sample)(maps, values, box, flip)
 
 
-def rows_of(maps: Maps, index: Int[Array, " b"] | None) -> Float[Array, "b m g g"] | None:
+def rows_of(table: Table, index: Int[Array, " b"] | None, grid: int) -> Float[Array, "b m g g"] | None:
     """The maps of the samples' records; unknown (NaN) for an index that is no record (negative, padding). None without an index."""
     if index is None:
         return None
-    own = maps.at[jnp.where(index < 0, maps.shape[0], index)].get(mode="fill", fill_value=jnp.nan)
-    return own.astype(jnp.float32)
+    own = table.at[jnp.where(index < 0, table.shape[0], index)].get(mode="fill", fill_value=jnp.nan)
+    return own.astype(jnp.float32).reshape(own.shape[0], -1, grid, grid)
 
 
-def store(maps: Maps, index: Int[Array, " b"], new: Float[Array, "b m g g"], accepted: Bool[Array, ""] | bool = True) -> Maps:
-    """The maps with those of the samples' records replaced; of a record that is in the batch twice one is kept.
+def store(table: Table, index: Int[Array, " b"], new: Float[Array, "b m g g"], accepted: Bool[Array, ""] | bool = True) -> Table:
+    """The table with the maps of the samples' records replaced; of a record that is in the batch twice one is kept.
 
     Nothing is written unless the step is `accepted`: a choice between the maps before and after would copy them all.
     """
-    return maps.at[jnp.where(accepted & (index >= 0), index, maps.shape[0])].set(new.astype(maps.dtype), mode="drop")
+    rows = new.astype(table.dtype).reshape(-1, table.shape[1])
+    return table.at[jnp.where(accepted & (index >= 0), index, table.shape[0])].set(rows, mode="drop")
 
 
 def check_grid(key: str, grid: int) -> None:
@@ -153,10 +155,10 @@ def in_turn(learn: Callable[[], Any], otherwise: Callable[[], Any], request: Req
     return learn() if period == 1 else jax.lax.cond(step % period == 0, learn, otherwise)
 
 
-def no_rows(request: Request, maps: Maps, every: int) -> Rows:
+def no_rows(request: Request, every: int) -> Rows:
     """As many rows as `thinned` has, of no record."""
     count = request.keys.shape[0] // stride(request.keys.shape[0], every)
-    return jnp.full(count, -1, request.batch.record.index.dtype), jnp.zeros((count, *maps.shape[1:]))
+    return jnp.full(count, -1, request.batch.record.index.dtype), jnp.zeros((count, *request.batch.kept.shape[1:]))
 
 
 def thinned(request: Request, every: int) -> Request:
@@ -260,18 +262,18 @@ class ReusedAttention(SelfAttention):
         if self.view not in VIEWS:
             raise ValueError(f"config.objective.guidance.view is {self.view!r}; known: {', '.join(VIEWS)}")
 
-    def init(self, model: Network, params: Any, num_records: int) -> Maps:
+    def init(self, model: Network, params: Any, num_records: int) -> Table:
         return blank(num_records, model.layout, self.grid)
 
-    def recall(self, memory: Maps, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
-        return (), rows_of(memory, index)
+    def recall(self, memory: Table, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        return (), rows_of(memory, index, self.grid)
 
     def __call__(self, request: Request) -> Guidance:
         record, layout = request.batch.record, request.tokens.layout
         own = read(request.batch.kept, record.box, record.flip, layout)
         return jnp.exp(fill_unknown(own, layout, request.keys))
 
-    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Table:
         exact = SelfAttention(self.query, self.block, self.heads, self.renormalise)
 
         def learn() -> Rows:
@@ -285,10 +287,10 @@ class ReusedAttention(SelfAttention):
             part = request._replace(tokens=request.whole_tokens(), keys=keys, batch=seen)
             return averaged_rows(part, standard_logs(exact, part), 0.0)
 
-        index, rows = in_turn(learn, lambda: no_rows(request, request.state, self.every), request, step, self.every)
+        index, rows = in_turn(learn, lambda: no_rows(request, self.every), request, step, self.every)
         return store(request.state, index, rows, request.accepted)
 
-    def learn(self, request: Request, targets: Float[Array, "b n"]) -> Maps:
+    def learn(self, request: Request, targets: Float[Array, "b n"]) -> Table:
         """The memory after the exact scores of these crops (`standard_logs`) were seen."""
         return store(request.state, *averaged_rows(request, targets, self.momentum))
 
@@ -322,18 +324,18 @@ class AverageError(Source):
         check_momentum(self.momentum)
         check_grid("grid", self.grid)
 
-    def init(self, model: Network, params: Any, num_records: int) -> Maps:
+    def init(self, model: Network, params: Any, num_records: int) -> Table:
         return blank(num_records, model.layout, self.grid)
 
-    def recall(self, memory: Maps, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
-        return (), rows_of(memory, index)
+    def recall(self, memory: Table, index: Int[Array, " b"] | None) -> tuple[Any, Any]:
+        return (), rows_of(memory, index, self.grid)
 
     def __call__(self, request: Request) -> Guidance:
         record, layout = request.batch.record, request.tokens.layout
         own = read(request.batch.kept, record.box, record.flip, layout)
         return fill_unknown(own, layout, request.keys)
 
-    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Maps:
+    def update(self, request: Request, step: Int[Array, ""], errors: Float[Array, "b n"] | None) -> Table:
         if errors is None:
             raise ValueError("average_error needs the errors of the step")
         index, rows = averaged_rows(request, standardize(errors, request.tokens.layout), self.momentum)

@@ -94,7 +94,7 @@ class PredictedAttention(SelfAttention):
 
     def recall(self, memory: dict[str, Array], index: Int[Array, " b"] | None) -> tuple[Any, Any]:
         shared = {key: value for key, value in memory.items() if key != "maps"}
-        return shared, rows_of(memory["maps"], index) if self.grid else None
+        return shared, rows_of(memory["maps"], index, self.grid) if self.grid else None
 
     def _num_features(self, model: Network) -> int:
         products = 1 + bool(model.num_global_tokens) + bool(self.grid)
@@ -138,7 +138,7 @@ class PredictedAttention(SelfAttention):
             return self._equations(part, targets), self._rows(part, targets)
 
         def otherwise() -> tuple[dict[str, Array], Rows | None]:
-            return old, no_rows(request, request.state["maps"], self.every) if self.grid else None
+            return old, no_rows(request, self.every) if self.grid else None
 
         new, rows = in_turn(learn, otherwise, request, step, self.every)
         # The first solution comes with the first update: until then scores are random.
