@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from maskvit.core.types import Batch
 from maskvit.nn import attention
-from maskvit.nn.attention import attend, attention_kernel, evened, fitting_kernel, fused_attend, kernel_at, splash_attend
+from maskvit.nn.attention import attend, attention_kernel, evened, fitting_kernel, fused_attend, kernel_at, kernel_in_words, splash_attend
 from maskvit.nn.layers import LayerNorm, apply, gelu
 from maskvit.objectives import build_objective
 from maskvit.sharding import make_mesh
@@ -94,6 +94,7 @@ def test_splash_attention_is_for_many_keys_and_wide_heads(monkeypatch):
     assert kernel_at("splash", 256, 64) == "plain"
     monkeypatch.setattr(attention, "on_own_samples", lambda: True)
     assert [kernel_at("splash", *case) for case in ((256, 64), (255, 64), (256, 32))] == ["splash", "plain", "plain"]
+    assert kernel_in_words("splash") == "splash; plain below 256 keys and for heads narrower than 64"
     assert kernel_at("cudnn", 4, 8) == "cudnn" and kernel_at("plain", 999, 64) == "plain"
 
 

@@ -80,6 +80,11 @@ def kernel_at(kernel: str, keys: int, width: int) -> str:
     return "plain" if kernel == "splash" and not fits else kernel
 
 
+def kernel_in_words(kernel: str) -> str:
+    """The kernel's name, and where another computes in its place."""
+    return f"splash; plain below {SPLASH_TOKENS} keys and for heads narrower than {SPLASH_WIDTH}" if kernel == "splash" else kernel
+
+
 def evened(x: Float[Array, "b n d"], kernel: str) -> tuple[Float[Array, "b e d"], Int[Array, " b"] | None]:
     """The tokens, with one of zeros behind them where cuDNN computes and their number is odd, and then their true number.
 

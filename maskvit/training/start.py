@@ -15,6 +15,7 @@ from maskvit import checkpoints
 from maskvit.core.processes import cpu_threads
 from maskvit.core.types import Params, TrainState
 from maskvit.metrics.throughput import peak_flops
+from maskvit.nn.attention import kernel_in_words
 from maskvit.nn.backbone import count_parameters
 from maskvit.optim.schedules import Schedule
 from maskvit.optim.transforms import Optimizer, with_adam_moments
@@ -114,13 +115,14 @@ def start_report(parts: Parts, run: Run, shapes: Any, optimizer: Optimizer, step
     peak = peak_flops(device.device_kind)
     hours = f"; {work / (0.3 * peak * mesh.size) / 3600:.1f} h at 30 % of the devices' peak" if peak else ""
     limit = memory_limit()
+    recomputed = f"; recomputed for the backward pass: {model.remat}" if model.remat else ""
     return "\n".join(
         [
             f"devices     {mesh.size} x {device.device_kind} in {jax.process_count()} process(es)",
             f"data        {parts.source.describe()}",
             f"parameters  {total:,} of which {trainable:,} trained; parameters.txt lists them",
             f"tokens      {model.layout.num_tokens} ({tokens}), {objective.num_visible} visible",
-            f"attention   {model.attention_kernel}" + (f"; recomputed for the backward pass: {model.remat}" if model.remat else ""),
+            f"attention   {kernel_in_words(model.attention_kernel)}{recomputed}",
             f"loader      {run.batches.workers or 'no'} worker process(es) of {cpu_threads()} cores",
             f"batch       {global_batch} in {micro_batches} micro-batch(es) of {global_batch // micro_batches}",
             f"memory      {memory / 1e9:.2f} GB per device" + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ""),
