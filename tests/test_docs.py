@@ -7,15 +7,19 @@ import functools
 import io
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from maskvit.__main__ import COMMANDS, main
+from maskvit.core.config_files import apply_overrides, load_config, split_overrides
+from maskvit.training.config import check_config
 from tests.runs import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*sorted((ROOT / "configs").rglob("*.py")), *sorted((ROOT / "maskvit").rglob("*.py")), ROOT / "main.py"]
 # A line of shell, or of inline code, that starts one of ours; what follows it up to the end of the line or of the code.
 COMMAND = re.compile(r"python (?:-m (maskvit(?:\.[\w.]+| [a-z]+)?)|(main\.py|convert_torch_checkpoint\.py))(?![\w.])([^\n`|#\"]*)")
@@ -63,6 +67,41 @@ def test_a_printed_command_exists(where, program, arguments):
                 assert name[1] in flags, f"{where} prints --{name[1]}, which {program} {subcommand} does not have"
     for file in re.findall(r"\bconfigs/[\w/]+\.py\b", arguments):
         assert (ROOT / file).is_file(), f"{where} names {file}"
+
+
+# A line that trains, to its end: values may be quoted.
+TRAINS = re.compile(r"python (?:-m maskvit train|main\.py) ([^\n`]*)")
+
+
+def trained() -> list[tuple[str, str]]:
+    """(a shipped config, what a printed command of `train` sets in it), each once."""
+    found = []
+    for path in (*PAGES, *SOURCES):
+        for words in TRAINS.findall(re.sub(r"\\+\n\s*", " ", path.read_text(encoding="utf-8"))):
+            file = re.search(r"--config[= ](configs/[\w/]+\.py)", words)
+            if file and "--config." in words:
+                found.append((file[1], words.strip()))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(("file", "words"), trained(), ids=[words for _, words in trained()])
+def test_what_a_printed_command_sets_is_accepted(file, words):
+    config = load_config(file)
+    apply_overrides(config, split_overrides(shlex.split(words, comments=True))[1])
+    check_config(config.to_dict())
+
+
+METHODS = [page for page in PAGES if page.parent.name == "methods"]
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
+def test_the_config_of_a_method_is_one(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks or page.stem == "index"
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        check_config(names["config"].to_dict())
 
 
 def test_links_between_pages_lead_somewhere():

@@ -19,6 +19,7 @@ from maskvit.data import scenes
 from maskvit.data.sources import ListSource
 from maskvit.features import load
 from maskvit.objectives import build_objective
+from maskvit.plots.pictures import HIDDEN, THROWN
 from tests.runs import make_scenes, small_run
 
 CONFIG = dict(
@@ -336,6 +337,39 @@ def test_masks_and_guidance_pages(strategy_file, tmp_path, capsys):
     page = out.read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page
     assert main([*arguments, "--maps", "DINO=nowhere"]) == 1 and "not shown: DINO" in capsys.readouterr().out
+
+
+def test_a_sheet_alone_and_what_is_thrown_away(scenes_dir, tmp_path, capsys):
+    """Beside MultiMAE that rebuilds a half of what it hides: iBOT, whose masks come out of its teacher's pass."""
+    config = small_run(scenes_dir)
+    views = dict(scale=(0.25, 1.0), flip=0.5, views=dict(local_crops=2, local_size=(16, 16), local_scale=(0.05, 0.25)))
+    ibot = dict(
+        name="ibot", inputs=("rgb",), encoder=config["objective"]["encoder"], scores=dict(name="attention_high"),
+        projection=dict(hidden=16, bottleneck=8, num_prototypes=16), masking=dict(ratio=0.5, ratio_var=0.0, probability=1.0),
+    )  # fmt: skip
+    cells = {"half": {"objective.predicted": dict(share=0.5, by="scores")}, "teacher": {"objective": ibot, "data.augment": views}}
+    path = tmp_path / "file.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config!r})\n\n"
+        f"def get_sweep():\n    return {cells!r}\n"
+    )
+    shows = strategies.show_strategies(*strategies.find_strategies(str(path), None), None, 2, None, 1.0)
+    assert not shows.missing
+    half, teacher = shows.shown.values()
+    for name, masked in half.masked.items():
+        thrown = half.thrown[name]
+        assert not (thrown & ~masked).any()
+        assert (thrown.sum((1, 2)) == masked.sum((1, 2)) - np.round(masked.sum((1, 2)) / 2)).all()
+    (masked,) = teacher.masked.values()
+    assert not teacher.thrown and (masked.sum((1, 2)) == 8).all()
+    values = teacher.guidance["rgb"]
+    assert all(own[hidden].min() >= own[~hidden].max() for own, hidden in zip(values, masked, strict=True))
+    out = tmp_path / "masks.png"
+    assert main(["masks", "--config", str(path), "--images", "1", "--out", str(out)]) == 0
+    assert "2 strategies on 1 image(s)" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height)}
+    assert {HIDDEN, THROWN} <= colors
 
 
 def test_weights_are_those_of_the_paper():

@@ -18,6 +18,7 @@ INK, FAINT, PAPER = (28, 32, 38), (112, 120, 130), (255, 255, 255)
 
 
 HIDDEN = (205, 208, 213)  # a token that the model does not see
+THROWN = (105, 110, 118)  # and does not rebuild
 
 
 HATCH = ((52, 54, 58), (84, 87, 92))  # a pixel without measurement or label
@@ -149,9 +150,10 @@ def _to_pixels(tokens: Shaped[np.ndarray, "gh gw"], size: tuple[int, int]) -> Sh
     return tokens.repeat(size[0] // tokens.shape[0], 0).repeat(size[1] // tokens.shape[1], 1)
 
 
-def mask_overlay(picture: Picture, masked: Bool[np.ndarray, "gh gw"]) -> Picture:
-    """What the model sees: hidden tokens are flat grey."""
-    return np.where(_to_pixels(masked, picture.shape[:2])[..., None], np.array(HIDDEN, np.uint8), picture)
+def mask_overlay(picture: Picture, masked: Bool[np.ndarray, "gh gw"], thrown: Bool[np.ndarray, "gh gw"] | None = None) -> Picture:
+    """What the model sees: hidden tokens are flat grey, those of them that are not rebuilt either (`thrown`) a dark one."""
+    shown = np.where(_to_pixels(masked, picture.shape[:2])[..., None], np.array(HIDDEN, np.uint8), picture)
+    return shown if thrown is None else np.where(_to_pixels(thrown, picture.shape[:2])[..., None], np.array(THROWN, np.uint8), shown)
 
 
 def heat_overlay(picture: Picture, guidance: Float[np.ndarray, "gh gw"], limits: tuple[float, float] | None = None) -> Picture:

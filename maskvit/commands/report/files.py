@@ -17,10 +17,10 @@ from maskvit.data.batches import eval_batches
 from maskvit.features import LoadedModel, Pictures, find_pictures, first_input, load, unreadable
 
 
-def write(out: Path, text: str) -> None:
-    """Write `text` by way of a partial file beside it."""
+def write(out: Path, content: str | bytes) -> None:
+    """Write a text (as UTF-8) or bytes by way of a partial file beside it."""
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(partial, out)
 
 

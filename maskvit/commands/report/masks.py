@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
+from maskvit.commands.report import strategies as shown_by
 from maskvit.commands.report.files import write
 from maskvit.commands.report.strategies import (
     Shown,
     Shows,
-    add_arguments,
     find_strategies,
     input_names,
     modality_pictures,
@@ -18,7 +24,25 @@ from maskvit.commands.report.strategies import (
 from maskvit.core.arguments import check_output
 from maskvit.plots import page, panels, pictures
 
-__all__ = ["add_arguments", "run"]
+HEAT = ("least", "most (each tile for itself)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    shown_by.add_arguments(parser, "HTML file to write; a name that ends in .png: the strategies side by side on the first image alone")
+
+
+def visible_tile(shown: Shown, modality: str, index: int, picture: pictures.Picture) -> panels.Tile:
+    """What a strategy leaves visible of one image, and how much it hides."""
+    masked = shown.masked[modality][index]
+    thrown = shown.thrown[modality][index] if shown.thrown else None
+    words = f"{masked.sum()} of {masked.size} hidden" if thrown is None else f"{masked.sum()} hidden, {(masked & ~thrown).sum()} rebuilt"
+    return pictures.mask_overlay(picture, masked, thrown), words
+
+
+def heat_tile(values: Float[np.ndarray, "gh gw"], picture: pictures.Picture) -> panels.Tile:
+    """A map over the picture, with its range."""
+    return pictures.heat_overlay(picture, values), f"{values.min():.3g} to {values.max():.3g}"
 
 
 def strategy_sheet(shows: Shows, shown: Shown, modality: str) -> bytes:
@@ -28,34 +52,29 @@ def strategy_sheet(shows: Shows, shown: Shown, modality: str) -> bytes:
     columns += [f"head {head}" for head in range(heads)]
     rows = []
     for index, picture in enumerate(modality_pictures(shows, shown, modality)):
-        masked = shown.masked[modality][index]
-        tiles = [(picture, "")]
-        for maps in (shown.guidance, shown.weights):
-            if maps:
-                values = maps[modality][index]
-                tiles.append((pictures.heat_overlay(picture, values), f"{values.min():.3g} to {values.max():.3g}"))
-        tiles.append((pictures.mask_overlay(picture, masked), f"{masked.sum()} of {masked.size} hidden"))
+        tiles: list[panels.Tile] = [(picture, "")]
+        tiles += [heat_tile(maps[modality][index], picture) for maps in (shown.guidance, shown.weights) if maps]
+        tiles.append(visible_tile(shown, modality, index, picture))
         tiles += [(pictures.heat_overlay(picture, shown.heads[modality][index, head]), "") for head in range(heads)]
         rows.append((shows.ids[index], tiles))
-    return panels.labeled_grid(columns, rows, heat=("least", "most (each tile for itself)") if shown.guidance else None)
+    return panels.labeled_grid(columns, rows, heat=HEAT if shown.guidance else None)
 
 
 def comparison_sheet(shows: Shows, index: int) -> bytes:
-    """What every strategy leaves visible of one image, as PNG: a row per modality, a column per strategy."""
-    rows = []
+    """One image under every strategy, as PNG: a column per strategy; per modality what is visible and, where any has them, maps."""
+    rows: list[tuple[str, list[panels.Tile | None]]] = []
     first = next(iter(shows.shown.values()))
+    every = list(shows.shown.values())
     for modality in input_names(shows):
         picture = modality_pictures(shows, first, modality)[index]
-        tiles: list[panels.Tile | None] = [(picture, "")]
-        for shown in shows.shown.values():
-            masked = shown.masked.get(modality)
-            tiles.append(
-                None
-                if masked is None
-                else (pictures.mask_overlay(picture, masked[index]), f"{masked[index].sum()} of {masked[index].size} hidden")
-            )
-        rows.append((modality, tiles))
-    return panels.labeled_grid(["image", *(name.replace("_", "\n") for name in shows.shown)], rows)
+        seen = [visible_tile(shown, modality, index, picture) if modality in shown.masked else None for shown in every]
+        rows.append((modality, [(picture, ""), *seen]))
+        for words, maps in (("guidance", [shown.guidance for shown in every]), ("loss weight", [shown.weights for shown in every])):
+            heat = [heat_tile(each[modality][index], picture) if modality in each else None for each in maps]
+            if any(heat):
+                rows.append((words, [None, *heat]))
+    guided = any(shown.guidance for shown in every)
+    return panels.labeled_grid(["image", *(name.replace("_", "\n") for name in shows.shown)], rows, heat=HEAT if guided else None)
 
 
 def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, images: int, split: str | None, crop: float) -> int:
@@ -63,8 +82,21 @@ def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, 
     check_output(out)
     plain, chosen = find_strategies(config, strategies)
     shows = show_strategies(plain, chosen, checkpoint, images, split, crop)
+    if out.suffix.lower() == ".png":
+        write(out, comparison_sheet(shows, 0))
+    else:
+        write(out, html(shows, chosen, checkpoint))
+    print(f"{len(shows.shown)} strategies on {len(shows.ids)} image(s) in {out}")
+    for name, why in shows.missing.items():
+        print(f"not shown: {name}: {why}")
+    return 1 if shows.missing else 0
+
+
+def html(shows: Shows, chosen: Mapping[str, Mapping[str, Any]], checkpoint: str | None) -> str:
+    """The page: all strategies side by side, then each by itself."""
     sections = [notes(shows, chosen, checkpoint)]
-    caption = "{}: grey is hidden. All strategies draw from the same keys; one that is random here is one draw of many."
+    caption = "{}: grey is hidden, dark grey is not rebuilt either."
+    caption += " All strategies draw from the same keys; one that is random here is one draw of many."
     sections.append(
         page.Section(
             "Strategies side by side",
@@ -79,8 +111,4 @@ def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, 
             if modality in shown.masked
         ]
         sections.append(page.Section(name, blocks))
-    write(out, page.html_page("Masking strategies", sections, "What each looks at, and what it hides."))
-    print(f"{len(shows.shown)} strategies on {len(shows.ids)} image(s) in {out}")
-    for name, why in shows.missing.items():
-        print(f"not shown: {name}: {why}")
-    return 1 if shows.missing else 0
+    return page.html_page("Masking strategies", sections, "What each looks at, and what it hides.")

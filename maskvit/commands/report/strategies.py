@@ -24,14 +24,17 @@ from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
 from maskvit.guidance.attention import SelfAttention
 from maskvit.losses.weights import guidance_weights
+from maskvit.masking.plan import predicted_mask
 from maskvit.objectives import build_objective
+from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.plots import page, pictures
 
 
 class Shown(NamedTuple):
     """What a strategy does to the images; every dict is by input modality, empty where there is nothing of the kind.
 
-    `heads`: the attention that the guidance is read from, per head ("b a gh gw"); `weights`: of the loss.
+    `heads`: the attention that the guidance is read from, per head ("b a gh gw"); `weights`: of the loss; `thrown`: what is hidden
+    and not rebuilt either (`config.objective.predicted`).
     """
 
     inputs: dict[str, np.ndarray]
@@ -39,6 +42,7 @@ class Shown(NamedTuple):
     guidance: dict[str, Float[np.ndarray, "b gh gw"]]
     heads: dict[str, Float[np.ndarray, "b a gh gw"]]
     weights: dict[str, Float[np.ndarray, "b gh gw"]]
+    thrown: dict[str, Bool[np.ndarray, "b gh gw"]]
 
 
 class Shows(NamedTuple):
@@ -52,8 +56,8 @@ class Shows(NamedTuple):
     data: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every page that shows strategies."""
+def add_arguments(parser: argparse.ArgumentParser, out: str = "HTML file to write") -> None:
+    """The arguments of every page that shows strategies; `out`: help of --out."""
     parser.add_argument("--config", required=True, help="config file; its get_sweep(), if any, names strategies")
     parser.add_argument(
         "--checkpoint", default=None, help="parameters to look with: a run's workdir, its checkpoints, or one step; else fresh ones"
@@ -61,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategies", default=None, metavar="FILE|NAMES", help="another file with get_sweep(), or some of the config's by name"
     )
-    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
+    parser.add_argument("--out", required=True, type=Path, help=out)
     parser.add_argument("--images", type=whole(), default=4, help="so many images, spread over the split")
     parser.add_argument("--split", default=None, help="split of config.data.train to take them from; its own unless given")
     parser.add_argument("--crop", type=number(0, 1), default=1.0, help="image side over the side of the resized picture it is cut from")
@@ -140,8 +144,8 @@ def _show(
     if state:
         remark = f"{remark} What it keeps from training ({', '.join(state)}) starts anew here.".strip()
     keys = sample_keys(config.get("seed", 0), 0, images)
-    arrays, heads, weights = jax.device_get(_look(objective, params, state, batch, keys, jnp.int32(end)))
-    shown = Shown(arrays["inputs"], arrays["masked"], arrays["guidance"], heads, weights)
+    arrays, heads, weights, thrown = jax.device_get(_look(objective, params, state, batch, keys, jnp.int32(end)))
+    shown = Shown(arrays["inputs"], arrays["masked"], arrays["guidance"], heads, weights, thrown)
     return shown, remark, ids, specs, source.describe()
 
 
@@ -169,11 +173,15 @@ def _fitting(objective: Any, given: Params | None, seed: int) -> tuple[Params, s
 @functools.partial(jax.jit, static_argnames="objective")
 def _look(
     objective: Any, params: Params, state: Any, batch: Batch, keys: Key[Array, " b"], step: Int[Array, ""]
-) -> tuple[dict[str, dict[str, Array]], dict[str, Float[Array, "b a gh gw"]], dict[str, Float[Array, "b gh gw"]]]:
-    """(what `visualize` gives without reconstructions, attention per head, loss weights)."""
+) -> tuple[
+    dict[str, dict[str, Array]], dict[str, Float[Array, "b a gh gw"]], dict[str, Float[Array, "b gh gw"]], dict[str, Bool[Array, "b gh gw"]]
+]:  # fmt: skip
+    """(what `visualize` gives without reconstructions, attention per head, loss weights, what is hidden and not rebuilt)."""
     arrays = dict(objective.visualize(params, state, batch, keys, step=step))
     del arrays["reconstructions"]
-    heads, weights = {}, {}
+    heads, weights, thrown = {}, {}, {}
+    if not isinstance(objective, MaskedAutoencoder):  # self-distillation has no loss weights, and predicts all that it hides
+        return arrays, heads, weights, thrown
     if isinstance(objective.guidance, SelfAttention):
         prepared = objective.prepare(batch)
         tokens = objective.model.embed(params, prepared.values_of(objective.model.inputs), prepared.present)
@@ -186,7 +194,12 @@ def _look(
             layout = TokenLayout((name,), (values.shape[1:],))
             flat = guidance_weights(values.reshape(len(values), -1), layout, objective.loss_weight.at(step), objective.loss_weight.gamma)
             weights[name] = flat.reshape(values.shape)
-    return arrays, heads, weights
+    if objective.predicted is not None:
+        plan = objective.plan(params, batch, keys, state, step)[0]
+        rebuilt = predicted_mask(plan)
+        for name, masked in arrays["masked"].items():
+            thrown[name] = masked & ~rebuilt[:, objective.model.layout.span(name)].reshape(masked.shape)
+    return arrays, heads, weights, thrown
 
 
 def input_names(shows: Shows) -> list[str]:
