@@ -96,6 +96,31 @@ def test_wrong_flags_are_one_line(arguments, told):
         join(*arguments, timeout=1)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "devices"),
+    [("4", "4", "None"), ("32", "4", "'5'")],  # one process per machine works on all its devices, one of eight on its own
+)
+def test_slurm_gives_a_process_its_devices(tasks, nodes, devices):
+    """JAX itself would let the only process of a machine see the first device alone."""
+    code = """
+import jax
+from jax._src import distributed, xla_bridge
+from maskvit.core import processes
+class Told(Exception): pass
+def service(*_, **__): raise Told
+distributed._jax.get_distributed_runtime_service = service
+processes.meet = lambda *_: None
+try:
+    processes.join(None, None, None, timeout=5)
+except Told:
+    print("devices", repr(xla_bridge.CUDA_VISIBLE_DEVICES.value if xla_bridge.CUDA_VISIBLE_DEVICES.value != "all" else None))
+"""
+    slurm = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="node[1-4]", SLURM_PROCID="0", SLURM_LOCALID="5")
+    env = {**os.environ, **slurm, "SLURM_NTASKS": tasks, "SLURM_STEP_NUM_NODES": nodes}
+    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"devices {devices}\n" == said.stdout, said.stderr[-2000:]
+
+
 PAIR = """
 import sys
 import jax

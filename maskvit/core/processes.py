@@ -49,7 +49,18 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         meet(host, int(port), num_processes, process_id, timeout)
     # Without this the CPU backend would leave every process on its own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=max(60, int(timeout)))
+    # Of a process that SLURM or MPI started JAX would see one device, whose number is the process's on its machine.
+    detection = "deactivate" if _alone_on_its_machine() else None
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method=detection, initialization_timeout=max(60, int(timeout))
+    )
+
+
+def _alone_on_its_machine() -> bool:
+    """Whether SLURM or MPI started one process per machine, which then works on all its devices."""
+    if "SLURM_STEP_NUM_NODES" in os.environ and "SLURM_NTASKS" in os.environ:
+        return os.environ["SLURM_STEP_NUM_NODES"] == os.environ["SLURM_NTASKS"]
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def _scheduled(num_processes: int | None, process_id: int | None, timeout: float) -> tuple[str, int, int]:
