@@ -15,6 +15,7 @@ from tiny import MODALITIES, fresh_params, tiny_objective
 
 from maskvit.commands.bench import distillation, guidance, step, timing
 from maskvit.commands.bench.__main__ import main
+from maskvit.commands.bench.loader import stated_modalities
 from maskvit.core import flops
 from maskvit.data.views import MultiCrop
 from maskvit.objectives import build_objective
@@ -314,3 +315,18 @@ def test_the_loader_by_itself_and_by_stages(tmp_path, capsys):
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["records_per_s"] > 0 and record["records_per_s_of_a_core"] > 0 and record["resize"] == "cv2"
     assert list(record["stages_ms"])[:4] == ["read", "decode rgb", "decode depth", "decode semseg"]
+
+
+def test_the_loader_reads_what_a_data_set_has(monkeypatch):
+    class Info:
+        metadata = {"modalities": {"rgb": {"channels": 3}, "bands": {"channels": 10}, "parts": {"kind": "categorical", "num_classes": 5}}}
+
+    class Builder:
+        info = Info()
+
+    monkeypatch.setattr("maskvit.data.sources.open_builder", lambda *_: Builder())
+    specs = stated_modalities("data", "mine")
+    assert list(specs) == ["rgb", "bands", "parts"] and specs["rgb"].scale == 1 / 255
+    assert specs["bands"].channels == 10 and specs["parts"].num_classes == 5 and specs["parts"].loss == "cross_entropy"
+    Info.metadata = {}
+    assert list(stated_modalities("data", "mine")) == ["rgb", "depth", "semseg"]

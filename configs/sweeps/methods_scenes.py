@@ -13,6 +13,7 @@ from configs import common
 
 SIZES = dict(width=128, depth=4, heads=2)  # of assets/multimae_scenes.pth
 ATTENTION = dict(name="self_attention", query="global")
+HINTS = dict(name="attention_hint", show_max=0.3)  # of a tenth of 64 tokens, the default, next to none would be shown
 
 
 def get_config():
@@ -63,7 +64,7 @@ def get_sweep():
         "ibot_random": views(),
         "ibot_blocks": views(scores=dict(name="block")),
         "attmask_high": views(scores=high),
-        "attmask_hint": views(scores=dict(name="attention_hint", show_max=0.1)),
+        "attmask_hint": views(scores=HINTS),
         "attmask_low": views(scores=dict(name="attention_low")),
         "hpm_start": all_inputs(high, error, guided_share=dict(share=(0.0, 0.0))),
         "hpm_end": all_inputs(high, error, guided_share=dict(share=(0.0, 0.5), ramp="100 percent")),
@@ -72,7 +73,7 @@ def get_sweep():
         "amt": rgb(
             "mae", mask_ratio=0.85, scores=dict(name="gumbel", hide="high"), guidance=ATTENTION, predicted=dict(share=0.53, by="scores")
         ),
-        "self_guided": rgb("mae", scores=dict(name="attention_hint"), guidance=dict(name="bipartition")),
+        "self_guided": rgb("mae", scores=HINTS, guidance=dict(name="bipartition")),
         "no_hints": rgb("mae", scores=high, guidance=dict(name="bipartition")),
         "block": rgb("mae", scores=dict(name="block")),
         "multi_block": rgb("mae", scores=dict(name="multi_block")),

@@ -128,7 +128,10 @@ def labeled_grid(
     left = 20 + max([8 * len(line) for name, _ in rows for line in name.split("\n")] + [30])
     heads = [name.split("\n") for name in columns]
     top = (44 if title else 12) + 17 * max((len(head) for head in heads), default=1) + 6
-    sheet = _Sheet(left + len(columns) * (wide + gap) + gap, top + len(rows) * (side + under + gap) + (34 if heat else 6))
+    width = left + len(columns) * (wide + gap) + gap
+    if heat:  # the words at both ends of the bar are to be read whole
+        width = max(width, left + 8 * len(heat[0]) + 186 + 8 * len(heat[1]))
+    sheet = _Sheet(width, top + len(rows) * (side + under + gap) + (34 if heat else 6))
     sheet.text((gap, 12), title, 18)
     for place, head in enumerate(heads):
         for line, words in enumerate(reversed(head)):

@@ -8,15 +8,18 @@ from typing import Any
 
 
 def stated_modalities(data_dir: str, name: str) -> Any:
-    """rgb, depth and semantic maps with what a prepared data set states of them (class count, code for missing depth)."""
+    """The modalities that a prepared data set states, else rgb, depth and semantic maps; fields that it does not state are usual ones."""
     from maskvit.core.modalities import DEPTH, RGB, SEMSEG, parse_modalities
     from maskvit.data.sources import STATED, open_builder
 
     stated = (open_builder(os.path.abspath(os.path.expanduser(data_dir)), name).info.metadata or {}).get("modalities", {})
-    declared = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
-    return parse_modalities(
-        {key: {**fields, **{k: v for k, v in stated.get(key, {}).items() if k in STATED}} for key, fields in declared.items()}
-    )
+    usual = dict(rgb=RGB, depth=DEPTH, semseg=SEMSEG)
+    declared = {}
+    for key in stated or usual:
+        fields = {field: value for field, value in stated.get(key, {}).items() if field in STATED}
+        loss = {"loss": "cross_entropy"} if fields.get("kind") == "categorical" else {}
+        declared[key] = {**usual.get(key, loss), **fields}
+    return parse_modalities(declared)
 
 
 def bench_loader(name: str, data_dir: str, split: str, image: int, batch: int, batches: int, workers: int, resize: str) -> dict[str, Any]:
