@@ -179,7 +179,9 @@ def _look(
     """(what `visualize` gives without reconstructions, attention per head, loss weights, what is hidden and not rebuilt)."""
     arrays = dict(objective.visualize(params, state, batch, keys, step=step))
     del arrays["reconstructions"]
-    heads, weights, thrown = {}, {}, {}
+    heads: dict[str, Float[Array, "b a gh gw"]] = {}
+    weights: dict[str, Float[Array, "b gh gw"]] = {}
+    thrown: dict[str, Bool[Array, "b gh gw"]] = {}
     if not isinstance(objective, MaskedAutoencoder):  # self-distillation has no loss weights, and predicts all that it hides
         return arrays, heads, weights, thrown
     if isinstance(objective.guidance, SelfAttention):
