@@ -51,13 +51,16 @@ def dense_options(
 class Dense(Answers):
     """What the evaluators of pixels share: answers at the stored size, and a picture "examples" of inputs, truth and answers.
 
-    Options: `examples`: how many examples the picture shows, at the model's size; 0 for none. Where an evaluator has them:
-      `resolution`: "model", or "original": answers are resized bilinearly to each picture's stored size, the padded part cut off first;
+    An evaluator has those of the options that it can use, `examples` always.
+
+    Options:
+      examples: how many examples the picture shows, at the model's size; 0 for none.
+      resolution: "model", or "original": answers are resized bilinearly to each picture's stored size, the padded part cut off first;
         crop must be "pad" or None.
-      `sliding`: dict(window, stride): with "original", each picture is resized so that its short side is `window`, and answers of
+      sliding: dict(window, stride): with "original", each picture is resized so that its short side is `window`, and answers of
         overlapping windows are averaged before they are resized (logits, as MMSegmentation has it). MMSegmentation also limits the long
         side to four times the short one.
-      `flip`: with "original", the mean of the answers to the picture and its mirror image; of classes the mean of their probabilities.
+      flip: with "original", the mean of the answers to the picture and its mirror image; of classes the mean of their probabilities.
     """
 
     multiple = 128  # sides at the stored size are rounded up to it
