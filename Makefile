@@ -42,8 +42,10 @@ lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Pages that did not change are not read again, but all are written: each lists the others.
 docs: $(VENV)/.stamp-docs
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --doctree-dir .cache/docs docs site
+	rm -rf site
+	$(BIN)/python -m sphinx --builder html --write-all --fail-on-warning --keep-going --nitpicky --doctree-dir .cache/docs docs site
 
 oracles: $(VENV)/.stamp-test
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(ORACLE_PACKAGES)
