@@ -219,7 +219,7 @@ def test_records_become_a_table_and_a_plot(agreed, tmp_path):
     guidance.write(tmp_path, agreed)
     lines = (tmp_path / "guidance_cost.jsonl").read_text().splitlines()
     assert [json.loads(line)["option"] for line in lines] == [record["option"] for record in agreed]
-    assert (tmp_path / "guidance_cost.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "guidance_cost.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_distillation_times_attmask_against_ibot():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import io
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -188,13 +189,26 @@ def test_masking_panel_refuses_unknown_outputs():
         panels.masking_panel(given, MODALITIES)
 
 
-def test_curves_and_bars_are_png():
+def drawn(svg: bytes) -> str:
+    """The SVG's text, if it is well-formed, self-contained and follows light and dark."""
+    from xml.etree import ElementTree
+
+    text = svg.decode("utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg") and "prefers-color-scheme: dark" in text and "var(--ink)" in text and "#000000" not in text
+    links = re.findall(r'href="([^"]*)"', text)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    return "\n".join(word.strip() for word in root.itertext() if word.strip())
+
+
+def test_curves_bars_and_matrices_are_svg():
     rng = np.random.default_rng(0)
     series = {"loss": (range(100), rng.random(100)), "one value": ([3], [1.0]), "never finite": ([1, 2], [np.nan, np.inf])}
-    assert open_png(curves.curves(series, "losses")).shape[2] >= 3
+    assert "losses" in drawn(curves.curves(series, "losses"))
     assert curves.curves(series) == curves.curves(series)
     data = curves.bars({"rgb mean": {"before": 31.0, "after": 38.0}, "global": {"after": 29.0}}, "k-NN", references={"chance": 10.0})
-    assert open_png(data).std() > 0
+    assert {"before", "after", "38", "chance 10"} <= set(drawn(data).split("\n"))
+    assert "feature" in drawn(curves.matrix(np.eye(3), "block", "feature"))
     with pytest.raises(ValueError, match="no series"):
         curves.curves({})
 
@@ -222,16 +236,22 @@ def test_page_is_self_contained_and_escaped():
         page.Prose("a < b & c"),
         page.Table(["name", "loss"], [["<script>alert(1)</script>", 0.123456], ["x", 2]]),
         page.Figure(picture, 'the "masks"'),
+        page.Figure(curves.bars({"a": {"b": 1.0}}), "bars"),
         page.Commands("make demo\nmake test"),
     ]
     text = page.html_page("a <title>", [page.Section("First", blocks), page.Section("Second", [])], "summary")
     parsed = _Page()
     parsed.feed(text)
     assert not parsed.open
-    assert [r[:15] for r in parsed.references] == ["#s0", "#s1", "data:image/png;"]
+    assert [r[:15] for r in parsed.references] == ["#s0", "#s1", "data:image/png;", "data:image/svg+"]
     for outside in ("http:", "https:", "@import", "url(", "<script", "<link"):
         assert outside not in text
     assert "a &lt; b &amp; c" in text and "0.1235" in text and 'class="number"' in text
+
+
+def test_page_refuses_what_is_no_picture():
+    with pytest.raises(ValueError, match="neither a PNG nor an SVG"):
+        page.html_page("t", [page.Section("s", [page.Figure(b"GIF89a", "c")])])
 
 
 def test_page_refuses_ragged_tables():
@@ -258,11 +278,11 @@ def test_heat_maps_share_a_scale():
     )
 
 
-def test_panels_and_points_are_png():
+def test_panels_and_points_are_svg():
     runs = [([0, 1], [1.0, np.nan]), ([0, 1], [2.0, 3.0])]
     panels = {"loss": {f"cell {i}": runs for i in range(9)}, "k-NN": {"cell 0": runs[:1]}}
-    assert open_png(curves.line_panels(panels)).std() > 0
+    assert "cell 8" in drawn(curves.line_panels(panels))
     assert curves.line_panels(panels) == curves.line_panels(panels)
     with pytest.raises(ValueError, match="no panel"):
         curves.line_panels({})
-    assert open_png(curves.points({"k-NN": {"random": [1.0, 2.0], "low": [np.nan], "none": []}}, "random")).std() > 0
+    assert "low" in drawn(curves.points({"k-NN": {"random": [1.0, 2.0], "low": [np.nan], "none": []}}, "random"))

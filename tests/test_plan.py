@@ -196,7 +196,7 @@ def test_a_plan_of_this_machine(tmp_path, capsys):
     assert small["batch"] == 8 and large["devices"] == "cpu:1" and not small["collectives"] and small["fits"]
     assert 0 < small["floor_ms"] < large["floor_ms"]
     assert large["temporary_gb"] > small["temporary_gb"] > 0 and 0 < small["share_of_peak"] < 1
-    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "plan.svg").read_bytes().startswith(b"<?xml")
     assert "ENTRY" in (tmp_path / "out" / "cpu_1_8.txt").read_text()
 
     earlier = dict(small, floor_ms=small["floor_ms"] / 1.1, kernels=2 * small["kernels"])
@@ -233,8 +233,8 @@ def test_a_start_does_not_grow_with_the_data(tmp_path):
     assert (small, large) == (1000, 10**7) and not most > least + 0.2  # to sort them would take twice that
     record = dict(floor_ms=2.0, state_gb=1.0, temporary_gb=0.5, images_per_s=100.0, kernels=7)
     result = {"batch": [(8, record), (16, record)], "modalities": [(1, record)]}
-    growth.draw(result, [(small, 0.1, least), (large, seconds, most)], tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    growth.draw(result, [(small, 0.1, least), (large, seconds, most)], tmp_path / "growth.svg")
+    assert (tmp_path / "growth.svg").read_bytes().startswith(b"<?xml")
     assert "| batch | 16 | 2.0 | 100 | 1.50 | 7 |" in growth.table(result)
 
 

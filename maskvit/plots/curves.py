@@ -1,4 +1,4 @@
-"""Numbers to plots."""
+"""Numbers to plots, as SVG that follows its reader's choice of light or dark."""
 
 from __future__ import annotations
 
@@ -13,20 +13,31 @@ from jaxtyping import Float
 Numbers = Sequence[float] | np.ndarray
 
 
-BLUE, ORANGE = "#2f6fb5", "#d9822b"
+BLUE, ORANGE, FAINT = "#2f6fb5", "#d9822b", "#5c6570"
+
+# Colors of the drawing that a dark page needs otherwise; text has no color of its own.
+_DARK = {"#000000": ("ink", "#1c2026", "#e4e7eb"), BLUE: ("blue", BLUE, "#7fb2e8"), FAINT: ("faint", FAINT, "#9aa4af")}
 
 
-def _save(figure: Any) -> bytes:
+def svg(figure: Any) -> bytes:
+    """A matplotlib figure as SVG without a background, equal for equal figures; ink, `BLUE` and `FAINT` follow light and dark."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    return stream.getvalue()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskvit"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue().decode("utf-8")
+    for color, (name, _, _) in _DARK.items():
+        text = text.replace(f": {color}", f": var(--{name})")
+    light, dark = (" ".join(f"--{row[0]}: {row[i]};" for row in _DARK.values()) for i in (1, 2))
+    style = f"svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }} text {{ fill: var(--ink); }}"
+    return text.replace("<defs>", f"<style>{style}</style>\n <defs>", 1).encode("utf-8")
 
 
 def curves(series: Mapping[str, tuple[Numbers, Numbers]], title: str = "") -> bytes:
-    """One small plot per series {name: (steps, values)}, as PNG: the values faint, their running mean strong, its last value named.
+    """One small plot per series {name: (steps, values)}, as SVG: the values faint, their running mean strong, its last value named.
 
     Values that are not finite are left out. Raises ValueError without a series.
     """
@@ -58,11 +69,11 @@ def curves(series: Mapping[str, tuple[Numbers, Numbers]], title: str = "") -> by
         axes.tick_params(labelsize=9)
         if index >= len(series) - columns:
             axes.set_xlabel("step", fontsize=9)
-    return _save(figure)
+    return svg(figure)
 
 
 # Colors that people with any color vision tell apart (Okabe and Ito, 2008), then the same dashed and dotted.
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", FAINT)
 
 
 _STYLES = ("-", "--", ":", "-.")
@@ -72,7 +83,7 @@ def line_panels(
     panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]], x: str | Mapping[str, str] = "epoch", columns: int = 3,
     logarithmic: Sequence[str] = (), from_zero: bool = False,
 ) -> bytes:  # fmt: skip
-    """One plot per panel {name: {label: [(x, y) per run]}}, as PNG: the runs faint, their mean strong; a label has one color throughout.
+    """One plot per panel {name: {label: [(x, y) per run]}}, as SVG: the runs faint, their mean strong; a label has one color throughout.
 
     The mean is over the runs that have a finite value at an x; runs are logged at the same steps. `x`: what the horizontal axes show, by
     panel where they differ; those among `logarithmic` have a scale of powers of ten. `from_zero`: vertical axes begin there. The
@@ -92,7 +103,7 @@ def line_panels(
         axes = figure.add_subplot(rows, columns, index + 1)
         for label, runs in series.items():
             number = labels.index(label)
-            style: dict[str, Any] = dict(color=_LINES[number % len(_LINES)], linestyle=_STYLES[number // len(_LINES) % len(_STYLES)])
+            style: dict[str, Any] = dict(color=LINES[number % len(LINES)], linestyle=_STYLES[number // len(LINES) % len(_STYLES)])
             merged: dict[float, list[float]] = {}
             for steps, values in runs:
                 if len(runs) > 1:
@@ -118,11 +129,11 @@ def line_panels(
     figure.legend(
         drawn.values(), drawn.keys(), loc="outside upper left", ncols=min(4, len(labels)), fontsize=9, frameon=False, handlelength=3
     )
-    return _save(figure)
+    return svg(figure)
 
 
 def points(panels: Mapping[str, Mapping[str, Numbers]], baseline: str) -> bytes:
-    """One plot per panel {name: {label: values}}, as PNG: every value a point, a bar at their mean, the mean of `baseline` dashed."""
+    """One plot per panel {name: {label: values}}, as SVG: every value a point, a bar at their mean, the mean of `baseline` dashed."""
     from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(label for series in panels.values() for label in series))
@@ -150,13 +161,13 @@ def points(panels: Mapping[str, Mapping[str, Numbers]], baseline: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, labelleft=index % columns == 0)
         axes.locator_params(axis="x", nbins=5)
-    return _save(figure)
+    return svg(figure)
 
 
 def bars(
     groups: Mapping[str, Mapping[str, float]], title: str = "", unit: str = "%", references: Mapping[str, float] | None = None
 ) -> bytes:
-    """Bars by {group: {series: value}} (k-NN per feature, before and after), as PNG; `references` are dashed lines by name (chance)."""
+    """Bars by {group: {series: value}} (k-NN per feature, before and after), as SVG; `references` are dashed lines by name (chance)."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -170,18 +181,18 @@ def bars(
         drawn = axes.bar(places, heights, width=0.74 / len(names), color=colors[index % len(colors)], label=name)
         axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=9)
     for index, (name, value) in enumerate(references.items()):
-        axes.axhline(value, color="#555b63", linestyle=("--", ":", "-.")[index % 3], linewidth=1.2, label=f"{name} {value:.3g}")
+        axes.axhline(value, color=FAINT, linestyle=("--", ":", "-.")[index % 3], linewidth=1.2, label=f"{name} {value:.3g}")
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(unit)
     axes.set_title(title, loc="left", fontsize=13)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=9, frameon=False)
-    return _save(figure)
+    return svg(figure)
 
 
 def matrix(values: Float[np.ndarray, "r c"], rows: str, columns: str, title: str = "") -> bytes:
-    """A matrix as a heat map around zero (blue below, red above), as PNG; `rows`, `columns`: what their numbers count."""
+    """A matrix as a heat map around zero (blue below, red above), as SVG; `rows`, `columns`: what their numbers count."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 0.32 * values.shape[1], 1.4 + 0.28 * values.shape[0]), layout="constrained")
@@ -194,4 +205,4 @@ def matrix(values: Float[np.ndarray, "r c"], rows: str, columns: str, title: str
     axes.set_ylabel(rows)
     axes.set_title(title, loc="left", fontsize=13)
     figure.colorbar(drawn)
-    return _save(figure)
+    return svg(figure)

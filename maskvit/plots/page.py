@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +25,9 @@ class Table(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A PNG with its caption, which is also the text for those who cannot see it."""
+    """A PNG or SVG with its caption, which is also the text for those who cannot see it."""
 
-    png: bytes
+    image: bytes
     caption: str
 
 
@@ -73,6 +74,7 @@ th { color: var(--faint); font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; padding-left: .9rem; }
 figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
+figure img.svg { border: 0; border-radius: 0; background: none; }
 figcaption { color: var(--faint); font-size: .92rem; margin-top: .4rem; max-width: 56rem; }
 footer { height: 3rem; }
 """
@@ -82,18 +84,29 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
+def _kind_and_width(image: bytes) -> tuple[str, int]:
+    """("png" or "svg+xml", width in CSS pixels)."""
+    if image.startswith(b"\x89PNG"):
+        return "png", int.from_bytes(image[16:20], "big")
+    points = re.search(rb'<svg[^>]* width="([\d.]+)pt"', image)
+    if not points:
+        raise ValueError("a figure is neither a PNG nor an SVG with a width in points")
+    return "svg+xml", round(float(points[1]) * 96 / 72)
+
+
 def _block(block: Prose | Table | Figure | Commands) -> str:
     match block:
         case Prose(text):
             return f"<p>{html.escape(text)}</p>"
         case Commands(text):
             return f"<pre>{html.escape(text.strip())}</pre>"
-        case Figure(png, caption):
-            data, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
+        case Figure(image, caption):
+            data, words = base64.b64encode(image).decode("ascii"), html.escape(caption)
+            kind, width = _kind_and_width(image)
             # A wide figure is no narrower than can be read: a phone scrolls it.
-            width = int.from_bytes(png[16:20], "big")
-            image = f'<img src="data:image/png;base64,{data}" alt="{words}" style="min-width: min({width}px, 44rem)">'
-            return f'<figure><div class="wide">{image}</div><figcaption>{words}</figcaption></figure>'
+            size = f'style="min-width: min({width}px, 44rem)"'
+            shown = f'<img class="{kind[:3]}" src="data:image/{kind};base64,{data}" alt="{words}" {size}>'
+            return f'<figure><div class="wide">{shown}</div><figcaption>{words}</figcaption></figure>'
         case Table(header, rows):
             if ragged := [row for row in rows if len(row) != len(header)]:
                 raise ValueError(f"a table row has {len(ragged[0])} cells under a header of {len(header)}: {ragged[0]}")
@@ -111,7 +124,8 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
 def html_page(title: str, sections: Sequence[Section], summary: str = "") -> str:
     """One HTML page that needs nothing beside itself: styles inline, pictures as data, no script; light and dark.
 
-    All text is escaped. Raises TypeError for a block of another kind, ValueError for a table row of another length than its header.
+    All text is escaped. Raises TypeError for a block of another kind, ValueError for a table row of another length than its header and for
+    a figure that is neither PNG nor SVG.
     """
     links = "".join(f'<a href="#s{index}">{html.escape(section.heading)}</a>' for index, section in enumerate(sections))
     body = "\n".join(

@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     cheap.add_argument("--checkpoint", help="measure agreement with this checkpoint, on --images")
     cheap.add_argument("--images", help="folder of pictures that agreement is measured on")
     cheap.add_argument("--learn-from", help="folder of other pictures, which predictors are fitted on")
-    cheap.add_argument("--out", type=Path, help="folder for guidance_cost.jsonl and guidance_cost.png")
+    cheap.add_argument("--out", type=Path, help="folder for guidance_cost.jsonl and guidance_cost.svg")
     add_debug(parser)
     return parser
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -227,45 +228,56 @@ def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "guidance_cost.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if any(record["measurement"] == "guidance_agreement" for record in records):
-        (folder / "guidance_cost.png").write_bytes(plot(records))
+        (folder / "guidance_cost.svg").write_bytes(plot(records))
 
 
 def plot(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Corrected agreement on the lowest-scored tokens over cost as a share of the exact pass, one panel per model, as PNG.
+    """Agreement on the lowest-scored tokens over cost as a share of the exact pass, one panel per model, as SVG.
 
-    The dashed lines are the goal: 0.8, at a step of 1.25 times the random one of MultiMAE-B.
+    A line joins options that differ in one number only, which stands at each of their points.
     """
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from maskvit.objectives import build_objective
+    from maskvit.plots import curves
 
-    published = build_objective(step_config("B", 224, "float32", True))
-    goal = 0.25 * (published.flops() / published.guidance.flops(published.model) - 1)
     found = [r for r in records if r["measurement"] == "guidance_agreement" and r["option"] != "exact"]  # it agrees with itself
     models = list(dict.fromkeys(record["model"] for record in found))
-    names = list(dict.fromkeys(record["option"] for record in found))
-    figure = Figure(figsize=(4.6 * len(models), 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    families = list(dict.fromkeys(family(record["option"])[0] for record in found if record["option"] not in LIMITS))
+    figure = Figure(figsize=(4.4 * max(len(models), 2), 5.2), layout="constrained")
+    drawn: dict[str, Any] = {}
     for column, model in enumerate(models):
         axes = figure.add_subplot(1, len(models), column + 1)
-        for record in found:
-            if record["model"] == model:
-                number = names.index(record["option"]) + 1
-                axes.plot(record["cost_share"], record["low_corrected"], "o", color="#2f6fb5", markersize=5)
-                axes.annotate(str(number), (record["cost_share"], record["low_corrected"]), (4, 3), textcoords="offset points", fontsize=8)
-        axes.axvline(goal, color="#d9822b", linestyle="--", linewidth=1)
-        axes.axhline(0.8, color="#d9822b", linestyle="--", linewidth=1)
+        own = [record for record in found if record["model"] == model]
+        for name, words in LIMITS.items():
+            for record in own:
+                if record["option"] == name:
+                    axes.axhline(record["low"], color=curves.FAINT, linestyle=":", linewidth=1.2)
+                    axes.annotate(words, (1.0, record["low"]), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+        for number, name in enumerate(families):
+            points = sorted((r["cost_share"], r["low"], family(r["option"])[1]) for r in own if family(r["option"])[0] == name)
+            if not points:
+                continue
+            style: dict[str, Any] = dict(color=curves.LINES[number % len(curves.LINES)], marker="os^D"[number // len(curves.LINES) % 4])
+            drawn[name] = axes.plot([x for x, _, _ in points], [y for _, y, _ in points], markersize=5, linewidth=1.4, **style)[0]
+            for x, y, varied in points:
+                axes.annotate(varied, (x, y), (5, -3), textcoords="offset points", fontsize=8)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
         axes.set_title(model, loc="left", fontsize=11)
-        axes.set_xlabel("cost, share of the exact pass", fontsize=9)
+        axes.set_xlabel("cost, as a share of the exact pass", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("agreement on the lowest-scored 17 %, corrected", fontsize=9)
-    key = [f"{number} {name}" for number, name in enumerate(names, 1)]
-    style: dict[str, Any] = dict(loc="outside lower center", ncols=2 * len(models), fontsize=8, frameon=False, handlelength=0)
-    figure.legend([figure.axes[0].lines[0]] * len(key), key, **style)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    return stream.getvalue()
+    figure.axes[0].set_ylabel("share of the lowest-scored sixth of all tokens\nthat the exact pass scores lowest too", fontsize=9)
+    key: dict[str, Any] = dict(title="n: the number at each point", ncols=4, fontsize=9, frameon=False)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", **key)
+    return curves.svg(figure)
+
+
+# Drawn as lines across: the least and the most that an option can be expected to reach.
+LIMITS = {"random": "chance", "exact of the mirror image": "exact pass on the mirrored image"}
+
+
+def family(option: str) -> tuple[str, str]:
+    """An option's name with "n" for its last number, and that number; of a name without one, ""."""
+    match = re.search(r"[\d.]+(?=[^\d.]*$)", option)
+    return (option, "") if match is None else (f"{option[: match.start()]}n{option[match.end() :]}", match[0])

@@ -98,15 +98,15 @@ def plan(
     if len(records) > 1:
         print(report.table(records))
         if out:
-            report.draw(records, out / "plan.png")
-            print(f"plot: {out / 'plan.png'}")
+            report.draw(records, out / "plan.svg")
+            print(f"plot: {out / 'plan.svg'}")
     return report.compare(records, before) if against else 0
 
 
 def grow(
     plain: dict[str, Any], config: str, name: str, count: str, micro_batches: int, num_records: int, json: Path | None, out: Path
 ) -> int:
-    """Plan the points of `growth.studies`, measure starts, and write growth.png."""
+    """Plan the points of `growth.studies`, measure starts, and write growth.svg."""
     from maskvit.commands.plan import growth, report
     from maskvit.training.config import check_config, experiment
 
@@ -120,9 +120,9 @@ def grow(
 
     result = growth.grown(plain, one)
     print(growth.table(result))
-    growth.draw(result, (), out / "growth.png")  # what took minutes is there before anything else can fail
-    growth.draw(result, growth.starts(), out / "growth.png")
-    print(f"plot: {out / 'growth.png'}")
+    growth.draw(result, (), out / "growth.svg")  # what took minutes is there before anything else can fail
+    growth.draw(result, growth.starts(), out / "growth.svg")
+    print(f"plot: {out / 'growth.svg'}")
     return 0
 
 

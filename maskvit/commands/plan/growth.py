@@ -129,7 +129,7 @@ def starts(counts: Sequence[int] = RECORDS) -> list[tuple[int, float, float]]:
 
 
 def draw(result: Mapping[str, Sequence[tuple[float, Any]]], begun: Sequence[tuple[int, float, float]], path: Path) -> None:
-    """Floors and memory over every axis, and the start over the number of records, as PNG."""
+    """Floors and memory over every axis, and the start over the number of records, as SVG."""
     from maskvit.plots import curves
 
     panels: dict[str, dict[str, list[Any]]] = {}

@@ -136,7 +136,7 @@ def compare(records: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, 
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Floor, images per second, memory and kernels of all plans, as PNG: over what varies, a line per kind of device."""
+    """Floor, images per second, memory and kernels of all plans, as SVG: over what varies, a line per kind of device."""
     from maskvit.plots import curves
 
     axis, places = _axis(records)
