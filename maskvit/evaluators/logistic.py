@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
-from maskvit.evaluators.features import Examples, check_features
+from maskvit.evaluators.features import BASELINES, Examples, check_features
 from maskvit.evaluators.frozen import Figures, Frozen
 from maskvit.evaluators.reading import local
 from maskvit.losses.classes import cross_entropy
@@ -123,7 +123,8 @@ class Logistic(Frozen):
     training examples with the best strength; that strength as "c", and its "held_out_top1".
 
     Options:
-      features: of "mean", "global" and "both"; by default "mean" and, where there is a global token, "global".
+      features: of "mean", "global" and "both", and of "mean_colour" and "raw_pixels" of the first input shown, which need no model;
+        by default "mean" and, where there is a global token, "global".
       strengths: values of C to choose from, by accuracy on what is held out; of equal ones the least.
       standardize: whether each feature is scaled by its mean and deviation over the training examples.
       iterations, tolerance: L-BFGS ends after so many steps, or where no slope of the mean loss is steeper.
@@ -150,10 +151,14 @@ class Logistic(Frozen):
     def prepare(self) -> None:
         """Check the features."""
         names = self.options["features"] or (("mean", "global") if self.objective.model.num_global_tokens else ("mean",))
-        check_features(self.what, self.objective, names, self.norm, ("mean", "global", "both"))
+        check_features(self.what, self.objective, names, self.norm, ("mean", "global", "both", *BASELINES))
+        shown = self.extractions["train"].inputs[0]
+        if set(names) & set(BASELINES) and self.objective.model.modality(shown).kind != "continuous":
+            raise ValueError(f"{self.what} of pixels needs pixels, but the first input {shown!r} has class ids: leave out {BASELINES}")
         self.options["features"] = tuple(names)
         self._count = jax.jit(lambda weights, x, y: classification.counts(scores(weights, x), y), out_shardings=replicated(self.mesh))
-        self.kinds = tuple(kind for kind in ("mean", "global") if kind in names or "both" in names)
+        parts = {"mean", "global"} if "both" in names else set()
+        self.kinds = tuple(kind for kind in ("mean", "global", *BASELINES) if kind in names or kind in parts)
         self.given = tuple(f"{name}/{figure}" for name in names for figure in ("top1", "top5", "mean_class", "loss", "held_out_top1", "c"))
 
     def fit(

@@ -79,12 +79,25 @@ def test_the_strength_is_chosen_and_the_regression_fitted_anew(objective, params
     assert figures["mean/top1"] == pytest.approx(right(np.arange(70), test.features["mean"], test.labels, best))
 
 
+def test_pixels_are_a_baseline(objective, params):  # noqa: F811
+    found = evaluator(objective, type="logistic", options=dict(features=("both", "raw_pixels"), strengths=(1.0,), standardize=True))
+    figures = dict(found.run(params, {}))
+    assert {"both/top1", "raw_pixels/top1", "raw_pixels/c"} <= set(figures) and "global/top1" not in figures
+    train = found.extractions["train"](params, {}, ("raw_pixels",))
+    test = found.extractions["test"](params, {}, ("raw_pixels",))
+    known = train.features["raw_pixels"].astype(np.float64)
+    mean, deviation = known.mean(0), np.where(known.std(0) > 0, known.std(0), 1)
+    kernel, bias = by_scipy((known - mean) / deviation, train.labels, 1.0)
+    answers = (((test.features["raw_pixels"] - mean) / deviation) @ kernel + bias).argmax(1)
+    assert figures["raw_pixels/top1"] == pytest.approx(100 * (answers == test.labels).mean(), abs=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(strengths=(0.0, 1.0)), "strengths is .*; give numbers above 0"),
         (dict(iterations=0), "iterations is 0; it must be at least 1"),
-        (dict(features=("tokens",)), "logistic regression features names 'tokens'; known: mean, global, both"),
+        (dict(features=("tokens",)), "logistic regression features names 'tokens'; known: mean, global, both, mean_colour, raw_pixels"),
     ],
 )
 def test_mistakes_are_named(objective, options, message):  # noqa: F811
