@@ -50,7 +50,7 @@ COMMANDS = {
     "maps": ("maskvit.commands.maps", "guidance maps of a whole data set", "--config FILE.py"),
     "bench": ("maskvit.commands.bench.__main__", "time steps, the loader, guidance or self-distillation", "step --batch 8"),
     "plan": ("maskvit.commands.plan.__main__", "what a step costs on devices that are not there", "--config FILE.py --devices h100:8"),
-    "demo": ("maskvit.commands.demo", "the main job in minutes, on one page", "--workdir DIR"),
+    "demo": ("maskvit.commands.demo.__main__", "the main job in minutes, on one page", "--workdir DIR"),
 }
 
 
