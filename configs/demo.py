@@ -25,7 +25,7 @@ def get_config():
     config.log_every = 10
     config.picture_every = "60 steps"
     config.checkpoint = dict(every="60 steps", keep=2)
-    features = dict(features=("mean", "global", "raw_pixels"), strengths=(1e-3, 1e-1), standardize=True, iterations=100)
+    features = dict(features=("mean", "global", "raw_pixels"), strengths=(1e-3, 1e-1), standardize=True, iterations=50)
     config.evaluators = dict(
         knn=dict(type="knn", every="120 steps", crop=1.0, baselines=True),
         probe=dict(type="logistic", every="120 steps", crop=1.0, options=features),

@@ -99,6 +99,7 @@ def demo(workdir: Path) -> int:
         timed("converting the PyTorch checkpoint", convert, checkpoint, workdir / "imported")
     objective = build_objective(config)
     timed("measuring the imported checkpoint", setup.train, str(workdir / "before"), **{**config, "total": 0})
+    config["evaluators"]["probe"]["options"]["features"] = ("mean", "global")  # raw pixels are measured once
     state = timed("continuing with attention-guided masks", setup.train, str(workdir / "run"), **config)
     losses, without_eyes, pictures = compare(config, objective, workdir, jax.device_put(jax.device_get(state.params)))
     tasks, models = fine_tune(experiment, workdir, timed)
