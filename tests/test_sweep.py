@@ -146,7 +146,7 @@ def test_tables_of_known_numbers(tmp_path):
     assert record["runs"][5]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
     page = (tmp_path / "sweep.html").read_text()
     assert (
-        page.count('<img src="data:image/png;base64,') == 1
+        page.count('<img src="data:image/svg+xml;base64,') == 1
         and "the &lt;command&gt;" in page
         and "http:" not in page
         and "https:" not in page
@@ -248,6 +248,8 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         (["--grid", "optimzer.base_lr=1"], "config has unknown key 'optimzer'; known"),
         (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
         (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
+        (["--grid", "global_batch=8,64"], "cell 'random,global_batch=64': the training data hold"),
+        (["--grid", "data.train.data_dir=/nowhere"], "cell 'random,data.train.data_dir=_nowhere': no prepared data set"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
         (["--controls", "none"], "--controls names 'none'"),
     ):

@@ -43,7 +43,9 @@ def ten_percent():
 
 
 def one_percent():
-    return fashion_mnist.classifier(60, 1e-3, examples=EXAMPLES // 100)
+    config = fashion_mnist.classifier(60, 1e-3, examples=EXAMPLES // 100)
+    config.global_batch = 50  # of 100 pictures
+    return config
 
 
 def get_sweep():

@@ -105,7 +105,7 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
             kind, width = _kind_and_width(image)
             # A wide figure is no narrower than can be read: a phone scrolls it.
             size = f'style="min-width: min({width}px, 44rem)"'
-            shown = f'<img class="{kind[:3]}" src="data:image/{kind};base64,{data}" alt="{words}" {size}>'
+            shown = f'<img src="data:image/{kind};base64,{data}" class="{kind[:3]}" alt="{words}" {size}>'
             return f'<figure><div class="wide">{shown}</div><figcaption>{words}</figcaption></figure>'
         case Table(header, rows):
             if ragged := [row for row in rows if len(row) != len(header)]:

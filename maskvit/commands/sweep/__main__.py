@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from maskvit.commands.sweep.cells import load_experiment, make_cells, parse_grid
-from maskvit.commands.sweep.runs import carry_out, make_runs
+from maskvit.commands.sweep.runs import carry_out, check_data, make_runs
 from maskvit.commands.sweep.table import judged, write_tables
 from maskvit.core.arguments import make_folder, whole
 from maskvit.core.errors import add_debug, run_command
@@ -43,6 +43,7 @@ def sweep(
                 raise ValueError(f"{option} names {name!r}, which is no cell; the cells: {', '.join(cells)}")
     runs = make_runs(experiment, cells, seeds, out)
     wanted = [run for run in runs if not only or run.cell in only]
+    check_data(wanted)
     make_folder(out)
     # Runs that compile the same program, and a sweep that goes on, compile it once.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from maskvit.checkpoints import check_same_config
 from maskvit.commands.sweep.cells import AFTER, Experiment, overrides, own_keys
 from maskvit.core.errors import Mistakes, all_mistakes
+from maskvit.core.modalities import parse_modalities
+from maskvit.data import open_source
+from maskvit.data.order import steps_per_epoch
 from maskvit.training import setup
 from maskvit.training.config import check_config
 
@@ -79,6 +82,27 @@ def make_runs(experiment: Experiment, cells: Mapping[str, Mapping[str, Any]], se
     for run in placed.values():
         run.result()
     return list(placed.values())
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Open the training data of every run that is not finished: data that are not there, or too few, are told before any has run.
+
+    Raises Mistakes, which name the cells.
+    """
+    seen: set[str] = set()
+    with all_mistakes() as checks:
+        for run in runs:
+            train, batch = dict(run.config["data"]["train"]), run.config["global_batch"]
+            key = json.dumps([train, run.config["modalities"], batch], sort_keys=True, default=str)
+            if key in seen or run.result() is not None:
+                continue
+            seen.add(key)
+            with checks.check():
+                try:
+                    source = open_source(train.pop("source", "tfds"), parse_modalities(run.config["modalities"]), **train)
+                    steps_per_epoch(len(source), batch)
+                except (ValueError, FileNotFoundError) as error:
+                    raise ValueError(f"cell {run.cell!r}: {error}") from error
 
 
 def carry_out(run: Run) -> dict[str, Any]:
