@@ -65,7 +65,7 @@ def _mean(metrics: Sequence[Any]) -> dict[str, float]:
 
 
 def batches_of(config: Mapping[str, Any], objective: Any, split: str, limit: int) -> list[Batch]:
-    """Unaugmented batches of a split, on the device."""
+    """Unaugmented batches of a split, on the device, with their labels."""
     from maskvit.data import open_source
     from maskvit.data.batches import eval_batches
 
@@ -75,4 +75,4 @@ def batches_of(config: Mapping[str, Any], objective: Any, split: str, limit: int
         open_source(source.pop("source"), specs, **source), specs, objective.model.image_size, batch_size=100, limit=limit, crop=1.0
     )
     arrays = ({key: jnp.asarray(value) for key, value in batch.items() if isinstance(value, np.ndarray)} for batch in stream)
-    return [batch_of(one).only(tuple(specs)) for one in arrays]
+    return [batch_of(one).only(tuple(specs))._replace(label=one["label"]) for one in arrays]

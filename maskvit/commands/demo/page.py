@@ -63,8 +63,11 @@ def summary(story: Story) -> str:
         f"A small MultiMAE was imported from a PyTorch checkpoint and trained for {steps} more steps with attention-guided masks: "
         f"{counted(story.losses, 'held-out reconstruction losses')}; {counted(story.frozen, 'figures of frozen features')}."
     )
-    tasks = "; ".join(f"{c.name} {c.after:.4g} against {c.before:.4g} ({c.verdict})" for c in story.tasks)
-    return f"{first} Fine-tuned with few labels, and compared with the same training from random initialization: {tasks}."
+    first_task = story.tasks[0]
+    return (
+        f"{first} Fine-tuned with few labels and compared with the same training from random initialization, "
+        f"{counted(story.tasks, 'figures')}: {first_task.name} {first_task.after:.4g} against {first_task.before:.4g}."
+    )
 
 
 def lines(story: Story) -> list[str]:
