@@ -27,6 +27,11 @@ COMMANDS = {
         "what a fine-tuned model says of a folder of pictures: classes, maps of classes, depth",
         "--checkpoint DIR --images DIR --out DIR",
     ),
+    "segment": (
+        "maskvit.commands.segment.__main__",
+        "class maps of new photos from a few labeled ones and a frozen encoder, on one page",
+        "--checkpoint DIR --labeled DIR --images DIR --out DIR",
+    ),
     "features": ("maskvit.features", "features of your own pictures", "--checkpoint DIR --images DIR --out FILE.npz"),
     "explore": (
         "maskvit.commands.explore.__main__",

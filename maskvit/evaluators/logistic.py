@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Num, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from maskvit.evaluators.features import BASELINES, Examples, check_features
 from maskvit.evaluators.frozen import Figures, Frozen
@@ -71,19 +71,27 @@ class Regression:
         missing = -len(labels) % rows
         # Columns of examples: chunk after chunk is read, and the rows of each are spread over the devices.
         x = np.pad(features, ((0, missing), (0, 0))).reshape(rows, -1, features.shape[1])
-        y = np.pad(labels.astype(np.int32), (0, missing), constant_values=-1).reshape(rows, -1)
-        self._x, self._y = (jax.device_put(array, batch_sharding(mesh)) for array in (x, y))
-        self._shape, self._count = (features.shape[1], num_classes), len(labels)
+        self._x, self._labels, self._form = jax.device_put(x, batch_sharding(mesh)), labels.astype(np.int32), (rows, missing)
+        self._shape = features.shape[1], num_classes
         self._mesh, self._iterations, self._tolerance = mesh, iterations, tolerance
         self._fit = jax.jit(self._minimize, out_shardings=replicated(mesh))
 
-    def __call__(self, strength: float, start: Any = None) -> Any:
-        """The weights {"kernel" "d k", "bias" "k"} of strength C; `start`: those to begin from, by default 0."""
+    def __call__(self, strength: float, start: Any = None, left_out: Bool[np.ndarray, " n"] | None = None) -> Any:
+        """The weights {"kernel" "d k", "bias" "k"} of strength C.
+
+        `start`: those to begin from, by default 0. `left_out`: True for examples that are not fitted; the program is the same with any.
+        """
+        labels = self._labels if left_out is None else np.where(left_out, -1, self._labels)
+        rows, missing = self._form
+        y = jax.device_put(np.pad(labels, (0, missing), constant_values=-1).reshape(rows, -1), batch_sharding(self._mesh))
+        count = max(int((labels >= 0).sum()), 1)
         zeros = {"kernel": np.zeros(self._shape, np.float32), "bias": np.zeros(self._shape[1], np.float32)}
         start = jax.device_put(zeros, replicated(self._mesh)) if start is None else start
-        return self._fit(start, self._x, self._y, jnp.float32(1.0 / (strength * self._count)))
+        return self._fit(start, self._x, y, jnp.float32(1.0 / (strength * count)), jnp.float32(count))
 
-    def _minimize(self, weights: Any, x: Float[Array, "r c d"], y: Int[Array, "r c"], decay: Float[Array, ""]) -> Any:
+    def _minimize(
+        self, weights: Any, x: Float[Array, "r c d"], y: Int[Array, "r c"], decay: Float[Array, ""], count: Float[Array, ""]
+    ) -> Any:
         def loss(weights: Any) -> Float[Array, ""]:
             @jax.checkpoint
             def of_chunk(total: Float[Array, ""], place: Int[Array, ""]) -> tuple[Float[Array, ""], None]:
@@ -91,7 +99,7 @@ class Regression:
                 return total + cross_entropy(scores(weights, features), labels)[0].sum(), None
 
             total, _ = jax.lax.scan(of_chunk, jnp.zeros(()), jnp.arange(x.shape[1]))
-            return total / self._count + 0.5 * decay * jnp.square(weights["kernel"]).sum()
+            return total / count + 0.5 * decay * jnp.square(weights["kernel"]).sum()
 
         optimizer = optax.lbfgs(memory_size=MEMORY)
         value_and_grad = optax.value_and_grad_from_state(loss)

@@ -103,3 +103,14 @@ def test_pixels_are_a_baseline(objective, params):  # noqa: F811
 def test_mistakes_are_named(objective, options, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         evaluator(objective, type="logistic", options=options)
+
+
+def test_examples_that_are_left_out_change_nothing():
+    rng = np.random.default_rng(2)
+    y = np.arange(40) % CLASSES
+    x = rng.normal(0, 1, (40, 5)).astype(np.float32)
+    left_out = rng.random(40) < 0.3
+    weights = Regression(x, y, CLASSES, make_mesh(jax.devices()[:1]), 500, 1e-7)(0.5, left_out=left_out)
+    kernel, bias = by_scipy(x[~left_out], y[~left_out], 0.5)
+    np.testing.assert_allclose(weights["kernel"], kernel, atol=2e-4)
+    np.testing.assert_allclose(weights["bias"] - np.mean(weights["bias"]), bias - bias.mean(), atol=2e-4)

@@ -19,6 +19,7 @@ from maskvit.data.builders import __main__ as builders
 # Beside the builders: name -> (module with `add_arguments` and `run`, what it does).
 COMMANDS = {
     "check": ("maskvit.commands.data.check", "look at samples of all data that a config reads: a table, and a sheet of pictures"),
+    "pictures": ("maskvit.commands.data.pictures", "rendered scenes as picture files: some labeled by rough strokes, the others in full"),
     "pseudolabel": ("maskvit.commands.data.pseudolabel", "estimate depth and class maps for a folder of pictures"),
 }
 

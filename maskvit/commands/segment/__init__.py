@@ -1,0 +1,1 @@
+"""`python -m maskvit segment`: a segmenter from a few labeled photos and a frozen encoder."""
