@@ -51,6 +51,11 @@ COMMANDS = {
         "attention --checkpoint DIR --images DIR --out FILE.html",
     ),
     "sweep": ("maskvit.commands.sweep.__main__", "a grid of runs, and a table of what differs", "--config FILE.py --out DIR"),
+    "worth": (
+        "maskvit.commands.worth.__main__",
+        "whether continued pretraining helped: fine-tuned from scratch, from the import and from what continued it, on one page",
+        "--config FILE.py --imported DIR --continued DIR --out DIR",
+    ),
     "table": ("maskvit.commands.table", "figures of several runs side by side", "RUN [RUN ...] --figures knn/mean/top1_k20"),
     "maps": ("maskvit.commands.maps", "guidance maps of a whole data set", "--config FILE.py"),
     "bench": ("maskvit.commands.bench.__main__", "time steps, the loader, guidance or self-distillation", "step --batch 8"),

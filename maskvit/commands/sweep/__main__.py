@@ -24,6 +24,8 @@ import numpy as np
 
 from maskvit.commands.sweep.cells import load_experiment, make_cells, parse_grid
 from maskvit.commands.sweep.runs import carry_out, check_data, make_runs
+from maskvit.commands.sweep.cells import Experiment, load_experiment, make_cells, parse_grid
+from maskvit.commands.sweep.runs import carry_out, make_runs
 from maskvit.commands.sweep.table import judged, write_tables
 from maskvit.core.arguments import make_folder, whole
 from maskvit.core.errors import add_debug, run_command
@@ -33,9 +35,17 @@ def sweep(
     config: str, grid: Sequence[str], seeds: int, out: Path, only: Sequence[str] = (), baseline: str | None = None,
     controls: Sequence[str] = (), command: str = "",
 ) -> str:  # fmt: skip
-    """Run what is not finished, write the tables after every run, and return the last text."""
+    """The sweep of a config file; see `run_cells`."""
     experiment = load_experiment(config)
     cells = make_cells(experiment, [parse_grid(text, experiment.config) for text in grid])
+    return run_cells(experiment, cells, seeds, out, only, baseline, controls, command)
+
+
+def run_cells(
+    experiment: Experiment, cells: Mapping[str, Mapping[str, Any]], seeds: int, out: Path, only: Sequence[str] = (),
+    baseline: str | None = None, controls: Sequence[str] = (), command: str = "",
+) -> str:  # fmt: skip
+    """Run what is not finished, write the tables after every run, and return the last text."""
     baseline = baseline or next(iter(cells))
     for option, names in (("--baseline", [baseline]), ("--controls", controls), ("--only", only)):
         for name in names:
