@@ -51,7 +51,7 @@ def judge(folder: Path, evaluator: Any) -> Judged:
         for row in np.flatnonzero(batch["index"] >= 0).tolist():
             if batch["valid"][row]:
                 truth = _truth(batch, evaluator, row)
-                given = _given(answers[row], truth)
+                given = _given(np.asarray(answers[row]), truth)
                 known = (truth >= 0) & (truth < classes)
                 np.add.at(matrix, (truth[known], given[known]), 1)
                 right[place] = (truth == given)[known].mean() if known.any() else np.nan
@@ -71,7 +71,7 @@ def examples(runs: dict[str, Path], evaluator: Any, chosen: Sequence[int]) -> li
                     if place not in found:
                         picture = np.asarray(batch[evaluator.inputs[0]][row])
                         found[place] = Example(int(batch["index"][row]), picture, truth, {})
-                    found[place].answers[name] = _given(answers[row], truth)
+                    found[place].answers[name] = _given(np.asarray(answers[row]), truth)
                 place += 1
     return [found[place] for place in chosen]
 
@@ -90,7 +90,7 @@ def _answered(folder: Path, evaluator: Any) -> Iterator[tuple[dict[str, Any], np
     state = jax.device_put(loaded.state, replicated(mesh))
     for batch in evaluator.reading.host_batches("examples"):
         values = place_batch({name: batch[name] for name in evaluator.inputs}, mesh).values
-        told = said(loaded.supervised, evaluator.inputs, params, state, values)
+        told = said(evaluator.objective, evaluator.inputs, params, state, values)
         yield batch, np.asarray(told["ids"] if "ids" in told else told["probabilities"].argmax(axis=-1))
 
 

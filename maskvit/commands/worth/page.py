@@ -155,10 +155,10 @@ def example_section(
     blocks: list[Any] = [page.Prose(words)]
     for some, heading in ((gained, "better"), (lost, "worse")):
         if some and of_pixels:
-            blocks += [page.Figure(_maps(one, spec, len(names)), f"Example {one.index}, {heading} with the continued checkpoint.") for one in some]
+            blocks += [page.Figure(_maps(one, spec, len(names)), f"Example {one.index}: {heading} when continued.") for one in some]
         elif some:
             tiles = [(_label(one, names), to_picture(spec, one.picture)) for one in some]
-            caption = f"{heading.capitalize()} with the continued checkpoint. Above each: its class, then the answers, imported > continued."
+            caption = f"{heading.capitalize()} when continued. Above each: its class, then the answers, imported > continued."
             blocks.append(page.Figure(panels.tile_grid(tiles, 4), caption))
     return page.Section("Examples that differ", blocks)
 
