@@ -63,6 +63,8 @@ FEATURES = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "f.npz"]
 PREDICT = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "answers"]
 EXPLORE = ["--checkpoint", "nowhere", "--images", "pictures", "--out", "e.html"]
 EXPORT = ["--checkpoint", "nowhere", "--dst", "m.stablehlo"]
+SEGMENT = ["--checkpoint", "nowhere", "--labeled", "pictures", "--images", "pictures", "--out", "answers"]
+WORTH = ["--config", "run.py", "--imported", "nowhere", "--continued", "nowhere", "--out", "w"]
 SWEEP = ["--config", "run.py", "--grid", "total=1 steps,2 steps", "--out", "sweep"]
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("table", ["missing_run"], "no missing_run: a run writes it when an evaluator"),
@@ -96,6 +98,14 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("predict", [*PREDICT[:3], "text.txt", *PREDICT[4:]], "no folder"),
     ("predict", [*PREDICT[:5], "runs"], "--out is 'runs', which is there already: give a new folder"),
     ("predict", [*PREDICT[:5], "text.txt"], "--out is 'text.txt', which is there already"),
+    ("segment", SEGMENT, "pictures/semseg is no folder: photos belong in DIR/rgb/"),
+    ("segment", [*SEGMENT[:3], "empty", *SEGMENT[4:]], "empty/rgb is no folder"),
+    ("segment", [*SEGMENT[:7], "runs"], "--out is 'runs', which is there already: give a new folder"),
+    ("segment", [*SEGMENT, "--classes", "none.txt"], "none.txt: No such file"),
+    ("worth", WORTH, "run.py does not say what runs are judged by: set config.best.figure"),
+    ("worth", [*WORTH[:1], "nowhere.py", *WORTH[2:]], "the config file nowhere.py does not exist"),
+    ("worth", [*WORTH, "--config.best.figure=knn/top1"], "nowhere"),
+    ("data", ["pictures", "--out", "runs"], "--out is 'runs', which is there already: give a new folder"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "a.html"], "nowhere"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "empty", "--out", "a.html"], "no images below empty"),
     ("report", ["attention", "--checkpoint", "nowhere", "--images", "pictures", "--out", "empty"], "--out is 'empty', which is a folder"),

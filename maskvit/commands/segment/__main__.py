@@ -106,7 +106,7 @@ def _learn(
 
     left_out: dict[Path, str] = {}
     features: dict[str, list[np.ndarray]] = {name: [] for name in functions}
-    pictures = []
+    pictures: list[np.ndarray] = []
     for one in see(loaded, functions, [photo.photo for photo in photos], sides, left_out):
         for name, values in one.features.items():
             features[name].append(values)

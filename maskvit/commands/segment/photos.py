@@ -49,7 +49,8 @@ def find_pairs(photos: Path, masks: Path) -> list[tuple[str, Path, Path]]:
     """
     for folder in (photos, masks):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: photos belong in DIR/rgb/ and label maps of the same names in DIR/semseg/")
+            layout = ": photos belong in DIR/rgb/ and label maps of the same names in DIR/semseg/" if masks.name == "semseg" else ""
+            raise FileNotFoundError(f"{folder} is no folder{layout}")
     found = [list_modality(str(folder)) for folder in (photos, masks)]
     if not found[0].files:
         raise FileNotFoundError("\n  ".join([f"no photos below {photos}", *tell(found[0].passed_over, photos)]))
@@ -115,7 +116,7 @@ def class_names(labeled: Sequence[Labeled], file: Path | None) -> tuple[str, ...
 def photos_by_class(labeled: Sequence[Labeled], num_classes: int) -> Int[np.ndarray, " k"]:
     """In how many photos each class is labeled."""
     there = [np.bincount(one.ids[one.ids != NOT_LABELED], minlength=num_classes) > 0 for one in labeled]
-    return np.sum(there, axis=0, dtype=np.int64)
+    return np.stack(there).sum(axis=0)
 
 
 def check_enough(labeled: Sequence[Labeled], names: Sequence[str], root: Path) -> list[str]:

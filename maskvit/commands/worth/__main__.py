@@ -60,7 +60,7 @@ def worth(
     digests = {name: manifest_digest(path) for name, path in found.items()}
     if digests[IMPORTED] == digests[CONTINUED]:
         raise ValueError(f"--imported and --continued are the same checkpoint: {found[IMPORTED]}")
-    about = dict(config=config, imported=str(found[IMPORTED]), continued=str(found[CONTINUED]), digests=digests)
+    about: dict[str, Any] = dict(config=config, imported=str(found[IMPORTED]), continued=str(found[CONTINUED]), digests=digests)
     cells = make_cells(base, found)
     parts = {name: check_start(base, str(path)) for name, path in found.items()}[CONTINUED]
     make_runs(Experiment(base, cells), cells, seeds, out)  # finished runs of another config are told here

@@ -29,9 +29,12 @@ class Judged(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One held-out example and what is said of it by run: a class number, or "h w" class numbers of pixels (-1: not labeled)."""
+    """One held-out example, by the number of its record, and what is said of it by run.
 
-    index: int
+    `truth`, `answers`: a class number, or "h w" class numbers of pixels, -1 where a pixel is not labeled.
+    """
+
+    number: int
     picture: Shaped[np.ndarray, "h w c"]
     truth: Any
     answers: dict[str, Any]

@@ -21,8 +21,9 @@ SCRATCH, IMPORTED, CONTINUED = "scratch", "imported", "continued"
 NAMES = {SCRATCH: "from scratch", IMPORTED: "the imported checkpoint", CONTINUED: "the continued checkpoint"}
 PAIRS = ((CONTINUED, IMPORTED), (CONTINUED, SCRATCH), (IMPORTED, SCRATCH))
 # Figures in percent, by their last part: differences of these are points.
-PERCENT = ("top1", "top5", "mean_class", "real", "mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard")
-PERCENT += ("delta_1", "delta_2", "delta_3")
+PERCENT = (
+    "top1", "top5", "mean_class", "real", "mean_iou", "mean_accuracy", "pixel_accuracy", "macro_jaccard", "delta_1", "delta_2", "delta_3",
+)  # fmt: skip
 
 
 class Figures(NamedTuple):
@@ -155,7 +156,7 @@ def example_section(
     blocks: list[Any] = [page.Prose(words)]
     for some, heading in ((gained, "better"), (lost, "worse")):
         if some and of_pixels:
-            blocks += [page.Figure(_maps(one, spec, len(names)), f"Example {one.index}: {heading} when continued.") for one in some]
+            blocks += [page.Figure(_maps(one, spec, len(names)), f"Example {one.number}: {heading} when continued.") for one in some]
         elif some:
             tiles = [(_label(one, names), to_picture(spec, one.picture)) for one in some]
             caption = f"{heading.capitalize()} when continued. Above each: its class, then the answers, imported > continued."
@@ -185,5 +186,5 @@ def _fitted(ids: Int[np.ndarray, "u v"], size: tuple[int, int]) -> Int[np.ndarra
 
 def worth_page(figures: Figures, sections: Sequence[page.Section], about: Mapping[str, Any], command: str) -> str:
     """The page."""
-    facts = [page.Table(("", "value"), [(key, str(value)) for key, value in about.items()]), page.Commands(command)]
+    facts: list[Any] = [page.Table(("", "value"), [(key, str(value)) for key, value in about.items()]), page.Commands(command)]
     return page.html_page("Was it worth it?", [*sections, page.Section("How", facts)], sentence(figures))
