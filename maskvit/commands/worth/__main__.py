@@ -80,7 +80,8 @@ def worth(
     sections = [result_section(figures, failed)]
     sections.append(curve_section(figures, {cell: [read_run(path) for path in some.values()] for cell, some in folders.items()}))
     sections += _judged_sections(parts.evaluators[name.partition("/")[0]], folders)
-    about |= dict(seeds=seeds, changed_for_scratch=str(cells[SCRATCH]), steps=parts.total_steps)
+    about["digests"] = ", ".join(f"{name} {digest}" for name, digest in digests.items())
+    about |= {"seeds": seeds, "steps": parts.total_steps, "changed for scratch": cells[SCRATCH]}
     write(out / "index.html", worth_page(figures, sections, about, command))
     print(sentence(figures))
     print(f"open {out / 'index.html'}")
