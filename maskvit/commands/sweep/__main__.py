@@ -22,10 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskvit.commands.sweep.cells import load_experiment, make_cells, parse_grid
-from maskvit.commands.sweep.runs import carry_out, check_data, make_runs
 from maskvit.commands.sweep.cells import Experiment, load_experiment, make_cells, parse_grid
-from maskvit.commands.sweep.runs import carry_out, make_runs
+from maskvit.commands.sweep.runs import carry_out, check_data, make_runs
 from maskvit.commands.sweep.table import judged, write_tables
 from maskvit.core.arguments import make_folder, whole
 from maskvit.core.errors import add_debug, run_command
