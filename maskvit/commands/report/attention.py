@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from maskvit.masking.plan import drop, present_counts
 from maskvit.plots import page, panels, pictures
 
 ROW_NAMES = {"global": "global token's row", "mean": "mean over queries"}
+DEVIATIONS = 4.0  # a token is an outlier where its norm exceeds the mean by so many standard deviations
 
 
 # Equal budgets
@@ -46,6 +48,35 @@ def share_visible(num_tokens: int, num_visible: int, all_tokens: int) -> int:
     return min(max(1, round(num_tokens * num_visible / all_tokens)), num_tokens - 1)
 
 
+# Measures
+
+
+def outliers(norms: Float[np.ndarray, "b n"], present: Bool[np.ndarray, "b n"], deviations: float = DEVIATIONS) -> Bool[np.ndarray, "b n"]:
+    """Present tokens whose norm exceeds the mean of all of them by `deviations` standard deviations."""
+    counted = norms[present]
+    return present & (norms > counted.mean() + deviations * counted.std())
+
+
+def last_block_input(model: Any, params: Params, tokens: TokenBatch) -> Float[Array, "b n d"]:
+    """What the last block reads, patch tokens only: the encoder's output with one block less."""
+    sizes = dict(model.encoder)
+    shorter = dataclasses.replace(model, encoder=tuple(sorted((sizes | {"depth": sizes["depth"] - 1}).items())))
+    blocks = dict(params["encoder"])
+    blocks.pop(f"block_{sizes['depth'] - 1:02d}")
+    encoded = shorter.encode({**params, "encoder": blocks}, tokens.tokens, tokens.present)
+    return encoded[:, : tokens.layout.num_tokens].astype(jnp.float32)
+
+
+def top_tenth(tokens: int) -> int:
+    """A tenth of the tokens, at least one."""
+    return max(1, round(tokens / 10))
+
+
+def top_share(rows: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
+    """Share of each row's attention that its most attended tenth of the tokens receives; an even spread gives a tenth."""
+    return np.sort(rows, axis=1)[:, -top_tenth(rows.shape[1]) :].sum(axis=1) / rows.sum(axis=1)
+
+
 # The attention page
 
 
@@ -53,12 +84,13 @@ class AttentionMaps(NamedTuple):
     """What a page shows of a batch; `n` patch tokens, `e` = n and the global tokens, which come last.
 
     `attentions`: every block's attention ("l" blocks); `rows`: the last block's, mean over heads, as the guidance "global"
-    and "mean" reads it; `masked`: what each of them hides.
+    and "mean" reads it; `masked`: what each of them hides; `norms`: of the patch tokens that enter the last block.
     """
 
     attentions: Float[Array, "b l a e e"]
     rows: dict[str, Float[Array, "b n"]]
     masked: dict[str, Bool[Array, "b n"]]
+    norms: Float[Array, "b n"]
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "num_visible"))
@@ -72,7 +104,8 @@ def attention_maps(objective: Any, params: Params, batch: Batch, num_visible: in
     counts = jnp.tile(jnp.array(equal_counts(tokens.layout, num_visible)), (b, 1))
     masked = {query: hide(row, counts, tokens, num_visible) for query, row in rows.items()}
     attentions = jnp.stack(model.attentions(params, tokens), axis=1)
-    return AttentionMaps(attentions, rows, masked)
+    norms = jnp.linalg.norm(last_block_input(model, params, tokens), axis=-1)
+    return AttentionMaps(attentions, rows, masked, norms)
 
 
 def hide(scores: Float[Array, "b n"], counts: Int[Array, "b m"], tokens: TokenBatch, num_visible: int) -> Bool[Array, "b n"]:
@@ -88,9 +121,11 @@ def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, 
     tokens = math.prod(grid)
     visible = share_visible(tokens, loaded.objective.num_visible, model.layout.num_tokens)
     left_out: dict[Path, str] = {}
-    sections = []
+    sections, names, seen = [], [], []
     for path, stored in each_picture(model, paths, crop, left_out):
         maps = jax.device_get(attention_maps(loaded.objective, loaded.params, Batch({spec.name: jnp.asarray(stored)}), visible))
+        names.append(path.name)
+        seen.append(maps._replace(attentions=maps.attentions[:0]))  # a page of many pictures need not keep all attention
         rollout = pictures.attention_rollout(maps.attentions[0])[-1, :tokens]
         heads = maps.attentions[0, -1, :, -1, :tokens]
         picture = pictures.to_picture(spec, stored[0])
@@ -119,8 +154,41 @@ def attention_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, 
         ("visible", f"{visible} of {tokens}, the share of {loaded.objective.num_visible} of {model.layout.num_tokens} in its config"),
         ("guidance in its config", ROW_NAMES.get(str(guidance.get("query")), "none") if guidance else "none"),
     ]
-    about = page.Section("What is shown", [page.Table(("", "value"), facts)])
-    return page.html_page("Attention", [about, *sections], "What the last block attends to, and what would be hidden for it."), left_out
+    table, result = what_it_attends_to(names, seen)
+    about = [page.Section("Picture by picture", table), page.Section("What is shown", [page.Table(("what", "value"), facts)])]
+    return page.html_page("Attention", [*about, *sections], result), left_out
+
+
+def what_it_attends_to(names: Sequence[str], seen: Sequence[AttentionMaps]) -> tuple[list[Any], str]:
+    """(a table of how concentrated attention is, picture by picture, with what follows from it; the result in two sentences)."""
+    rows = {query: np.concatenate([np.asarray(maps.rows[query], np.float64) for maps in seen]) for query in QUERIES}
+    norms = np.concatenate([np.asarray(maps.norms, np.float64) for maps in seen])
+    masked = {query: np.concatenate([np.asarray(maps.masked[query]) for maps in seen]) for query in QUERIES}
+    top = {query: top_share(values) for query, values in rows.items()}
+    strange = outliers(norms, np.ones_like(norms, bool))
+    first, second = (masked[query] for query in QUERIES)
+    shared = (first & second).sum(axis=1) / first.sum(axis=1)
+    tokens, tenth = norms.shape[1], top_tenth(norms.shape[1])
+    result = (
+        f"The most attended {tenth} of {tokens} tokens receive {top['global'].mean():.0%} of what the global token attends to, and "
+        f"{top['mean'].mean():.0%} of what all tokens attend to on average; an even spread would give them {tenth / tokens:.0%}. "
+    )
+    if strange.any():
+        result += f"{strange.sum()} of {strange.size} tokens have an outlier norm before the last block; such tokens often draw attention."
+    else:
+        result += "No token has an outlier norm before the last block."
+    header = ("picture", *(f"to the top {tenth}, {ROW_NAMES[query]}" for query in QUERIES), "hidden by both rows", "tokens of outlier norm")
+    table = [
+        (name, *(f"{top[query][i]:.0%}" for query in QUERIES), f"{shared[i]:.0%}", int(strange[i].sum())) for i, name in enumerate(names)
+    ]
+    chance = first.mean()
+    alike = shared.mean() - chance > (1 - chance) / 2
+    words = (
+        f"Of the tokens that one row hides the other hides {shared.mean():.0%}, where masks drawn at random would share {chance:.0%}: "
+        f"guided by one row or the other, {'largely the same' if alike else 'largely different'} tokens are hidden. The shares are of the "
+        f"attention to patches alone. An outlier norm exceeds the mean by more than {DEVIATIONS:g} standard deviations, over all pictures."
+    )
+    return [page.Table(header, table), page.Prose(words)], result
 
 
 # The command

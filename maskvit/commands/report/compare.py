@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 from maskvit.commands.report.files import write
 from maskvit.commands.sweep.runs import read_metrics
-from maskvit.commands.sweep.table import spread
+from maskvit.commands.sweep.table import spread, summarize, verdicts
+from maskvit.commands.sweep.verdict import VERDICT_HEADER, main_figures, overall, sentence, verdict_rows
 from maskvit.core.arguments import check_output
+from maskvit.metrics.directions import better
 from maskvit.plots import curves, page
 
 SEED = re.compile(r"seed_\d+")
@@ -116,6 +118,37 @@ def _epochs(values: Sequence[float]) -> str:
     return _with_spread(reached, len(reached)) + (f", never in {len(values) - len(reached)}" if len(reached) < len(values) else "")
 
 
+def compared(runs: Mapping[str, Sequence[Run]], baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The final values as `maskvit.commands.sweep.table.summarize` compares them: seed by seed, by the names of the folders."""
+    results = [
+        dict(
+            cell=cell,
+            seed=int(run.folder.name.removeprefix("seed_")) if SEED.fullmatch(run.folder.name) else -1,
+            final={name: curve.values[-1] for name, curve in run.curves.items() if "/" in name or name == "loss"},
+        )
+        for cell, some in runs.items()
+        for run in some
+    ]
+    return summarize(results, {cell: {} for cell in runs}, baseline)
+
+
+def reached(name: str, level: float, epochs: Mapping[str, Sequence[float]], baseline: str) -> str:
+    """How soon runs are where the baseline ends. `epochs`: of every run, infinite where it never is, by cell."""
+    times = {cell: sum(values) / len(values) for cell, values in epochs.items() if values}
+    others = {cell: time for cell, time in times.items() if cell != baseline}
+    if not others:
+        return ""
+    first = f"{baseline} ends with {level:.4g} in {name}"
+    fastest = min(others, key=lambda cell: others[cell])
+    if math.isinf(others[fastest]):
+        return f"{first}; no other run gets there with all its seeds."
+    never = [cell for cell, time in others.items() if math.isinf(time)]
+    text = f"{first}: {fastest} gets there after {others[fastest]:.4g} epochs"
+    if math.isfinite(times.get(baseline, math.inf)):
+        text += f", {baseline} itself after {times[baseline]:.4g}"
+    return text + (f"; some or all seeds never get there of {', '.join(never)}." if never else ".")
+
+
 def compare_page(runs: Mapping[str, Sequence[Run]], baseline: str) -> str:
     """The page. `baseline`: the cell whose mean final values the others are to reach."""
     measured = accuracies(runs)
@@ -125,29 +158,42 @@ def compare_page(runs: Mapping[str, Sequence[Run]], baseline: str) -> str:
         chosen = {n: {cell: [r.curves[n] for r in some if n in r.curves] for cell, some in runs.items()} for n in names}
         return {name: {cell: curves for cell, curves in panel.items() if curves} for name, panel in chosen.items()}
 
-    targets = {name: (spread(final(runs[baseline], name)).mean, name != "loss") for name in (*measured, "loss")}
+    targets = {name: (spread(final(runs[baseline], name)).mean, better(name, measured) != "lower") for name in (*measured, "loss")}
     targets = {name: target for name, target in targets.items() if math.isfinite(target[0])}
-    reach = [
-        [cell, *(_epochs([epochs_to(r.curves[n], *target) for r in some if n in r.curves]) for n, target in targets.items())]
-        for cell, some in runs.items()
-    ]
+    epochs = {
+        name: {cell: [epochs_to(r.curves[name], *target) for r in some if name in r.curves] for cell, some in runs.items()}
+        for name, target in targets.items()
+    }
+    reach = [[cell, *(_epochs(epochs[name][cell]) for name in targets)] for cell in runs]
+    found = verdicts(compared(runs, baseline))
+    said = [page.Prose(sentence(one, "run")) for one in found] if len(found) > 1 else []
+    rows = [page.Table(VERDICT_HEADER, verdict_rows(found))] if len(found) > 1 else []
+    sooner = [reached(name, targets[name][0], epochs[name], baseline) for name in main_figures(measured) or ["loss"] if name in targets]
     last = [[cell, str(len(some)), *(_with_spread(final(some, n), len(some)) for n in (*measured, *losses))] for cell, some in runs.items()]
     learning = panels(["learning_rate"])["learning_rate"]
     sections = [
         page.Section(
             "Final values",
             [
-                page.Table(("run", "runs", *measured, *losses), last),
+                *said,
+                *rows,
                 page.Prose(
-                    "Mean ± sample standard deviation over the seeds of a cell. A loss is that of the tokens a run hides, at its weights."
+                    "A run is better or worse where the 95 % interval of its difference from the baseline, seed by seed, leaves out zero. "
+                    "Of twenty pairs of equal runs one does so by chance."
+                ),
+                page.Table(("run", "seeds", *measured, *losses), last),
+                page.Prose(
+                    "Mean ± sample standard deviation over seeds. A loss is that of the tokens a run hides, at its weights: runs that hide "
+                    "differently do not compare by it."
                 ),
             ],
         ),
         page.Section(
             f"Epochs to reach what {baseline} ends with",
             [
+                *(page.Prose(text) for text in sooner if text),
                 page.Table(("run", *(f"{name} {level:.4g}" for name, (level, _) in targets.items())), reach),
-                page.Prose("The first evaluation (or logged loss) at which the value is reached; no finer than how often it is taken."),
+                page.Prose("Epochs of training up to the first evaluation, or logged loss, that is as good as the value above the column."),
             ],
         ),
     ]
@@ -158,7 +204,9 @@ def compare_page(runs: Mapping[str, Sequence[Run]], baseline: str) -> str:
         sections.append(page.Section("Learning rate", [_plot({"learning_rate": learning}, "The learning rate over epochs")]))
     folders = [(cell, str(run.folder)) for cell, some in runs.items() for run in some]
     sections.append(page.Section("Runs", [page.Table(("run", "folder"), folders)]))
-    return page.html_page("Runs compared", sections, f"{sum(map(len, runs.values()))} runs of {len(runs)} cells; baseline: {baseline}.")
+    count = sum(map(len, runs.values()))
+    summary = f"{overall(found, 'run')} Shown: {', '.join(runs)} ({count} with all seeds); baseline: {baseline}."
+    return page.html_page("Runs compared", sections, summary)
 
 
 def _plot(panels: Mapping[str, Any], words: str) -> page.Figure:

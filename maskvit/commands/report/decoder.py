@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Key, Num
 from maskvit.commands.report.attention import share_visible
 from maskvit.commands.report.files import add_picture_arguments, each_picture, picture_command
 from maskvit.core.keys import sample_keys, stream_keys
+from maskvit.core.modalities import Modality
 from maskvit.core.types import Batch, Params
 from maskvit.features import LoadedModel, first_input
 from maskvit.masking.plan import drop, present_counts
@@ -93,7 +94,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
     tokens = grid[0] * grid[1]
     visible = share_visible(tokens, loaded.objective.num_visible, model.layout.num_tokens)
     left_out: dict[Path, str] = {}
-    sections, attentions = [], []
+    sections, attentions, errors = [], [], []
     for number, (path, given) in enumerate(each_picture(model, paths, crop, left_out)):
         values, keys = Batch({spec.name: jnp.asarray(given)}), sample_keys(0, number, 1)
         found = jax.device_get(decode(loaded.objective, loaded.params, values, keys, output, visible))
@@ -101,6 +102,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
         stored, masked = given[0], found.masked[0].reshape(grid)
         picture = pictures.to_picture(spec, stored)
         tiles = [("input", picture), (f"visible: {visible} of {tokens}", pictures.mask_overlay(picture, masked))]
+        errors.append([hidden_error(spec, stage[0], stored, masked) for stage in found.stages])
         for i, stage in enumerate(found.stages):
             shown = pictures.to_picture(spec, paste_visible(stage[0], stored, masked), like=stored)
             tiles.append((f"after block {i}", shown))
@@ -118,31 +120,73 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
         ("decoder", f"{model.decoder_name} of {output}: width {decoder['width']}, {decoder['depth']} blocks, {decoder['heads']} heads"),
         ("visible", f"{visible} of {tokens}, at random"),
     ]
-    about = page.Section("What is shown", [page.Table(("", "value"), facts), *_what_it_reads(loaded, output, attentions)])
-    title = "The decoder, block by block"
-    return page.html_page(title, [about, *sections], "What is rebuilt after each block, and what the blocks read."), left_out
+    about = page.Section("What is shown", [page.Table(("what", "value"), facts)])
+    blocks, first = _errors_by_block(np.array(errors), spec)
+    reads, second = what_it_reads(loaded, output, attentions)
+    found_out = [page.Section("Error by block", blocks), *([page.Section("What the blocks read", reads)] if reads else [])]
+    return page.html_page("The decoder, block by block", [*found_out, about, *sections], f"{first} {second}".strip()), left_out
 
 
-def _what_it_reads(loaded: LoadedModel, output: str, attentions: Sequence[np.ndarray]) -> list[Any]:
-    """The weights of a CrossMAE decoder as a heat map, or the attention of a MAE decoder as a table."""
+def hidden_error(spec: Modality, stage: np.ndarray, stored: np.ndarray, masked: Bool[np.ndarray, "gh gw"]) -> float:
+    """Root mean square error of the hidden pixels in stored units; of class ids the share that is wrong. Missing values do not count."""
+    rebuilt, true = (values.reshape(*stage.shape[:2], -1).astype(np.float64) for values in (stage, stored))
+    cells = np.kron(masked, np.ones([side // grid for side, grid in zip(stage.shape, masked.shape, strict=False)], bool))
+    known = np.isfinite(true) & (True if spec.missing is None else true != spec.missing)
+    differences = (rebuilt - true)[known & cells[..., None]]
+    if not differences.size:
+        return float("nan")
+    return float((differences != 0).mean() if spec.kind == "categorical" else np.sqrt((differences**2).mean()))
+
+
+def _errors_by_block(errors: Float[np.ndarray, "p l"], spec: Modality) -> tuple[list[Any], str]:
+    """(a table of the mean error after each decoder block and what follows from it, the result in a sentence); "p" pictures."""
+    means = errors.mean(axis=0)
+    name = "share of wrong classes" if spec.kind == "categorical" else f"error (root mean square, stored units of {spec.name})"
+    last = len(means) - 1
+    rows = [(i, float(f"{value:.4g}")) for i, value in enumerate(means)]
+    table = page.Table(("after decoder block", name), rows)
+    if not last:
+        return [table], f"After the decoder's one block the {name} on hidden patches is {means[0]:.3g}."
+    result = f"The {name} on hidden patches goes from {means[0]:.3g} after the first decoder block to {means[-1]:.3g} after the last."
+    steps = np.diff(means)
+    most = int(steps.argmin())
+    words = f"Block {most + 1} lowers it most, by {-steps[most]:.3g}." if steps[most] < 0 else "No block lowers what the first one leaves."
+    words += " The head was trained to read the last block alone, so earlier ones may know more than it shows."
+    return [table, page.Prose(words)], result
+
+
+def what_it_reads(loaded: LoadedModel, output: str, attentions: Sequence[np.ndarray]) -> tuple[list[Any], str]:
+    """(the attention of a MAE decoder as a table, or the weights of a CrossMAE decoder as a heat map; the result in a sentence)."""
     if attentions:
         means = np.stack(attentions).mean(axis=0)
         rows = [(i, f"{v:.2f}", f"{m:.2f}") for i, (v, m) in enumerate(means)]
         v, m = means.mean(axis=0)
+        result = f"A masked token attends {v / max(m, 1e-9):.1f} times as much to a visible token as to a masked one."
         words = (
             "How much a masked token attends to one visible and to one masked token, as a multiple of an even spread over all tokens, "
-            "mean over heads and pictures. The CrossMAE paper gives 1.42 and 0.39 for a MAE; how it scales them is not known here."
+            f"mean over heads and pictures. Block {int((means[:, 0] - means[:, 1]).argmax())} prefers visible tokens most. The CrossMAE "
+            "paper gives 1.42 and 0.39 for a MAE; how it scales them is not known here."
         )
         table = page.Table(("block", "to a visible token", "to a masked token"), [*rows, ("mean", f"{v:.2f}", f"{m:.2f}")])
-        return [page.Prose(words), table]
+        return [table, page.Prose(words)], result
     weights = loaded.params["outputs"][output].get("feature_weights")
     if weights is None:
-        return []
-    features = dict(loaded.model.decoder)["features"]
-    png = curves.matrix(np.asarray(weights, np.float64), "decoder block", "encoder feature (column)", "Inter-block weights")
+        return [], ""
+    features, weights = dict(loaded.model.decoder)["features"], np.asarray(weights, np.float64)
+    result = most_read(weights, features)
+    picture = curves.matrix(weights, "decoder block", "encoder feature (column)", "Inter-block weights")
     named = "column 0 is what enters the encoder" if 0 in features else f"column 0 is block {features[0] - 1}"
     caption = f"Weights with which each decoder block sums the encoder's features; {named}. They are free in sign."
-    return [page.Figure(png, caption)]
+    return [page.Figure(picture, caption)], result
+
+
+def most_read(weights: Float[np.ndarray, "l f"], features: Sequence[int]) -> str:
+    """Which of the encoder's `features` (0: what enters it, i: what leaves its i-th block) has the largest weights, in a sentence."""
+    shares = np.abs(weights).mean(axis=0) / max(float(np.abs(weights).mean(axis=0).sum()), 1e-30)
+    names = ["what enters the encoder" if feature == 0 else f"encoder block {feature - 1}" for feature in features]
+    order = np.argsort(-shares, kind="stable")[:2]
+    told = " and ".join(f"{names[i]} ({shares[i]:.0%} of the absolute weights)" for i in order)
+    return f"The decoder reads {told} most; even weights would give each {1 / len(names):.0%}."
 
 
 # The command

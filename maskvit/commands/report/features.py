@@ -21,6 +21,7 @@ from maskvit.heads.values import encoded_tokens
 from maskvit.plots import components, page, panels, pictures
 
 COLUMNS = 4
+ALIKE = 0.8  # cosine above which patches are counted as like the chosen one
 MARK = (255, 255, 255), (28, 32, 38)  # the frame around a chosen patch: inner and outer line
 Patch = tuple[int, int]  # row and column
 
@@ -93,37 +94,63 @@ def features_page(
         for chosen, values in cosines.items():
             heat = pictures.heat_overlay(picture, values[number], limits)
             tiles.append((f"like patch {chosen[0]},{chosen[1]}", marked(heat, chosen, grid)))
+        alike = what_is_alike([values[number] for values in cosines.values()], list(cosines))
         caption = (
-            f"{one.path.name}: the first three components of the patch features as red, green and blue; the same without what a "
+            f"{one.path.name}: {alike} The first three components of the patch features as red, green and blue; the same without what a "
             "patch's place says of its feature; the cosine of every patch's feature to that of the framed one."
         )
         figure = panels.tile_grid(tiles, COLUMNS, bar=(f"cosine {low:.2f} or less", "1"))
         sections.append(page.Section(one.path.name, [page.Figure(figure, caption)]))
-    about = page.Section("What is shown", [page.Table(("", "value"), _facts(loaded, checkpoint, grid, basis, own))])
-    count = f"{len(looked)} picture{'s' if len(looked) > 1 else ''}"
-    summary = (
-        f"Patch features of {count} after the last block: their three main components as colors, on one basis for all pictures, and the "
-        f"patches like {'a chosen one' if len(places) == 1 else f'{len(places)} chosen ones'}, on one scale."
+    about = page.Section("What is shown", [page.Table(("what", "value"), _facts(loaded, checkpoint, grid))])
+    table, result = what_varies(features, content, basis, own)
+    return page.html_page("Features", [page.Section("What varies", table), about, *sections], result), left_out
+
+
+def what_varies(
+    features: Float[np.ndarray, "b gh gw d"], content: Float[np.ndarray, "b gh gw d"], basis: components.Basis, own: components.Basis
+) -> tuple[list[page.Table | page.Prose], str]:
+    """(a table of the components' shares of the variance and what they mean, the result in two sentences).
+
+    `content`: the features without what their place says; `own`: its basis.
+    """
+    flat, rest = (values.reshape(-1, values.shape[-1]).astype(np.float64) for values in (features, content))
+    place = 1 - rest.var(axis=0).sum() / max(float(flat.var(axis=0).sum()), 1e-30)
+    unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-30)
+    alike = float((unit.mean(axis=0) ** 2).sum())  # the mean over all pairs of patches, each with itself included
+    count = f"{len(features)} picture{'s' if len(features) > 1 else ''}"
+    result = (
+        f"Three components hold {basis.spread.sum():.0%} of what varies in the patch features of {count} after the last block. "
+        f"{place:.0%} of the variance follows a patch's place, whatever is in the picture. The mean cosine of two patches is {alike:.2f}."
     )
-    return page.html_page("Features", [about, *sections], summary), left_out
+    rows = [
+        (name, *(f"{share:.0%}" for share in found.spread), f"{found.spread.sum():.0%}")
+        for name, found in (("features", basis), ("without the place", own))
+    ]
+    words = (
+        f"The colors below show {basis.spread.sum():.0%} of the variance, and {own.spread.sum():.0%} of what is left without the place. "
+        "The place is a polynomial of second degree in row and column, fitted to all pictures and taken away, so that objects stand "
+        "out. Components are of all patches of all pictures together, so a color means the same in each."
+    )
+    header = ("share of the variance", "first (red)", "second (green)", "third (blue)", "together")
+    return [page.Table(header, rows), page.Prose(words)], result
 
 
-def _facts(
-    loaded: LoadedModel, checkpoint: str, grid: tuple[int, int], basis: components.Basis, own: components.Basis
-) -> list[tuple[str, str]]:
-    """Where the page comes from, and how its colors are made."""
+def what_is_alike(cosines: Sequence[Float[np.ndarray, "gh gw"]], places: Sequence[Patch]) -> str:
+    """How much of the picture is like each chosen patch, in one sentence."""
+    told = []
+    for values, (row, column) in zip(cosines, places, strict=True):
+        others = np.delete(values.reshape(-1), row * values.shape[1] + column)
+        told.append(f"{(others > ALIKE).mean():.0%} of the other patches are like patch {row},{column}")
+    return f"{', '.join(told)} (cosine above {ALIKE})."
+
+
+def _facts(loaded: LoadedModel, checkpoint: str, grid: tuple[int, int]) -> list[tuple[str, str]]:
+    """Where the page comes from."""
     spec, encoder = first_input(loaded.model), dict(loaded.model.encoder)
-    percent = lambda spread: ", ".join(f"{share:.0%}" for share in spread)  # noqa: E731
     return [
         ("checkpoint", checkpoint),
         ("encoder", f"width {encoder['width']}, {encoder['depth']} blocks, {encoder['heads']} heads"),
         ("patches", f"{grid[0]} x {grid[1]} of {spec.name} alone, nothing hidden"),
-        ("components", f"of all patches of all pictures together; they hold {percent(basis.spread)} of the variance"),
-        (
-            "without the place",
-            "less a polynomial of second degree in row and column, fitted to all pictures, so that objects stand out; its own three "
-            f"components hold {percent(own.spread)} of what is left",
-        ),
     ]
 
 

@@ -6,6 +6,7 @@ A map set is a strategy with a guidance source (its own attention, another sourc
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Float
 
 from maskvit.commands.report import strategies as shown_by
 from maskvit.commands.report.files import write
-from maskvit.commands.report.strategies import Shows, find_strategies, input_names, modality_pictures, notes, show_strategies
+from maskvit.commands.report.strategies import Shows, doubt, find_strategies, input_names, modality_pictures, notes, show_strategies
 from maskvit.commands.sweep.cells import overrides
 from maskvit.core.arguments import check_output, number
 from maskvit.core.types import TokenLayout
@@ -112,6 +113,62 @@ def schedule_plot(taus: Sequence[float], ends: tuple[float, float]) -> bytes:
     return curves.line_panels(panels, "share of the run")
 
 
+def rank_correlation(one: Float[np.ndarray, "b gh gw"], other: Float[np.ndarray, "b gh gw"]) -> float:
+    """Spearman's rank correlation of two maps' tokens, mean over images; images with a constant map are left out (NaN where all are)."""
+    from scipy.stats import rankdata
+
+    found = []
+    for pair in zip(one, other, strict=True):
+        ranks = np.stack([rankdata(values.reshape(-1)) for values in pair])
+        if (np.ptp(ranks, axis=1) > 0).all():
+            found.append(float(np.corrcoef(ranks)[0, 1]))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def weight_on_top(weights: Float[np.ndarray, "b gh gw"]) -> float:
+    """Share of an image's loss weight on the tenth of its tokens that weighs most, mean over images; even weights give about a tenth."""
+    flat = np.sort(weights.reshape(len(weights), -1), axis=1)
+    return float((flat[:, -max(1, round(flat.shape[1] / 10)) :].sum(axis=1) / flat.sum(axis=1)).mean())
+
+
+def what_weighs(maps: Mapping[str, Float[np.ndarray, "b gh gw"]], modality: str, tau: float) -> tuple[list[page.Table | page.Prose], str]:
+    """(tables of how far map sets agree and how much they weigh on, with what follows from them; the result in two sentences)."""
+    weights = {name: weights_of(np.asarray(values, np.float32), tau) for name, values in maps.items()}
+    top = {name: weight_on_top(values) for name, values in weights.items()}
+    order = sorted(top, key=lambda name: -top[name])
+    told = f"{top[order[0]]:.0%}" if len(order) == 1 else f"{top[order[-1]]:.0%} ({order[-1]}) to {top[order[0]]:.0%} ({order[0]})"
+    size = next(iter(weights.values()))[0].size
+    even = max(1, round(size / 10)) / size
+    loads = f"At tau = {tau:g} the tenth of the {modality} tokens that weighs most has {told} of the loss weight"
+    loads += f"; even weights would give it {even:.0%}."
+    rows = [(name, *(f"{f(values):.2f}" for f in (np.mean, np.median, np.max)), f"{top[name]:.0%}") for name, values in weights.items()]
+    blocks: list[page.Table | page.Prose] = [page.Table(("map set", "mean weight", "median", "largest", "weight on the top tenth"), rows)]
+    blocks.append(page.Prose("The background weighs 1, so a mean far above 1 trains most tokens harder, and a median near 1 only few."))
+    pairs = {
+        (one, other): rank_correlation(maps[one], maps[other])
+        for one, other in itertools.combinations(maps, 2)
+        if maps[one].shape == maps[other].shape
+    }
+    known = {pair: value for pair, value in pairs.items() if np.isfinite(value)}
+    if not known:
+        alone = "There is one map set, so nothing is compared." if len(maps) == 1 else "No two map sets can be compared."
+        return blocks, f"{loads} {alone}"
+    least, most = min(known, key=lambda pair: known[pair]), max(known, key=lambda pair: known[pair])
+    ranks = f"{least[0]} and {least[1]} order the tokens of {modality} alike with a rank correlation of {known[least]:.2f}."
+    if len(known) > 1:
+        ranks = (
+            f"Map sets order the tokens of {modality} alike with rank correlations of {known[least]:.2f} ({least[0]} and {least[1]}) to "
+            f"{known[most]:.2f} ({most[0]} and {most[1]})."
+        )
+    table = [
+        (one, *("1" if one == other else f"{value:.2f}" if np.isfinite(value) else "-"
+                for other in maps for value in [pairs.get((one, other), pairs.get((other, one), float("nan")))]))
+        for one in maps
+    ]  # fmt: skip
+    words = "Spearman's rank correlation, mean over images: 1 is the same order of tokens, 0 none in common. Sets that agree weigh alike."
+    return [page.Table(("rank correlation", *maps), table), page.Prose(words), *blocks], f"{ranks} {loads}"
+
+
 def run(
     config: str, checkpoint: str | None, strategies: str | None, out: Path, images: int, split: str | None, crop: float,
     maps: Sequence[str], tau: Sequence[float], schedule: Sequence[float] | None, modality: str | None,
@@ -130,7 +187,11 @@ def run(
     ends = tuple(schedule or (pair if isinstance(pair, (list, tuple)) else (max(tau), min(tau))))
     middle = sorted(tau)[len(tau) // 2]
     words = "g is the map normalized to [0, 1] per image, so the background weighs exactly 1 and the most important token exp(1 / tau)."
+    sets = {name: shown.guidance[modality] for name, shown in shows.shown.items() if modality in shown.guidance}
+    table, result = what_weighs(sets, modality, middle)
+    largest = ", ".join(f"{np.exp(1 / one):.2f} at tau = {one:g}" for one in sorted(tau))
     sections = [
+        page.Section("How maps agree and weigh", table),
         notes(shows, sources, checkpoint),
         page.Section(
             "Map sets side by side",
@@ -139,6 +200,7 @@ def run(
         page.Section(
             "Temperature",
             [
+                page.Prose(f"The most important token weighs {largest} times the background."),
                 page.Figure(
                     schedule_plot(tau, ends), "Constant temperatures, and one that goes from the first to the second on half a cosine."
                 )
@@ -148,7 +210,7 @@ def run(
     for name in shows.shown:
         caption = f"{name} on {modality}, every tile on the color scale of the weights. {words}"
         sections.append(page.Section(name, [page.Figure(weight_sheet(shows, name, modality, tau), caption)]))
-    write(out, page.html_page("Guidance as loss weight", sections, "From the raw map to the weight of a token's loss."))
+    write(out, page.html_page("Guidance as loss weight", sections, result + doubt(shows)))
     print(f"{len(shows.shown)} map set(s) on {len(shows.ids)} image(s) in {out}")
     for name, why in shows.missing.items():
         print(f"not shown: {name}: {why}")

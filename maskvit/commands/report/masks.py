@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from maskvit.commands.report import strategies as shown_by
 from maskvit.commands.report.files import write
 from maskvit.commands.report.strategies import (
     Shown,
     Shows,
+    doubt,
     find_strategies,
     input_names,
     modality_pictures,
@@ -77,6 +78,62 @@ def comparison_sheet(shows: Shows, index: int) -> bytes:
     return panels.labeled_grid(["image", *(name.replace("_", "\n") for name in shows.shown)], rows, heat=HEAT if guided else None)
 
 
+def top_tenth(values: Float[np.ndarray, "b gh gw"]) -> Bool[np.ndarray, "b gh gw"]:
+    """Of each image the tenth of the tokens with the highest values, at least one; those that are not finite never."""
+    flat = np.where(np.isfinite(values), values, -np.inf).reshape(len(values), -1)
+    places = np.argsort(-flat, axis=1, kind="stable")[:, : max(1, round(flat.shape[1] / 10))]
+    chosen = np.zeros(flat.shape, bool)
+    np.put_along_axis(chosen, places, True, axis=1)
+    return (chosen & np.isfinite(flat)).reshape(values.shape)
+
+
+def share_of(masked: Mapping[str, Bool[np.ndarray, "b _ _"]], among: Mapping[str, Bool[np.ndarray, "b _ _"]] | None = None) -> float:
+    """Share of the tokens, or of those `among` them, that are hidden, over all modalities; NaN where there are none."""
+    names = [name for name in masked if among is None or name in among]
+    counted = [masked[name][among[name]] if among else masked[name].reshape(-1) for name in names]
+    return float(np.concatenate(counted).mean()) if counted else float("nan")
+
+
+def what_is_hidden(shows: Shows) -> tuple[list[page.Table | page.Prose], str]:
+    """(a table of how much each strategy hides and what follows from it, the result in a sentence).
+
+    Guided strategies, and the others beside them, are measured by how much they hide of what the first guided one is guided to.
+    """
+    names, every = input_names(shows), shows.shown
+    guide = next((name for name, shown in every.items() if shown.guidance), "")
+    top = {name: top_tenth(np.asarray(values, np.float64)) for name, values in every[guide].guidance.items()} if guide else {}
+    total = {name: share_of(shown.masked) for name, shown in every.items()}
+    hits = {name: share_of(shown.masked, top) for name, shown in every.items() if top}
+    low, high = f"{min(total.values()):.0%}", f"{max(total.values()):.0%}"
+    amount = f"hide {low if low == high else f'{low} to {high}'} of all tokens" if len(every) > 1 else f"hides {low} of all tokens"
+    count = f"{len(shows.ids)} image{'s' if len(shows.ids) > 1 else ''}"
+    subject = f"The {len(every)} strategies" if len(every) > 1 else next(iter(every))
+    if guide:
+        order = sorted(hits, key=lambda name: -hits[name])
+        told = order if len(order) <= 4 else [order[0], order[1], order[-1]]
+        result = (
+            f"Of the tenth of the tokens that {guide} is guided to most, {', '.join(f'{name} hides {hits[name]:.0%}' for name in told)}"
+            f"{f' (the other {len(order) - 3} lie between)' if len(told) < len(order) else ''}. {subject} {amount}, over {count}."
+        )
+    else:
+        result = f"{subject} {amount}, over {count}. None is guided, so none looks at what is in the image."
+    header = ["strategy", *(f"hidden of {name}" for name in names), "hidden of all", *([f"of the tenth by {guide}"] if guide else [])]
+    rows = []
+    for name, shown in every.items():
+        shares = [f"{np.mean(shown.masked[modality]):.0%}" if modality in shown.masked else "-" for modality in names]
+        rows.append([name, *shares, f"{total[name]:.0%}", *([f"{hits[name]:.0%}"] if guide else [])])
+    words = f"The last column counts, in each modality, the tenth of the tokens with the highest guidance of {guide}. " if guide else ""
+    if guide:
+        finder = max(hits, key=lambda name: hits[name] - total[name])
+        words += (
+            f"A strategy that does not look at the image hides about as much of them as of all tokens; {finder} hides "
+            f"{100 * (hits[finder] - total[finder]):.0f} points more."
+        )
+    else:
+        words = "The strategies share their random keys, so equal budgets hide equally many tokens of each modality."
+    return [page.Table(header, rows), page.Prose(words)], result + doubt(shows)
+
+
 def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, images: int, split: str | None, crop: float) -> int:
     """The command; 1 where a strategy could not be shown."""
     check_output(out)
@@ -94,7 +151,8 @@ def run(config: str, checkpoint: str | None, strategies: str | None, out: Path, 
 
 def html(shows: Shows, chosen: Mapping[str, Mapping[str, Any]], checkpoint: str | None) -> str:
     """The page: all strategies side by side, then each by itself."""
-    sections = [notes(shows, chosen, checkpoint)]
+    table, result = what_is_hidden(shows)
+    sections = [page.Section("How much is hidden", table), notes(shows, chosen, checkpoint)]
     caption = "{}: grey is hidden, dark grey is not rebuilt either."
     caption += " All strategies draw from the same keys; one that is random here is one draw of many."
     sections.append(
@@ -111,4 +169,4 @@ def html(shows: Shows, chosen: Mapping[str, Mapping[str, Any]], checkpoint: str 
             if modality in shown.masked
         ]
         sections.append(page.Section(name, blocks))
-    return page.html_page("Masking strategies", sections, "What each looks at, and what it hides.")
+    return page.html_page("Masking strategies", sections, result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -16,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from maskvit.commands.report.attention import ROW_NAMES, equal_counts, hide
+from maskvit.commands.report.attention import DEVIATIONS, ROW_NAMES, equal_counts, hide, last_block_input, outliers
 from maskvit.commands.report.files import write
 from maskvit.core.arguments import check_output, number, whole
 from maskvit.core.keys import sample_keys, stream_keys
-from maskvit.core.types import Batch, Params, TokenBatch
+from maskvit.core.types import Batch, Params
 from maskvit.data import open_source
 from maskvit.data.batches import eval_batches
 from maskvit.data.scenes import FIRST_KIND
@@ -28,8 +27,6 @@ from maskvit.features import LoadedModel, load
 from maskvit.guidance.attention import QUERIES, self_attention
 from maskvit.masking.scores import attention_high, random_scores
 from maskvit.sharding import make_mesh, place_batch, replicated
-
-DEVIATIONS = 4.0  # a token is an outlier where its norm exceeds the mean by so many standard deviations
 
 
 def object_tokens(
@@ -67,12 +64,6 @@ def estimate(values: Float[np.ndarray, " b"]) -> Estimate:
     count = len(values)
     error = float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan
     return Estimate(float(values.mean()) if count else math.nan, error, count)
-
-
-def outliers(norms: Float[np.ndarray, "b n"], present: Bool[np.ndarray, "b n"], deviations: float = DEVIATIONS) -> Bool[np.ndarray, "b n"]:
-    """Present tokens whose norm exceeds the mean of all of them by `deviations` standard deviations."""
-    counted = norms[present]
-    return present & (norms > counted.mean() + deviations * counted.std())
 
 
 def mass_on(guidance: Float[np.ndarray, "b n"], chosen: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
@@ -133,16 +124,6 @@ def sink_figures(
         "norm_max": float(counted.max()),
         "rows": rows,
     }
-
-
-def last_block_input(model: Any, params: Params, tokens: TokenBatch) -> Float[Array, "b n d"]:
-    """What the last block reads, patch tokens only: the encoder's output with one block less."""
-    sizes = dict(model.encoder)
-    shorter = dataclasses.replace(model, encoder=tuple(sorted((sizes | {"depth": sizes["depth"] - 1}).items())))
-    blocks = dict(params["encoder"])
-    blocks.pop(f"block_{sizes['depth'] - 1:02d}")
-    encoded = shorter.encode({**params, "encoder": blocks}, tokens.tokens, tokens.present)
-    return encoded[:, : tokens.layout.num_tokens].astype(jnp.float32)
 
 
 def measure_rows(

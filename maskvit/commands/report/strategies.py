@@ -30,6 +30,9 @@ from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.plots import page, pictures
 
 
+FRESH = "Fresh parameters"
+
+
 class Shown(NamedTuple):
     """What a strategy does to the images; every dict is by input modality, empty where there is nothing of the kind.
 
@@ -153,7 +156,7 @@ def _fitting(objective: Any, given: Params | None, seed: int) -> tuple[Params, s
     """The given parameters where the model has them, else fresh ones, and a remark that says which. Raises ValueError for other shapes."""
     fresh = objective.init(jax.random.key(seed))[0]  # op by op: strategies share their shapes, a program for each would be its own
     if given is None:
-        return fresh, "Fresh parameters: what they attend to means nothing."
+        return fresh, f"{FRESH}: what they attend to means nothing."
     have, lacking = tree_paths(given), []
 
     def choose(path: Any, leaf: Array) -> Any:
@@ -214,6 +217,13 @@ def modality_pictures(shows: Shows, shown: Shown, modality: str) -> list[picture
     return [pictures.to_picture(shows.modalities[modality], values) for values in shown.inputs[modality]]
 
 
+def doubt(shows: Shows) -> str:
+    """That nothing follows from what fresh parameters attend to, where they do; "" else."""
+    guided = [name for name, shown in shows.shown.items() if shown.guidance]
+    fresh = any(shows.remarks.get(name, "").startswith(FRESH) for name in guided)
+    return " The parameters are fresh, so what they attend to means nothing: give --checkpoint." if fresh else ""
+
+
 def notes(shows: Shows, strategies: Mapping[str, Mapping[str, Any]], checkpoint: str | None) -> page.Section:
     """Where the page comes from: data, parameters, what every strategy sets, and which could not be shown."""
     facts = [("parameters", checkpoint or "fresh"), ("data", shows.data)]
@@ -225,5 +235,5 @@ def notes(shows: Shows, strategies: Mapping[str, Mapping[str, Any]], checkpoint:
         )
         for name, changes in strategies.items()
     ]
-    blocks: Sequence[Any] = [page.Table(("", "value"), facts), page.Table(("strategy", "sets", "remark"), rows)]
+    blocks: Sequence[Any] = [page.Table(("what", "value"), facts), page.Table(("strategy", "config keys it sets", "remark"), rows)]
     return page.Section("What is shown", blocks)

@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 
 from maskvit.commands.sweep.cells import AGAINST
 from maskvit.commands.sweep.runs import write
+from maskvit.commands.sweep.verdict import VERDICT_HEADER, Verdict, main_figures, overall, sentence, verdict, verdict_rows
 from maskvit.plots import curves, page
 
 
@@ -139,16 +140,24 @@ def table_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-HEADER = ("cell", "mean", "spread", "seeds", "against", "difference", "95 % interval", "told from zero", "least")
+HEADER = ("cell", "mean", "spread", "seeds", "compared with", "difference", "95 % interval", "differs from 0", "least that would show")
+
+
+def verdicts(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Verdict]:
+    """What the seeds show of every evaluator's main figure; of the loss where there are no evaluators."""
+    names = list(table)
+    some = judged(names)
+    return [verdict(name, table[name], names) for name in main_figures(some) or some]
 
 
 def notes(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], controls: Sequence[str]) -> list[str]:
     """What a reader must know beside the numbers."""
     said = [
-        "Spread: sample standard deviation over seeds. The loss is that of the tokens a cell hides, at its own weights.",
-        "Difference: mean over seeds of the cell less what it is compared with, run by run of the same seed, with Student's 95 % interval; "
-        "of twenty pairs of equal cells one is told from zero by chance. Least: the true difference that such runs would tell from zero "
-        "four times in five.",
+        "Spread: sample standard deviation over seeds. The loss is that of the tokens a cell hides, at its own weights: cells that hide "
+        "differently do not compare by it.",
+        "Difference: mean over seeds of the cell less what it is compared with, run by run of the same seed, with Student's 95 % interval. "
+        "A cell differs where the interval leaves out zero; of twenty pairs of equal cells one does so by chance. Least that would show: "
+        "the true difference that such runs would tell from zero four times in five.",
     ]
     if controls:
         said.append(power(table, controls))
@@ -167,20 +176,21 @@ def text_table(results: Sequence[Mapping[str, Any]], table: Mapping[str, Any], c
         lines.append(metric)
         lines += ["  " + row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows]
         lines.append("")
-    return "\n".join(lines + notes(results, table, controls)) + "\n"
+    return "\n".join([*lines, overall(verdicts(table)), *notes(results, table, controls)]) + "\n"
 
 
 def result_page(
     results: Sequence[Mapping[str, Any]], cells: Mapping[str, Mapping[str, Any]], table: Mapping[str, Any], baseline: str,
     controls: Sequence[str], command: str,
 ) -> str:  # fmt: skip
-    """The sweep as one HTML page: every run as a point, then the tables."""
+    """The sweep as one HTML page: what the seeds show, every run as a point, then the tables."""
     shown = [*judged(list(table)), *(["loss"] if "loss" in table and "loss" not in judged(list(table)) else [])]
     points = {
         metric: {cell: [r["final"][metric] for r in results if r["cell"] == cell and metric in r["final"]] for cell in table[metric]}
         for metric in shown
     }
-    caption = "Every run as a point, the mean over its cell's seeds as a bar; the dashed line is the baseline's mean."
+    caption = "Every run as a point, the mean over its cell's seeds as a bar; the dashed line is the baseline's mean. The name over each "
+    caption += "plot is the figure on its horizontal axis."
     # Figures of the same cells stand together, so that no plot has empty rows; of one cell there is nothing to compare.
     together: dict[tuple[str, ...], dict[str, Any]] = {}
     for metric, series in points.items():
@@ -188,13 +198,20 @@ def result_page(
             together.setdefault(tuple(series), {})[metric] = series
     figures = [page.Figure(curves.points(panels, baseline), caption) for panels in together.values()]
     sections = [page.Section("At a glance", figures)] if figures else []
-    sections[0:0] = [page.Section("What to make of it", [page.Prose(note) for note in notes(results, table, controls)])]
-    sections += [page.Section(metric, [page.Table(HEADER, table_rows(table[metric]))]) for metric in table]
+    found, names = verdicts(table), list(table)
+    said = [page.Prose(sentence(one)) for one in found] if len(found) > 1 else []
+    rows = [page.Table(VERDICT_HEADER, verdict_rows(found))] if len(found) > 1 else []
+    sections[0:0] = [page.Section("What came of it", [*said, *rows, *(page.Prose(note) for note in notes(results, table, ()))])]
+    for metric, some in table.items():
+        sections.append(
+            page.Section(metric, [page.Prose(sentence(verdict(metric, some, names))), page.Table(HEADER, table_rows(some))])
+        )
     changes = [
         (name, ", ".join(f"{key} = {value}" for key, value in cell.items()) or "the config as it is") for name, cell in cells.items()
     ]
     sections += [page.Section("Cells", [page.Table(("cell", "changes"), changes), page.Commands(command)])]
-    return page.html_page("Sweep", sections, f"{len(results)} runs of {len(cells)} cells; baseline: {baseline}.")
+    said_first = [overall(found), *([power(table, controls)] if controls else [])]
+    return page.html_page("Sweep", sections, " ".join([*said_first, f"{len(results)} runs of {len(cells)} cells; baseline: {baseline}."]))
 
 
 def write_tables(
