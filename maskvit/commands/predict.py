@@ -13,6 +13,7 @@ Answers per pixel are at each picture's own size, but where --crop is a number t
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import functools
 import json
@@ -38,7 +39,7 @@ from maskvit.data.batches import eval_batches
 from maskvit.evaluators.windows import Round, read_out
 from maskvit.features import WEIGHTS, LoadedModel, Pictures, first_input, load, readable, tell_left_out
 from maskvit.plots import page, panels, pictures
-from maskvit.plots.answers import class_overlay, legend
+from maskvit.plots.answers import class_legend, class_name, class_overlay
 from maskvit.sharding import make_mesh, place_batch
 
 Crop = float | str | None
@@ -169,6 +170,41 @@ def write_class_list(out: Path, names: Sequence[str]) -> None:
 # The page
 
 
+def class_result(told: Sequence[Sequence[tuple[str, float]]]) -> str:
+    """Which classes are answered most, and how sure the model is, in two sentences."""
+    best = [classes[0] for classes in told]
+    counts = collections.Counter(name for name, _ in best).most_common()
+    named = ", ".join(f"{name} ({count})" for name, count in counts[:3])
+    unsure = sum(share < 0.5 for _, share in best)
+    first = f"The answer is {counts[0][0]} for all {len(told)} pictures." if len(counts) == 1 and len(told) > 1 else (
+        f"{len(told)} picture{'s' if len(told) > 1 else ''}, {len(counts)} class{'es' if len(counts) > 1 else ''} answered"
+        f"{', most often' if len(counts) > 3 else ''}: {named}."
+    )  # fmt: skip
+    middle = float(np.median([share for _, share in best]))
+    return f"{first} Half of the answers have a probability of {middle:.0%} or more; {unsure} of {len(told)} are below 50%."
+
+
+def pixel_result(pixels: Mapping[int, int], names: Sequence[str]) -> str:
+    """Which classes the pixels of all pictures are given, in a sentence. `pixels`: how many, by class id."""
+    order = sorted(pixels, key=lambda i: -pixels[i])
+    total = sum(pixels.values())
+    told = ", ".join(f"{class_name(i, names)} {pixels[i] / total:.0%}" for i in order[:3])
+    found = f"{len(order)} of {len(names)} classes are found"
+    return f"{found}{'; most pixels are' if len(order) > 3 else ':'} {told}."
+
+
+def value_result(middles: Sequence[float], name: str, unit: str) -> str:
+    """Where the values lie, in a sentence. `middles`: the median of every picture; those that are not finite are left out."""
+    known = sorted(value for value in middles if math.isfinite(value))
+    if not known:
+        return f"No picture has a finite value of {name}."
+    if len(known) == 1:
+        return f"The median value of {name} is {known[0]:.3g} ({unit})."
+    lowest, highest = known[0], known[-1]
+    middle = float(np.median(known))
+    return f"The median value of {name} in a picture goes from {lowest:.3g} to {highest:.3g}; half of them are above {middle:.3g} ({unit})."
+
+
 def class_sections(
     first: Sequence[Answer], files: Sequence[str], told: Sequence[Sequence[tuple[str, float]]], shown: Modality
 ) -> list[page.Section]:
@@ -183,7 +219,10 @@ def class_sections(
     for name, ((best, share), *others) in zip(files, told[: len(first)], strict=False):
         rest = [", ".join(f"{label} {probability:.1%}" for label, probability in others)] if others else []
         rows.append([name, best, f"{share:.1%}", *rest])
-    return [page.Section("Pictures", [figure]), page.Section("Answers", [page.Table(header, rows)])]
+    words = f"The first {len(rows)} of {len(told)} answers; predictions.csv beside this page has all." if len(rows) < len(told) else (
+        "The likeliest class of every picture, and those that follow it."
+    )  # fmt: skip
+    return [page.Section("Pictures", [figure]), page.Section("Answers", [page.Prose(words), page.Table(header, rows)])]
 
 
 def map_sections(
@@ -197,8 +236,8 @@ def map_sections(
         if spec.kind == "categorical":
             ids, counts = np.unique(answer.said, return_counts=True)
             order = np.argsort(-counts, kind="stable")
-            caption = ", ".join(f"{names[ids[i]]} {counts[i] / answer.said.size:.1%}" for i in order[:8])
-            blocks.append(page.Figure(legend([(names[i], pictures.palette(spec.num_classes)[i]) for i in ids]), "The classes found."))
+            caption = ", ".join(f"{class_name(ids[i], names)} {counts[i] / answer.said.size:.1%}" for i in order[:8])
+            blocks.append(page.Figure(class_legend([answer.said], spec, names), "The classes found."))
         else:
             low, high = pictures.value_range(spec, answer.said)
             caption = f"{spec.name} in {unit}: {low:.4g} (dark) to {high:.4g} (light)"
@@ -207,10 +246,14 @@ def map_sections(
     return sections
 
 
-def write_page(out: Path, about: Mapping[str, Any], sections: Sequence[page.Section], count: int) -> None:
-    """index.html and about.json."""
-    facts = page.Section("How", [page.Table(("", "value"), [(key, str(value)) for key, value in about.items()])])
-    summary = f"{count} pictures; this page shows the first, the other files in this folder hold all."
+def write_page(out: Path, about: Mapping[str, Any], sections: Sequence[page.Section], count: int, shown: int, result: str) -> None:
+    """index.html and about.json. `result`: what comes first; of `count` pictures, `shown` are on the page."""
+    facts = page.Section("How", [page.Table(("setting", "value"), [(key.replace("_", " "), str(value)) for key, value in about.items()])])
+    summary = f"{result} " + (
+        f"This page shows the first {shown} of {count} pictures, the other files in this folder hold all."
+        if shown < count
+        else f"This page shows {'all ' if count > 1 else 'the '}{f'{count} pictures' if count > 1 else 'one picture'}."
+    )
     text = page.html_page(f"Answers of {about['checkpoint']}", [*sections, facts], summary)
     for name, content in (("about.json", json.dumps(about, indent=2) + "\n"), ("index.html", text)):
         partial = out / f"{name}.partial"
@@ -283,6 +326,8 @@ def predict_folder(
     files: list[str] = []
     first: list[Answer] = []
     told: list[list[tuple[str, float]]] = []
+    pixels: collections.Counter[int] = collections.Counter()
+    middles: list[float] = []
     with tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar:
         for found, bad in answers(loaded, paths, batch_size or BATCH[task.dense], None if crop == "none" else about["crop"]):
             left_out |= {paths[index]: reason for index, reason in bad.items()}
@@ -293,6 +338,10 @@ def predict_folder(
                     told.append([(names[i], float(answer.said[i])) for i in order])
                 else:
                     write_map(out, files[-1], answer, spec, shown)
+                    if spec.kind == "categorical":
+                        pixels.update(dict(zip(*(part.tolist() for part in np.unique(answer.said, return_counts=True)), strict=True)))
+                    else:
+                        middles.append(float(np.median(answer.said)))
                 if len(first) < ON_PAGE[task.dense]:
                     first.append(answer._replace(place=len(files) - 1))
             bar.update(len(found) + len(bad))
@@ -300,12 +349,13 @@ def predict_folder(
         raise ValueError(f"none of the pictures below {images} can be read; the first: {next(iter(left_out.values()))}")
     if spec is None:
         write_classes(out, names, files, told)
-        sections = class_sections(first, files, told, shown)
+        sections, result = class_sections(first, files, told, shown), class_result(told)
     else:
         if spec.kind == "categorical":
             write_class_list(out, names)
         sections = map_sections(first, files, names, spec, shown, unit)
-    write_page(out, about, sections, len(files))
+        result = pixel_result(pixels, names) if spec.kind == "categorical" else value_result(middles, spec.name, unit)
+    write_page(out, about, sections, len(files), len(first), result)
     print(f"{len(files)} picture(s) answered: open {out / 'index.html'}")
     return tell_left_out(left_out)
 

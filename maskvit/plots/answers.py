@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
@@ -36,6 +36,18 @@ def class_overlay(picture: Picture, ids: Integer[np.ndarray, "h w"], num_classes
     """The colors of the classes (`palette`) over a picture of the same size, half of each."""
     colors = palette(num_classes)[ids].astype(np.uint16)
     return ((picture.astype(np.uint16) + colors) // 2).astype(np.uint8)
+
+
+def class_name(number: int, names: Sequence[str]) -> str:
+    """The name of a class id; "class 3" where it has none, or has its number for a name."""
+    return names[number] if number < len(names) and names[number] != str(number) else f"class {number}"
+
+
+def class_legend(maps: Iterable[Integer[np.ndarray, "_ _"]], modality: Modality, names: Sequence[str]) -> bytes:
+    """The legend of the classes that maps of one categorical modality show, as PNG; `names`: of the ids 0, 1, ..., where they have any."""
+    ids = sorted({number for one in maps for number in np.unique(one).tolist()} - {-1 if modality.missing is None else modality.missing})
+    colors = palette(modality.num_classes)
+    return legend([(class_name(number, names), colors[number]) for number in ids if 0 <= number < modality.num_classes])
 
 
 def legend(classes: Sequence[tuple[str, UInt8[np.ndarray, "3"]]], columns: int = 4) -> bytes:

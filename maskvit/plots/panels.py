@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,6 +148,17 @@ def labeled_grid(
                 sheet.text((x, y + side + 15), tile[1], 12, FAINT, "ls")
     if heat:
         sheet.heat_bar((left + 8 * len(heat[0]), sheet.image.height - 22), 180, *heat)
+    return sheet.png()
+
+
+def stacked(above: bytes, below: bytes) -> bytes:
+    """Two PNGs below each other on white paper, as PNG."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(one)) for one in (above, below)]
+    sheet = _Sheet(max(image.width for image in images), sum(image.height for image in images))
+    sheet.image.paste(images[0], (0, 0))
+    sheet.image.paste(images[1], (0, images[0].height))
     return sheet.png()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from maskvit.data.codec import RecordError
 from maskvit.data.decoding import check_values, decode_record
 from maskvit.data.sources import Source, open_builder
 from maskvit.plots import panels
+from maskvit.plots.answers import class_legend
 from maskvit.plots.pictures import PAPER, Picture, to_picture
 from maskvit.training.config import check_config
 
@@ -178,8 +179,16 @@ def _framed(picture: Picture, aspect: float) -> UInt8[np.ndarray, "tall wide 3"]
     return paper
 
 
-def contact_sheet(shown: list[tuple[str, dict[str, np.ndarray]]], specs: Mapping[str, Modality]) -> bytes:
-    """A row per sample as PNG: every modality, and class maps over the first color picture."""
+def contact_sheet(
+    shown: list[tuple[str, dict[str, np.ndarray]]],
+    specs: Mapping[str, Modality],
+    classes: Mapping[str, Sequence[str]] | None = None,
+    title: str = "",
+) -> bytes:
+    """A row per sample as PNG: every modality, and class maps over the first color picture; below it the classes of every class map.
+
+    `classes`: names of class ids by modality, where they have any.
+    """
     colors = next((name for name, spec in specs.items() if spec.kind == "continuous" and spec.channels == 3), None)
     columns = [*specs, *(f"{name}\nover {colors}" for name, spec in specs.items() if colors and spec.kind == "categorical")]
     aspect = max(array.shape[1] / array.shape[0] for _, arrays in shown for array in arrays.values())
@@ -194,7 +203,22 @@ def contact_sheet(shown: list[tuple[str, dict[str, np.ndarray]]], specs: Mapping
             size = pictures[column].shape if column in pictures else ()
             tiles.append((_framed(pictures[column], aspect), f"{size[0]} x {size[1]}") if size else None)
         rows.append((name, tiles))
-    return panels.labeled_grid(columns, rows, side=160)
+    sheet = panels.labeled_grid(columns, rows, title, side=160)
+    for name, spec in specs.items():
+        if maps := [arrays[name] for _, arrays in shown if name in arrays and spec.kind == "categorical"]:
+            sheet = panels.stacked(sheet, class_legend([one.reshape(one.shape[:2]) for one in maps], spec, (classes or {}).get(name, ())))
+    return sheet
+
+
+def verdict(looked: int, sets: int, problems: Mapping[str, Sequence[str]], remarks: Sequence[str]) -> str:
+    """What was found, in a sentence. `looked`: samples that were decoded, of so many `sets`."""
+    wrong = sum(map(len, problems.values()))
+    where = f"{looked} samples of {sets} data set{'s' if sets > 1 else ''}"
+    if not wrong and not remarks:
+        return f"{where} are as the config says."
+    found = [f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong"] if wrong else ["nothing is wrong"]
+    found += [f"{len(remarks)} thing{'s look' if len(remarks) > 1 else ' looks'} strange"] if remarks else []
+    return f"{where}: {', '.join(found)}."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,10 +239,13 @@ def run(config: str, samples: int, rows: int, out: Path) -> int:
     lines: list[tuple[str, ...]] = [COLUMNS]
     remarks: list[str] = []
     problems: dict[str, list[str]] = {}
-    for name, block in named_sources(plain).items():
+    looked = 0
+    sources = named_sources(plain)
+    for name, block in sources.items():
         source, read = opened(name, block, specs)
         print(f"{name}: {source.describe()}")
         seen, labels, found, shown = look(source, read, samples, task.get("num_classes"), rows)
+        looked += min(samples, len(source))
         problems |= {f"{name}: {kind}": texts for kind, texts in found.items()}
         for modality, facts in seen.items():
             lines.append((name, modality, *facts.row()))
@@ -231,7 +258,7 @@ def run(config: str, samples: int, rows: int, out: Path) -> int:
             lines.append((name, "label", str(total), "", f"{classes} of {of} classes", f"{without / total:.1%}"))
         if shown:
             place = out if name == "train" else out.with_name(f"{out.stem}_{name}{out.suffix}")
-            place.write_bytes(contact_sheet(shown, read))
+            place.write_bytes(contact_sheet(shown, read, source.pixel_classes, f"{name}: {len(shown)} of {len(source)} samples"))
             print(f"{name}: pictures in {place}")
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     for line in lines:
@@ -240,4 +267,5 @@ def run(config: str, samples: int, rows: int, out: Path) -> int:
         print(f"look at this: {remark}")
     for text in show(problems):
         print(text)
+    print(verdict(looked, len(sources), problems, remarks))
     return 1 if problems else 0

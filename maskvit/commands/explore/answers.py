@@ -287,7 +287,8 @@ class Explorer:
         masked = self._grid(spec.name, hidden | ~sample.present) if spec.name in self.layout.names else None
         total, count = (float(part) for part in rebuilt.losses[name])
         note = "absent: on a scale of its own" if stored is None else f"{spec.loss} {total:.4g}" if count else "nothing hidden"
-        return {"picture": data_url(pasted(spec, np.asarray(rebuilt.maps[name][0]), stored, masked)), "note": note}
+        picture = data_url(pasted(spec, np.asarray(rebuilt.maps[name][0]), stored, masked))
+        return {"picture": picture, "note": note, "loss": float(f"{total:.6g}") if stored is not None and count else None}
 
     def token(self, number: int, token: int, block: int) -> Answer:
         """What a token attends to in a block, mean over heads, and the cosine of every feature to its own."""

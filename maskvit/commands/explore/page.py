@@ -45,6 +45,8 @@ def explore_page(about: Mapping[str, Any], stored: Mapping[str, Any] | None = No
         f"What {about['checkpoint']} ({about['model']}) sees of {count} picture{'s' if count > 1 else ''}, "
         f"{'' if about['cannot_rebuild'] else 'rebuilds of what it is shown, '}attends to, and finds alike."
     )
+    if stored is not None:
+        summary = f"{result(about, stored)} {summary}".strip()
     connect = "; connect-src 'self'" if stored is None else ""
     body = f"""<header><h1>Explore</h1><p>{html.escape(summary)}</p></header>
 <main>{_BODY}</main>
@@ -53,6 +55,30 @@ def explore_page(about: Mapping[str, Any], stored: Mapping[str, Any] | None = No
 <script type="application/json" id="stored">{_as_script(stored)}</script>
 <script>{script}</script>"""
     return document("Explore", body, style, f"; script-src 'unsafe-inline'{connect}")
+
+
+def result(about: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """How well each strategy's masks are rebuilt, in a sentence, or why nothing is; "" where no sample could be read.
+
+    Of the shares of tokens shown, that which is nearest to the checkpoint's own.
+    """
+    if about["cannot_rebuild"]:
+        return str(about["cannot_rebuild"])
+    place = min(range(len(stored["visible"])), key=lambda i: abs(stored["visible"][i] - about["start"]["visible"]), default=0)
+    read = [sample for sample in stored["samples"] if "drawn" in sample]
+    losses: dict[str, float] = {}
+    for strategy in stored.get("strategies", ()) if read else ():
+        outputs = [sample["drawn"][strategy][place]["outputs"] for sample in read]
+        sums = [sum(one["loss"] for one in some.values() if one.get("loss") is not None) for some in outputs]
+        losses[strategy] = sum(sums) / len(sums)
+    if not losses:
+        return ""
+    told = ", ".join(f"{loss:.3g} ({strategy})" for strategy, loss in sorted(losses.items(), key=lambda pair: pair[1]))
+    least = "" if len(losses) < 2 else f": {min(losses, key=lambda name: losses[name])} leaves what is easiest to rebuild"
+    return (
+        f"With {stored['visible'][place]} of {about['tokens']} tokens shown, the loss on the hidden ones, summed over outputs and averaged "
+        f"over pictures, is {told}{least}."
+    )
 
 
 def _as_script(value: Any) -> str:

@@ -121,7 +121,7 @@ def decoder_page(loaded: LoadedModel, paths: Sequence[Path], checkpoint: str, cr
         ("visible", f"{visible} of {tokens}, at random"),
     ]
     about = page.Section("What is shown", [page.Table(("what", "value"), facts)])
-    blocks, first = _errors_by_block(np.array(errors), spec)
+    blocks, first = _errors_by_block(np.array(errors), spec, output != spec.name)
     reads, second = what_it_reads(loaded, output, attentions)
     found_out = [page.Section("Error by block", blocks), *([page.Section("What the blocks read", reads)] if reads else [])]
     return page.html_page("The decoder, block by block", [*found_out, about, *sections], f"{first} {second}".strip()), left_out
@@ -138,8 +138,11 @@ def hidden_error(spec: Modality, stage: np.ndarray, stored: np.ndarray, masked: 
     return float((differences != 0).mean() if spec.kind == "categorical" else np.sqrt((differences**2).mean()))
 
 
-def _errors_by_block(errors: Float[np.ndarray, "p l"], spec: Modality) -> tuple[list[Any], str]:
-    """(a table of the mean error after each decoder block and what follows from it, the result in a sentence); "p" pictures."""
+def _errors_by_block(errors: Float[np.ndarray, "p l"], spec: Modality, normalized: bool) -> tuple[list[Any], str]:
+    """(a table of the mean error after each decoder block and what follows from it, the result in a sentence); "p" pictures.
+
+    `normalized`: patches are rebuilt with the true mean and deviation.
+    """
     means = errors.mean(axis=0)
     name = "share of wrong classes" if spec.kind == "categorical" else f"error (root mean square, stored units of {spec.name})"
     last = len(means) - 1
@@ -152,6 +155,7 @@ def _errors_by_block(errors: Float[np.ndarray, "p l"], spec: Modality) -> tuple[
     most = int(steps.argmin())
     words = f"Block {most + 1} lowers it most, by {-steps[most]:.3g}." if steps[most] < 0 else "No block lowers what the first one leaves."
     words += " The head was trained to read the last block alone, so earlier ones may know more than it shows."
+    words += " Every patch is given its true mean and deviation, so the error is of what is left to tell." if normalized else ""
     return [table, page.Prose(words)], result
 
 

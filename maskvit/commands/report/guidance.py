@@ -154,12 +154,11 @@ def what_weighs(maps: Mapping[str, Float[np.ndarray, "b gh gw"]], modality: str,
         alone = "There is one map set, so nothing is compared." if len(maps) == 1 else "No two map sets can be compared."
         return blocks, f"{loads} {alone}"
     least, most = min(known, key=lambda pair: known[pair]), max(known, key=lambda pair: known[pair])
-    ranks = f"{least[0]} and {least[1]} order the tokens of {modality} alike with a rank correlation of {known[least]:.2f}."
+    agree = "largely agree" if known[least] > 0.7 else "agree little" if known[most] < 0.3 else "agree in part"
+    found = f"rank correlation {known[most]:.2f}"
     if len(known) > 1:
-        ranks = (
-            f"Map sets order the tokens of {modality} alike with rank correlations of {known[least]:.2f} ({least[0]} and {least[1]}) to "
-            f"{known[most]:.2f} ({most[0]} and {most[1]})."
-        )
+        found = f"rank correlations from {known[least]:.2f} ({' and '.join(least)}) to {known[most]:.2f} ({' and '.join(most)})"
+    ranks = f"{f'{len(maps)} map sets' if len(maps) > 2 else ' and '.join(maps)} {agree} on which {modality} tokens matter: {found}."
     table = [
         (one, *("1" if one == other else f"{value:.2f}" if np.isfinite(value) else "-"
                 for other in maps for value in [pairs.get((one, other), pairs.get((other, one), float("nan")))]))

@@ -18,6 +18,7 @@ from maskvit.commands.report.strategies import (
     doubt,
     find_strategies,
     input_names,
+    legends,
     modality_pictures,
     notes,
     show_strategies,
@@ -110,10 +111,11 @@ def what_is_hidden(shows: Shows) -> tuple[list[page.Table | page.Prose], str]:
     subject = f"The {len(every)} strategies" if len(every) > 1 else next(iter(every))
     if guide:
         order = sorted(hits, key=lambda name: -hits[name])
-        told = order if len(order) <= 4 else [order[0], order[1], order[-1]]
+        blind = next((name for name in order if not every[name].guidance), order[1 % len(order)])
+        told = order if len(order) <= 4 else [name for name in order if name in (order[0], blind, order[-1])]
         result = (
             f"Of the tenth of the tokens that {guide} is guided to most, {', '.join(f'{name} hides {hits[name]:.0%}' for name in told)}"
-            f"{f' (the other {len(order) - 3} lie between)' if len(told) < len(order) else ''}. {subject} {amount}, over {count}."
+            f"{f' (the other {len(order) - len(told)} lie between)' if len(told) < len(order) else ''}. {subject} {amount}, over {count}."
         )
     else:
         result = f"{subject} {amount}, over {count}. None is guided, so none looks at what is in the image."
@@ -158,7 +160,7 @@ def html(shows: Shows, chosen: Mapping[str, Mapping[str, Any]], checkpoint: str 
     sections.append(
         page.Section(
             "Strategies side by side",
-            [page.Figure(comparison_sheet(shows, i), caption.format(name)) for i, name in enumerate(shows.ids)],
+            [*(page.Figure(comparison_sheet(shows, i), caption.format(name)) for i, name in enumerate(shows.ids)), *legends(shows)],
         )
     )
     for name, shown in shows.shown.items():

@@ -28,7 +28,7 @@ from maskvit.masking.plan import predicted_mask
 from maskvit.objectives import build_objective
 from maskvit.objectives.masked import MaskedAutoencoder
 from maskvit.plots import page, pictures
-
+from maskvit.plots.answers import class_legend
 
 FRESH = "Fresh parameters"
 
@@ -57,6 +57,7 @@ class Shows(NamedTuple):
     modalities: dict[str, Modality]
     ids: list[str]
     data: str
+    classes: dict[str, tuple[str, ...]] = {}  # names of class ids by modality, where they have any; nothing changes it
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str = "HTML file to write") -> None:
@@ -107,21 +108,22 @@ def show_strategies(
     modalities: dict[str, Modality] = {}
     ids: list[str] = []
     data = ""
+    classes: dict[str, tuple[str, ...]] = {}
     for name, changes in strategies.items():
         changed = overrides(config, changes, f"strategy {name!r}")
         try:
-            shown[name], remarks[name], ids, specs, data = _show(changed, params, images, split, crop)
+            shown[name], remarks[name], ids, specs, data, classes = _show(changed, params, images, split, crop)
             modalities |= specs
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             missing[name] = str(error)
     if not shown:
         raise ValueError("no strategy can be shown; " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
-    return Shows(shown, missing, {name: remark for name, remark in remarks.items() if remark}, modalities, ids, data)
+    return Shows(shown, missing, {name: remark for name, remark in remarks.items() if remark}, modalities, ids, data, classes)
 
 
 def _show(
     config: Mapping[str, Any], given: Params | None, images: int, split: str | None, crop: float | int
-) -> tuple[Shown, str, list[str], dict[str, Modality], str]:
+) -> tuple[Shown, str, list[str], dict[str, Modality], str, dict[str, tuple[str, ...]]]:
     objective = build_objective(config)
     model = objective.model
     specs = {spec.name: spec for spec in model.modalities}
@@ -149,7 +151,7 @@ def _show(
     keys = sample_keys(config.get("seed", 0), 0, images)
     arrays, heads, weights, thrown = jax.device_get(_look(objective, params, state, batch, keys, jnp.int32(end)))
     shown = Shown(arrays["inputs"], arrays["masked"], arrays["guidance"], heads, weights, thrown)
-    return shown, remark, ids, specs, source.describe()
+    return shown, remark, ids, specs, source.describe(), dict(source.pixel_classes)
 
 
 def _fitting(objective: Any, given: Params | None, seed: int) -> tuple[Params, str]:
@@ -222,6 +224,16 @@ def doubt(shows: Shows) -> str:
     guided = [name for name, shown in shows.shown.items() if shown.guidance]
     fresh = any(shows.remarks.get(name, "").startswith(FRESH) for name in guided)
     return " The parameters are fresh, so what they attend to means nothing: give --checkpoint." if fresh else ""
+
+
+def legends(shows: Shows) -> list[page.Figure]:
+    """Names of the classes on the class maps among the inputs."""
+    first = {name: shown.inputs[name] for shown in shows.shown.values() for name in shown.inputs}
+    return [
+        page.Figure(class_legend(first[name], shows.modalities[name], shows.classes.get(name, ())), f"The classes of {name}.")
+        for name in input_names(shows)
+        if shows.modalities[name].kind == "categorical"
+    ]
 
 
 def notes(shows: Shows, strategies: Mapping[str, Mapping[str, Any]], checkpoint: str | None) -> page.Section:
