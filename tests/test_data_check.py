@@ -55,7 +55,7 @@ def checked(tmp_path, data_dir, capsys, modalities=None, *more, **changes):
 def test_sound_data_are_described(tmp_path, data_dir, capsys):
     status, said, sheet = checked(tmp_path, data_dir, capsys)
     rows = {tuple(line.split()[:2]): line for line in said.splitlines() if line.startswith(("train ", "val "))}
-    assert status == 0 and "look at this" not in said, said
+    assert status == 0 and "look at this" not in said and said.endswith("\n12 samples of 2 data sets are as the config says.\n"), said
     assert "24-32 x 24-32" in rows["train", "rgb"] and rows["train", "rgb"].split()[2] == "10"
     low, high = (float(text) for text in rows["train", "depth"].split(" m")[0].split("  ")[-1].split(" to "))
     assert 0.99 < low < 1.05 and 2.95 < high < 3.01 and 20 < float(rows["train", "depth"].split()[-1][:-1]) < 30
@@ -96,6 +96,7 @@ def test_what_is_wrong_is_named(tmp_path, data_dir, capsys):
         status, said, _ = checked(tmp_path, data_dir, capsys, wrong)
         assert status == 1 and "train: records that cannot be used (10)" in said and "class id 2 is out of range" in said
         assert "look at this: train: rgb no sample has it" in said
+        assert said.splitlines()[-1].startswith("12 samples of 2 data sets: 12 things are wrong, ")
         wrong = {**DECLARED, "rgb": {**DECLARED["rgb"], "scale": 1.0}}
         status, said, _ = checked(tmp_path, data_dir, capsys, wrong)
         assert status == 0 and "look at this: train: rgb reaches 1136 in the model's units" in said and "is scale = 1 right?" in said, said

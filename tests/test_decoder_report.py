@@ -11,7 +11,7 @@ from PIL import Image
 from maskvit.checkpoints import save_imported
 from maskvit.commands.report import decoder
 from maskvit.commands.report.__main__ import main
-from maskvit.core.modalities import RGB
+from maskvit.core.modalities import RGB, Modality
 from maskvit.core.types import Batch
 from maskvit.data import scenes
 from maskvit.objectives import build_objective
@@ -49,8 +49,31 @@ def test_page(name, words, pictures, tmp_path, capsys):
     checkpoint = save(tmp_path / "checkpoint", name=name)
     assert main(["decoder", "--checkpoint", str(checkpoint), "--images", str(pictures), "--out", str(out)]) == 0
     page = out.read_text()
-    assert words in page and "a.png" in page and page.count("data:image/") == (1 if name == "mae" else 2)
+    assert words in page and "a.png" in page and page.count('src="data:image/') == (1 if name == "mae" else 2)
+    assert "block</h1><p>The error (root mean square, stored units of rgb) on hidden patches goes from " in page
+    assert ("A masked token attends " if name == "mae" else "The decoder reads ") in page
     assert "1 picture(s)" in capsys.readouterr().out
+
+
+def test_error_of_what_was_hidden():
+    spec = Modality("depth", channels=1, patch=2, missing=0.0)
+    stored = np.arange(1.0, 17.0).reshape(4, 4, 1)
+    stored[0, 0] = 0.0  # not measured
+    stage = stored + np.where(np.arange(4)[:, None, None] < 2, 3.0, 100.0)
+    masked = np.array([[True, True], [False, False]])
+    assert decoder.hidden_error(spec, stage, stored, masked) == pytest.approx(3.0)  # shown patches and what is missing do not count
+    table, result = decoder._errors_by_block(np.array([[4.0, 2.0, 3.0], [2.0, 2.0, 1.0]]), spec, True)
+    assert result.endswith("on hidden patches goes from 3 after the first decoder block to 2 after the last.")
+    assert table[1].text.startswith("Block 1 lowers it most, by 1.") and table[0].rows[0] == (0, 3.0)
+
+
+def test_what_a_crossmae_decoder_reads_most():
+    weights = np.array([[0.1, -0.7, 0.2], [0.1, 0.5, -0.4]])
+    assert decoder.most_read(weights, (0, 3, 6)) == (
+        "The decoder reads encoder block 2 (60% of the absolute weights) and encoder block 5 (30% of the absolute weights) most; even "
+        "weights would give each 33%."
+    )
+    assert "what enters the encoder (100%" in decoder.most_read(np.array([[2.0, 0.0]]), (0, 1))
 
 
 def test_other_decoders_are_named(pictures, tmp_path, capsys):

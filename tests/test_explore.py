@@ -19,7 +19,7 @@ from maskvit.checkpoints import save_imported
 from maskvit.commands.explore import __main__ as command
 from maskvit.commands.explore import look
 from maskvit.commands.explore.answers import Explorer, from_bits, pasted, to_bits
-from maskvit.commands.explore.page import explore_page
+from maskvit.commands.explore.page import explore_page, result
 from maskvit.commands.explore.samples import find_samples
 from maskvit.commands.explore.server import Server
 from maskvit.core.keys import sample_keys
@@ -246,6 +246,20 @@ def test_a_checkpoint_without_decoder_says_so(objective, words, tmp_path, folder
     with pytest.raises(ValueError, match=words):
         found.rebuild(0, masked)
     assert words in explore_page(about)
+
+
+def test_what_strategies_leave_to_rebuild_in_words():
+    drawn = {
+        name: [{"outputs": {}}, {"outputs": {"rgb": {"loss": loss}, "depth": {"loss": 1.0}, "norm_rgb": {"note": "absent", "loss": None}}}]
+        for name, loss in (("random", 0.5), ("attention_high", 1.5))
+    }
+    about = {"cannot_rebuild": "", "tokens": 48, "start": {"visible": 11}}
+    stored = {"visible": [5, 12], "strategies": list(drawn), "samples": [{"drawn": drawn}, {"problem": "broken"}]}
+    assert result(about, stored) == (
+        "With 12 of 48 tokens shown, the loss on the hidden ones, summed over outputs and averaged over pictures, is 1.5 (random), 2.5 "
+        "(attention_high): random leaves what is easiest to rebuild."
+    )
+    assert result(about, {**stored, "samples": []}) == "" and result({"cannot_rebuild": "No decoder."}, stored) == "No decoder."
 
 
 # The server and the page

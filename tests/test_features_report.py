@@ -80,6 +80,24 @@ def test_the_chosen_patch_is_framed():
     assert changed[40:80, 80:120].any() and changed.sum() == changed[40:80, 80:120].sum() and not changed[42:78, 82:118].any()
 
 
+def test_what_varies_in_numbers():
+    """Half of the variance follows the row alone; two directions hold all of it."""
+    row = np.linspace(-1, 1, 4)[:, None] * np.ones((4, 4))
+    place = row / row.std()
+    content = np.where(np.arange(2)[:, None, None] == 0, 1.0, -1.0) * np.ones((2, 4, 4))
+    found = np.stack([np.broadcast_to(place, content.shape), content, 0 * content], axis=-1)
+    left = components.fit_place(found).removed(found)
+    bases = [components.fit_basis(values.reshape(-1, 3)) for values in (found, left)]
+    blocks, result = features.what_varies(found, left, *bases)
+    assert result == (
+        "Three components hold 100% of what varies in the patch features of 2 pictures after the last block. 50% of the variance follows a "
+        "patch's place, whatever is in the picture. The mean cosine of two patches is 0.00."
+    )
+    assert blocks[0].rows == [("features", "50%", "50%", "0%", "100%"), ("without the place", "100%", "0%", "0%", "100%")]
+    like = np.array([[0.9, 1.0], [0.5, 0.81]])
+    assert features.what_is_alike([like], [(0, 1)]) == "67% of the other patches are like patch 0,1 (cosine above 0.8)."
+
+
 def test_page(checkpoint, pictures, tmp_path, capsys):
     out = tmp_path / "features.html"
     (pictures / "note.png").write_text("no picture")
@@ -88,7 +106,8 @@ def test_page(checkpoint, pictures, tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 picture(s)" in said.out and "left out: " in said.err and "note.png" in said.err
     page = out.read_text()
-    assert "Patch features of 2 pictures" in page and "like 2 chosen ones" in page and page.count("data:image/png") == 2
+    assert "<h1>Features</h1><p>Three components hold " in page and "patch features of 2 pictures" in page
+    assert "of the other patches are like patch 0,3, " in page and page.count("data:image/png") == 2
     assert main([*arguments, "--patch", "0,4"]) == 2
     assert "--patch is 0,4, but there are 4 x 4 patches" in capsys.readouterr().err
     with pytest.raises(SystemExit):

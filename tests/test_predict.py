@@ -13,7 +13,7 @@ from PIL import Image
 
 import maskvit
 from maskvit.checkpoints import save_imported
-from maskvit.commands.predict import main
+from maskvit.commands.predict import class_result, main, pixel_result, value_result
 from maskvit.data.augment.opencv import resize_bilinear
 from maskvit.objectives import build_objective
 from maskvit.plots.pictures import palette
@@ -65,10 +65,23 @@ def test_classes_of_pictures(folder, tmp_path, capsys):
         np.testing.assert_allclose([float(share) for share in rows[0][2::2]], expected[order], atol=1e-5)
         text = (out / "index.html").read_text()
         assert all(name in text for name in FILES) and rows[1][1] in text
+        assert "<h1>Answers to 3 pictures</h1><p>" in text and "Half of the answers have a probability of" in text
         about = json.loads((out / "about.json").read_text())
         assert (about["task"], about["weights"], about["crop"]) == ("classification", weights, 1.0)
         written[weights] = rows
     assert written["params"] != written["ema"]
+
+
+def test_what_was_answered_in_words():
+    told = [[("cat", 0.9), ("dog", 0.1)], [("dog", 0.4), ("cat", 0.3)], [("cat", 0.6), ("dog", 0.4)]]
+    assert class_result(told) == (
+        "3 pictures, 2 classes answered: cat (2), dog (1). Half of the answers have a probability of 60% or more; 1 of 3 are below 50%."
+    )
+    assert class_result([told[0], told[2]]).startswith("The answer is cat for all 2 pictures.")
+    assert pixel_result({3: 10, 0: 70, 1: 20}, ["road", "sky", "2", "3"]) == "3 of 4 classes are found: road 70%, sky 20%, class 3 10%."
+    assert value_result([2.0, float("nan"), 1.0, 4.0], "depth", "meters") == (
+        "The median value of depth in a picture goes from 1 to 4; half of them are above 2 (meters)."
+    )
 
 
 def stored_size(objective, params, state, picture):
@@ -98,7 +111,10 @@ def test_classes_of_pixels_at_the_size_of_each_picture(folder, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list("0123456")
     assert [int(rows[2][color]) for color in ("red", "green", "blue")] == palette(7)[2].tolist()
-    assert "The classes found" in (tmp_path / "out" / "index.html").read_text()
+    text = (tmp_path / "out" / "index.html").read_text()
+    counts = np.bincount(np.concatenate([pixels(tmp_path / "out" / "ids" / f"{name}.png").ravel() for name in FILES]), minlength=7)
+    most = int(counts.argmax())
+    assert "The classes found" in text and f"class {most} {counts[most] / counts.sum():.0%}" in text
     # A number crops: the middle, at the model's size.
     assert run(tmp_path / "run", folder, tmp_path / "cropped", "--crop", "1.0") == 1
     assert pixels(tmp_path / "cropped" / "ids" / "b.png.png").shape == (32, 32)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from maskvit.checkpoints import save_imported
-from maskvit.commands.report import attention, compare, guidance, rows, strategies
+from maskvit.commands.report import attention, compare, guidance, masks, rows, strategies
 from maskvit.commands.report.__main__ import main
-from maskvit.core.modalities import DEPTH, RGB, SEMSEG
+from maskvit.core.modalities import DEPTH, RGB, SEMSEG, Modality
 from maskvit.core.types import Batch, TokenLayout
 from maskvit.data import scenes
 from maskvit.data.sources import ListSource
@@ -151,8 +151,27 @@ def test_attention_page(checkpoint, tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 picture(s)" in said.out and "broken.png" in said.err
     page = out.read_text()
-    assert page.count('<img src="data:image/png;base64,') == 2 and "http:" not in page and "https:" not in page
+    assert page.count('src="data:image/') == 2 and "http:" not in page and "https:" not in page
     assert "3 of 16, the share of 10 of 48" in page
+    assert "<header><h1>Attention</h1><p>The most attended 2 of 16 tokens receive " in page
+
+
+def test_how_concentrated_attention_is():
+    flat = np.full((2, 20), 0.05)
+    peaked = np.where(np.arange(20) < 2, 0.3, 0.4 / 18)[None].repeat(2, 0)
+    assert attention.top_share(flat) == pytest.approx([0.1, 0.1]) and attention.top_share(peaked) == pytest.approx([0.6, 0.6])
+    norms = np.ones((2, 20))
+    norms[1, 3] = 50.0
+    hidden = np.arange(20) < 10
+    masked = {"global": np.stack([hidden, hidden]), "mean": ~np.stack([hidden, hidden])}
+    maps = attention.AttentionMaps(np.zeros((0, 1, 1, 21, 21)), {"global": peaked, "mean": flat}, masked, norms)
+    blocks, result = attention.what_it_attends_to(["a", "b"], [maps])
+    assert result.startswith(
+        "The most attended 2 of 20 tokens receive 60% of what the global token attends to, and 10% of what all tokens attend to on "
+        "average; an even spread would give them 10%. 1 of 40 tokens has an outlier norm"
+    )
+    assert blocks[0].rows == [("a", "60%", "10%", "0%", 0), ("b", "60%", "10%", "0%", 1)]
+    assert "hides 0%, where masks drawn at random would share 50%" in blocks[1].text and "largely different" in blocks[1].text
 
 
 def test_attention_maps_follow_the_guidance(checkpoint):
@@ -263,14 +282,33 @@ def test_a_cell_without_training_is_compared_by_its_evaluation(runs, capsys):
         assert "<td>untrained</td>" in out.read_text() and "<td>12.5</td>" in out.read_text()
 
 
+def test_more_of_an_error_is_worse(tmp_path):
+    """Depth's rmse falls; the baseline's level is reached from above, and who is below it is better."""
+    for cell, ends in (("random", (2.0, 2.2)), ("high", (1.0, 1.1)), ("low", (3.0, 3.1))):
+        for seed, end in enumerate(ends):
+            folder = tmp_path / cell / f"seed_{seed}"
+            folder.mkdir(parents=True)
+            lines = [{"step": step, "epoch": step, "depth/rmse": value} for step, value in ((1, 4.0), (2, end))]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = {cell: [compare.read_run(tmp_path / cell / f"seed_{i}") for i in range(2)] for cell in ("random", "high", "low")}
+    page = compare.compare_page(runs, "random")
+    assert "<p>Of 2 runs compared with random, 1 is better (high -1.05) and 1 is worse (low +0.95) in depth/rmse." in page
+    assert "random ends with 2.1 in depth/rmse: high gets there after 2 epochs; some or all seeds never get there of low." in page
+
+
 def test_compare_page(runs, capsys):
     out = runs / "compare.html"
     assert main(["compare", str(runs / "sweep"), str(runs / "alone"), "--baseline", "random", "--out", str(out)]) == 0
     assert "5 run(s) of 3 cell(s)" in capsys.readouterr().out
     page = out.read_text()
-    assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page and "https:" not in page
+    assert page.count('src="data:image/') == 3 and "http:" not in page and "https:" not in page
     assert "<td>35\u00a0±\u00a07.1</td>" in page and "<td>1.5\u00a0±\u00a00.71</td>" in page  # random's final accuracy and loss
     assert "<th>knn/top1 35</th>" in page and "<td>0.5, never in 1</td>" in page and "<td>0</td>" in page
+    said = (
+        "In knn/top1 the seeds show no difference from random: high -11; 1 cannot be judged by fewer than two seeds (alone -1).",
+        "random ends with 35 in knn/top1: alone gets there after 0 epochs; some or all seeds never get there of high.",
+    )
+    assert f"<h1>Runs compared</h1><p>{said[0]}" in page and said[1] in page
     assert main(["compare", str(runs / "sweep"), "--baseline", "no", "--out", str(out)]) == 2
     assert "--baseline is 'no', which is none of the runs: high, random" in capsys.readouterr().err
 
@@ -323,19 +361,62 @@ def test_strategies_show_what_they_hide(strategy_file):
     assert "Fresh parameters" in shows.remarks["high"]
 
 
+def shown(masked, guidance=None):
+    """A strategy that hides `masked` of one modality."""
+    return strategies.Shown({}, {"rgb": masked}, {} if guidance is None else {"rgb": guidance}, {}, {}, {})
+
+
+def test_what_strategies_hide_in_numbers():
+    """Of 20 tokens the guidance is highest on two: one strategy hides both, one neither, one half of them."""
+    values = np.arange(20.0).reshape(1, 4, 5).repeat(2, 0)
+    places = np.arange(20).reshape(1, 4, 5).repeat(2, 0)
+    high, low, random = shown(places >= 10, values), shown(places < 10, values), shown(places % 2 == 0)
+    shows = strategies.Shows({"low": low, "random": random, "high": high}, {}, {}, {"rgb": Modality("rgb", patch=8)}, ["a", "b"], "")
+    blocks, result = masks.what_is_hidden(shows)
+    assert result == (
+        "Of the tenth of the tokens that low is guided to most, high hides 100%, random hides 50%, low hides 0%. The 3 strategies hide "
+        "50% of all tokens, over 2 images."
+    )
+    assert [row[0] for row in blocks[0].rows] == ["low", "random", "high"] and blocks[0].rows[2][1:] == ["50%", "50%", "100%"]
+    assert "high hides 50 points more" in blocks[1].text
+    _, result = masks.what_is_hidden(shows._replace(shown={"random": random}))
+    assert result == "random hides 50% of all tokens, over 2 images. None is guided, so none looks at what is in the image."
+    _, result = masks.what_is_hidden(shows._replace(remarks={"high": "Fresh parameters: what they attend to means nothing."}))
+    assert result.endswith("The parameters are fresh, so what they attend to means nothing: give --checkpoint.")
+
+
+def test_how_maps_agree_in_numbers():
+    rising = np.arange(20.0).reshape(1, 4, 5).repeat(2, 0)
+    constant = np.ones_like(rising)
+    assert guidance.rank_correlation(rising, rising**3) == pytest.approx(1)
+    assert guidance.rank_correlation(rising, -rising) == pytest.approx(-1)
+    assert np.isnan(guidance.rank_correlation(rising, constant))
+    assert guidance.weight_on_top(np.where(rising >= 18, 9.0, 1.0)) == pytest.approx(0.5)
+    blocks, result = guidance.what_weighs({"a": rising, "b": rising**3, "c": -rising}, "rgb", 0.75)
+    assert result.startswith(
+        "3 map sets agree in part on which rgb tokens matter: rank correlations from -1.00 (a and c) to 1.00 (a and b). At tau"
+    )
+    assert blocks[0].rows[0] == ("a", "1", "1.00", "-1.00")
+    _, result = guidance.what_weighs({"a": rising, "b": rising**3}, "rgb", 0.75)
+    assert result.startswith("a and b largely agree on which rgb tokens matter: rank correlation 1.00.")
+    _, result = guidance.what_weighs({"flat": constant}, "rgb", 0.75)
+    assert "has 10% of the loss weight; even weights would give it 10%" in result and "one map set" in result
+
+
 def test_masks_and_guidance_pages(strategy_file, tmp_path, capsys):
     out = tmp_path / "masks.html"
     assert main(["masks", "--config", strategy_file, "--images", "2", "--out", str(out)]) == 1  # the stored maps are not there
     assert "3 strategies on 2 image(s)" in capsys.readouterr().out
     page = out.read_text()
-    assert page.count('<img src="data:image/png;base64,') == 2 + 3 * 3 and "http:" not in page and "https:" not in page
+    assert page.count('src="data:image/') == 2 + 1 + 3 * 3 and "http:" not in page and "https:" not in page  # 1: names of classes
+    assert "The classes of semseg." in page and "hides 100%" in page and "The parameters are fresh" in page
     assert "not shown: no map set in" in page
     out = tmp_path / "guidance.html"
     arguments = ["guidance", "--config", strategy_file, "--strategies", "random,high,weighted", "--images", "2", "--out", str(out)]
     assert main(arguments) == 0
     assert "1 map set(s) on 2 image(s)" in capsys.readouterr().out  # high and weighted read the same attention
     page = out.read_text()
-    assert page.count('<img src="data:image/png;base64,') == 3 and "http:" not in page
+    assert page.count('src="data:image/') == 3 and "http:" not in page
     assert main([*arguments, "--maps", "DINO=nowhere"]) == 1 and "not shown: DINO" in capsys.readouterr().out
 
 

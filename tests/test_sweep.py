@@ -13,7 +13,8 @@ import pytest
 from maskvit.commands.sweep import __main__ as command
 from maskvit.commands.sweep import cells as grid
 from maskvit.commands.sweep import runs as running
-from maskvit.commands.sweep import table
+from maskvit.commands.sweep import table, verdict
+from maskvit.metrics.directions import better
 from maskvit.training import setup
 from tests.runs import ROOT, make_scenes, small_run
 
@@ -134,6 +135,54 @@ def test_power_is_said_either_way():
     assert table.power(single, ["low"]).startswith("Power not known")
 
 
+def rows(values, told=True):
+    """The table of one figure: {cell: difference from "base"}, as `summarize` has it."""
+    base = dict(mean=10.0, difference=math.nan, against=None, told=None)
+    return {"base": base} | {c: dict(mean=10.0 + d, difference=d, against="base", told=t) for c, (d, t) in values.items()}
+
+
+def test_a_verdict_in_words():
+    figure = "knn/mean/top1_k20"
+    found = verdict.verdict(figure, rows({"high": (2.1, True), "low": (-3.0, True), "a": (0.1, False), "b": (0.2, None)}))
+    assert verdict.sentence(found, "run") == (
+        "Of 4 runs compared with base, 1 is better (high +2.1) and 1 is worse (low -3) in knn/mean/top1_k20; for 1 the seeds show no "
+        "difference; 1 cannot be judged by fewer than two seeds (b +0.2)."
+    )
+    assert verdict.verdict_rows([found]) == [(figure, "high +2.1", "low -3", "1", "b")]
+    worse = verdict.verdict("depth/rmse", rows({"high": (2.1, True)}))
+    assert verdict.sentence(worse) == "Of 1 cell compared with base, 1 is worse (high +2.1) in depth/rmse."
+    assert verdict.verdict_rows([worse])[0][1:3] == ("-", "high +2.1")
+    # A training loss is of the tokens that a cell hides: it is higher or lower, never better.
+    assert "1 is lower (high -1)" in verdict.sentence(verdict.verdict("loss", rows({"high": (-1.0, True)})))
+    same = verdict.verdict(figure, rows({"a": (0.1, False), "b": (-0.2, False)}))
+    assert verdict.sentence(same) == "In knn/mean/top1_k20 the seeds show no difference from base: b -0.2, a +0.1."
+    alone = verdict.verdict(figure, rows({"a": (0.1, None)}))
+    assert verdict.sentence(alone).startswith("In knn/mean/top1_k20, differences from base: a +0.1. With fewer than two seeds in common")
+    assert verdict.overall([found, worse]) == (
+        "Of 4 comparisons with base in 2 figures, 1 is better (high +2.1 in knn/mean/top1_k20) and 2 are worse (low -3 in "
+        "knn/mean/top1_k20, high +2.1 in depth/rmse); for 1 the seeds show no difference. If nothing differed, about 0.2 of them would "
+        "still seem to by chance."
+    )
+    assert verdict.overall([same, same]).startswith("Of 4 comparisons with base in 2 figures, none shows a difference.")
+    assert verdict.overall([alone, alone]).startswith("No cell can be judged") and verdict.overall([]).startswith("Nothing can be compared")
+
+
+def test_figures_that_cells_are_judged_by():
+    names = ["held_out/total", "held_out/rgb", "knn/mean_colour/top1_k20", "knn/mean/top1_k20", "knn/mean/top5_k20", "x/c", "x/rmse"]
+    assert verdict.main_figures(names) == ["held_out/total", "knn/mean/top1_k20", "x/rmse"]
+
+
+def test_every_figure_of_an_evaluator_has_a_direction():
+    from maskvit.evaluators import classes, dense
+
+    given = [*dense.Segmentation.given, *dense.Depth.given, *dense.Normals.given, *dense.Maps.given, *classes.Classification.given]
+    assert {name for name in given if better(f"x/{name}") is None} == set()
+    lower = {"abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "mean", "median", "l1", "loss"}
+    assert {name for name in given if better(f"x/{name}") == "lower"} == lower
+    assert better("knn/mean/top1_k20") == "higher" and better("accuracy/error/fog") == "lower" and better("loss/rgb") == "lower"
+    assert better("held_out/rgb", ["held_out/total"]) == "lower" and better("held_out/rgb") is None and better("probe/mean/c") is None
+
+
 def test_tables_of_known_numbers(tmp_path):
     cells = {"random": {}, "low": {"objective.scores": {"name": "low"}}, "lost": {}, "not run": {}}
     given = results({"random": [10.0, 12.0], "low": [5.0, 7.0], "lost": [5.0, math.nan]})
@@ -145,8 +194,10 @@ def test_tables_of_known_numbers(tmp_path):
     assert record["metrics"]["knn/top1"]["lost"] == row
     assert record["runs"][5]["final"]["knn/top1"] is None and "not run" not in record["metrics"]["loss"]
     page = (tmp_path / "sweep.html").read_text()
+    said = "Of 2 cells compared with random, 1 is worse (low -5) in knn/top1; 1 cannot be judged by fewer than two seeds (lost -5)."
+    assert f"<h1>Sweep</h1><p>{said} " in page and said in text
     assert (
-        page.count('<img src="data:image/svg+xml;base64,') == 1
+        page.count('src="data:image/') == 1
         and "the &lt;command&gt;" in page
         and "http:" not in page
         and "https:" not in page
@@ -248,8 +299,6 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         (["--grid", "optimzer.base_lr=1"], "config has unknown key 'optimzer'; known"),
         (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
         (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
-        (["--grid", "global_batch=8,64"], "cell 'random,global_batch=64': the training data hold"),
-        (["--grid", "data.train.data_dir=/nowhere"], "cell 'random,data.train.data_dir=_nowhere': no prepared data set"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
         (["--controls", "none"], "--controls names 'none'"),
     ):

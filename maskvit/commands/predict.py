@@ -254,7 +254,7 @@ def write_page(out: Path, about: Mapping[str, Any], sections: Sequence[page.Sect
         if shown < count
         else f"This page shows {'all ' if count > 1 else 'the '}{f'{count} pictures' if count > 1 else 'one picture'}."
     )
-    text = page.html_page(f"Answers of {about['checkpoint']}", [*sections, facts], summary)
+    text = page.html_page(f"Answers to {count} picture{'s' if count > 1 else ''}", [*sections, facts], summary)
     for name, content in (("about.json", json.dumps(about, indent=2) + "\n"), ("index.html", text)):
         partial = out / f"{name}.partial"
         partial.write_text(content, encoding="utf-8")

@@ -18,7 +18,7 @@ class Prose(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells under a header; numbers are aligned right."""
+    """Rows of cells under a header; columns of numbers and percentages are aligned right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -55,7 +55,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main, header { max-width: 76rem; margin: 0 auto; padding: 0 1.5rem; }
 header { padding-top: 2.5rem; padding-bottom: 1rem; border-bottom: 1px solid var(--line); }
 h1 { overflow-wrap: anywhere; font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-header p { margin: 0; color: var(--faint); max-width: 50rem; }
+header p { margin: 0; max-width: 50rem; font-size: 1.06rem; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin-top: 1rem; font-size: .92rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 h2 { font-size: 1.3rem; margin: 2.4rem 0 .7rem; }
@@ -77,11 +77,20 @@ figure img { display: block; max-width: 100%; height: auto; border: 1px solid va
 figure img.svg { border: 0; border-radius: 0; background: none; }
 figcaption { color: var(--faint); font-size: .92rem; margin-top: .4rem; max-width: 56rem; }
 footer { height: 3rem; }
+@media (max-width: 600px) {
+  nav { flex-wrap: nowrap; overflow-x: auto; } nav a { white-space: nowrap; }
+  td:last-child:not(.number) { min-width: 11rem; }
+}
 """
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is aligned as a number: one, the text of one, a percentage, or "-" where there is none."""
+    return isinstance(value, (int, float, np.number)) or re.fullmatch(r"-|[+-]?\d+(\.\d+)?%?", str(value)) is not None
 
 
 def _kind_and_width(image: bytes) -> tuple[str, int]:
@@ -110,7 +119,7 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
         case Table(header, rows):
             if ragged := [row for row in rows if len(row) != len(header)]:
                 raise ValueError(f"a table row has {len(ragged[0])} cells under a header of {len(header)}: {ragged[0]}")
-            numeric = [all(isinstance(row[i], (int, float, np.number)) for row in rows) and bool(rows) for i in range(len(header))]
+            numeric = [all(_is_number(row[i]) for row in rows) and any(row[i] != "-" for row in rows) for i in range(len(header))]
             mark = [' class="number"' if number else "" for number in numeric]
             head = "".join(f"<th{m}>{html.escape(name)}</th>" for m, name in zip(mark, header, strict=True))
             body = "".join(
@@ -123,6 +132,8 @@ def _block(block: Prose | Table | Figure | Commands) -> str:
 
 def html_page(title: str, sections: Sequence[Section], summary: str = "") -> str:
     """One HTML page that needs nothing beside itself: styles inline, pictures as data, no script; light and dark.
+
+    `summary`: what came of it, in a sentence or two; it stands above all else.
 
     All text is escaped. Raises TypeError for a block of another kind, ValueError for a table row of another length than its header and for
     a figure that is neither PNG nor SVG.

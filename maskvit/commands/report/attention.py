@@ -174,7 +174,8 @@ def what_it_attends_to(names: Sequence[str], seen: Sequence[AttentionMaps]) -> t
         f"{top['mean'].mean():.0%} of what all tokens attend to on average; an even spread would give them {tenth / tokens:.0%}. "
     )
     if strange.any():
-        result += f"{strange.sum()} of {strange.size} tokens have an outlier norm before the last block; such tokens often draw attention."
+        has = "has" if strange.sum() == 1 else "have"
+        result += f"{strange.sum()} of {strange.size} tokens {has} an outlier norm before the last block; such tokens often draw attention."
     else:
         result += "No token has an outlier norm before the last block."
     header = ("picture", *(f"to the top {tenth}, {ROW_NAMES[query]}" for query in QUERIES), "hidden by both rows", "tokens of outlier norm")

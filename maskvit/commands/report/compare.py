@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from maskvit.commands.report.files import write
 from maskvit.commands.sweep.runs import read_metrics
 from maskvit.commands.sweep.table import spread, summarize, verdicts
-from maskvit.commands.sweep.verdict import VERDICT_HEADER, main_figures, overall, sentence, verdict_rows
+from maskvit.commands.sweep.verdict import main_figures, overall, sentence
 from maskvit.core.arguments import check_output
 from maskvit.metrics.directions import better
 from maskvit.plots import curves, page
@@ -167,7 +167,6 @@ def compare_page(runs: Mapping[str, Sequence[Run]], baseline: str) -> str:
     reach = [[cell, *(_epochs(epochs[name][cell]) for name in targets)] for cell in runs]
     found = verdicts(compared(runs, baseline))
     said = [page.Prose(sentence(one, "run")) for one in found] if len(found) > 1 else []
-    rows = [page.Table(VERDICT_HEADER, verdict_rows(found))] if len(found) > 1 else []
     sooner = [reached(name, targets[name][0], epochs[name], baseline) for name in main_figures(measured) or ["loss"] if name in targets]
     last = [[cell, str(len(some)), *(_with_spread(final(some, n), len(some)) for n in (*measured, *losses))] for cell, some in runs.items()]
     learning = panels(["learning_rate"])["learning_rate"]
@@ -176,7 +175,6 @@ def compare_page(runs: Mapping[str, Sequence[Run]], baseline: str) -> str:
             "Final values",
             [
                 *said,
-                *rows,
                 page.Prose(
                     "A run is better or worse where the 95 % interval of its difference from the baseline, seed by seed, leaves out zero. "
                     "Of twenty pairs of equal runs one does so by chance."

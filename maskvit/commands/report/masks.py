@@ -119,7 +119,8 @@ def what_is_hidden(shows: Shows) -> tuple[list[page.Table | page.Prose], str]:
         )
     else:
         result = f"{subject} {amount}, over {count}. None is guided, so none looks at what is in the image."
-    header = ["strategy", *(f"hidden of {name}" for name in names), "hidden of all", *([f"of the tenth by {guide}"] if guide else [])]
+    header = ["strategy", *(f"hidden of {name}" for name in names), "hidden of all"]
+    header += [f"hidden of what {guide} is guided to"] if guide else []
     rows = []
     for name, shown in every.items():
         shares = [f"{np.mean(shown.masked[modality]):.0%}" if modality in shown.masked else "-" for modality in names]

@@ -199,9 +199,8 @@ def result_page(
     figures = [page.Figure(curves.points(panels, baseline), caption) for panels in together.values()]
     sections = [page.Section("At a glance", figures)] if figures else []
     found, names = verdicts(table), list(table)
-    said = [page.Prose(sentence(one)) for one in found] if len(found) > 1 else []
     rows = [page.Table(VERDICT_HEADER, verdict_rows(found))] if len(found) > 1 else []
-    sections[0:0] = [page.Section("What came of it", [*said, *rows, *(page.Prose(note) for note in notes(results, table, ()))])]
+    sections[0:0] = [page.Section("What came of it", [*rows, *(page.Prose(note) for note in notes(results, table, ()))])]
     for metric, some in table.items():
         sections.append(
             page.Section(metric, [page.Prose(sentence(verdict(metric, some, names))), page.Table(HEADER, table_rows(some))])

@@ -10,6 +10,7 @@ from maskvit.evaluators.features import BASELINES
 from maskvit.metrics.directions import better
 
 NAMED = 4  # cells that a sentence names
+FEW = 3  # comparisons that the sentence on all figures names
 Row = Mapping[str, Any]
 
 
@@ -55,7 +56,8 @@ def verdict(figure: str, cells: Mapping[str, Row], names: Collection[str] = ()) 
             continue
         against[row["against"]] = None
         if row["told"] is None:
-            groups["unknown"][cell] = row["mean"] - cells[row["against"]]["mean"]
+            unpaired = row["mean"] - cells[row["against"]]["mean"]
+            groups["unknown"][cell] = row["difference"] if math.isfinite(row["difference"]) else unpaired
         else:
             groups["same" if not row["told"] else "up" if row["difference"] > 0 else "down"][cell] = row["difference"]
     return Verdict(figure, above, below, **groups, against=tuple(against))
@@ -94,13 +96,16 @@ def overall(verdicts: Sequence[Verdict], noun: str = "cell") -> str:
     judged = [one for one in verdicts if len(one.unknown) < one.compared]
     if not judged:
         return f"No {noun} can be judged: with fewer than two seeds in common with a baseline, nobody knows what is chance."
-    counts: dict[str, int] = {}
+    groups: dict[str, list[str]] = {}
     for one in judged:
         for word, some in ((one.above, one.up), (one.below, one.down)):
-            counts[word] = counts.get(word, 0) + len(some)
+            groups.setdefault(word, []).extend(f"{cell} {some[cell]:+.3g} in {one.figure}" for cell in some)
     same, total = sum(len(one.same) for one in judged), sum(one.compared - len(one.unknown) for one in judged)
     baselines = {other for one in judged for other in one.against}
-    told = [f"{_are(count)} {word}" for word, count in sorted(counts.items()) if count]
+    told = []
+    for word, some in sorted(groups.items()):
+        named = f" ({', '.join(some)})" if len(some) <= FEW else ""
+        told += [f"{_are(len(some))} {word}{named}"] if some else []
     return (
         f"Of {total} comparisons with {baselines.pop() if len(baselines) == 1 else 'a baseline'} in {len(judged)} figures, "
         + (" and ".join(told) + (f"; for {same} the seeds show no difference" if same else "") if told else "none shows a difference")
