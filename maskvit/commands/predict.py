@@ -236,7 +236,7 @@ def map_sections(
         if spec.kind == "categorical":
             ids, counts = np.unique(answer.said, return_counts=True)
             order = np.argsort(-counts, kind="stable")
-            caption = ", ".join(f"{class_name(ids[i], names)} {counts[i] / answer.said.size:.1%}" for i in order[:8])
+            caption = ", ".join(f"{class_name(int(ids[i]), names)} {counts[i] / answer.said.size:.1%}" for i in order[:8])
             blocks.append(page.Figure(class_legend([answer.said], spec, names), "The classes found."))
         else:
             low, high = pictures.value_range(spec, answer.said)

@@ -64,15 +64,15 @@ def result(about: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """
     if about["cannot_rebuild"]:
         return str(about["cannot_rebuild"])
-    place = min(range(len(stored["visible"])), key=lambda i: abs(stored["visible"][i] - about["start"]["visible"]), default=0)
     read = [sample for sample in stored["samples"] if "drawn" in sample]
+    if not read:
+        return ""
+    place = min(range(len(stored["visible"])), key=lambda i: abs(stored["visible"][i] - about["start"]["visible"]))
     losses: dict[str, float] = {}
-    for strategy in stored.get("strategies", ()) if read else ():
+    for strategy in stored["strategies"]:
         outputs = [sample["drawn"][strategy][place]["outputs"] for sample in read]
         sums = [sum(one["loss"] for one in some.values() if one.get("loss") is not None) for some in outputs]
         losses[strategy] = sum(sums) / len(sums)
-    if not losses:
-        return ""
     told = ", ".join(f"{loss:.3g} ({strategy})" for strategy, loss in sorted(losses.items(), key=lambda pair: pair[1]))
     least = "" if len(losses) < 2 else f": {min(losses, key=lambda name: losses[name])} leaves what is easiest to rebuild"
     return (
