@@ -50,7 +50,7 @@ def verdict(figure: str, cells: Mapping[str, Row], names: Collection[str] = ()) 
     direction = None if figure.split("/")[0] == "loss" else better(figure, names)
     above, below = {"higher": ("better", "worse"), "lower": ("worse", "better"), None: ("higher", "lower")}[direction]
     groups: dict[str, dict[str, float]] = {"up": {}, "down": {}, "same": {}, "unknown": {}}
-    against = {}
+    against: dict[str, None] = {}
     for cell, row in cells.items():
         if row["against"] is None:
             continue
@@ -103,9 +103,9 @@ def overall(verdicts: Sequence[Verdict], noun: str = "cell") -> str:
     same, total = sum(len(one.same) for one in judged), sum(one.compared - len(one.unknown) for one in judged)
     baselines = {other for one in judged for other in one.against}
     told = []
-    for word, some in sorted(groups.items()):
-        named = f" ({', '.join(some)})" if len(some) <= FEW else ""
-        told += [f"{_are(len(some))} {word}{named}"] if some else []
+    for word, names in sorted(groups.items()):
+        named = f" ({', '.join(names)})" if len(names) <= FEW else ""
+        told += [f"{_are(len(names))} {word}{named}"] if names else []
     return (
         f"Of {total} comparisons with {baselines.pop() if len(baselines) == 1 else 'a baseline'} in {len(judged)} figures, "
         + (" and ".join(told) + (f"; for {same} the seeds show no difference" if same else "") if told else "none shows a difference")
