@@ -299,6 +299,8 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         (["--grid", "optimzer.base_lr=1"], "config has unknown key 'optimzer'; known"),
         (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
         (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
+        (["--grid", "global_batch=8,64"], "cell 'random,global_batch=64': the training data hold"),
+        (["--grid", "data.train.data_dir=/nowhere"], "cell 'random,data.train.data_dir=_nowhere': no prepared data set"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
         (["--controls", "none"], "--controls names 'none'"),
     ):
