@@ -28,7 +28,9 @@ from maskvit.checkpoints import (
     format_report,
     init_from,
     load_adam,
+    load_origin,
     load_params,
+    manifest_digest,
     save_imported,
     versions,
     write_manifest,
@@ -452,6 +454,22 @@ def test_imported_weights(tmp_path):
     assert_same(adam["nu"], moments)
     with pytest.raises(CheckpointError, match="exists already"):
         save_imported(tmp_path / "a", params, {"config": {}})
+
+
+def test_what_a_run_records_of_the_weights_that_it_starts_from(tmp_path):
+    params = {"dense": {"kernel": np.ones((2, 3), np.float32)}}
+    source = dict(file="x.pth", sha256="ab12")
+    save_imported(tmp_path / "imported", params, {"config": {}, "source": source, "licence": "CC-BY-NC 4.0"})
+    first = load_origin(tmp_path / "imported")
+    assert first["licence"] == "CC-BY-NC 4.0" and first["started_from"]["source"] == source
+    assert first["started_from"]["checkpoint"] == str(tmp_path / "imported")
+    assert first["started_from"]["digest"] == manifest_digest(tmp_path / "imported" / "0")
+    save_imported(tmp_path / "run", params, {"config": {}, **first})
+    second = load_origin(tmp_path / "run")  # of a run that starts from a run
+    assert second["licence"] == "CC-BY-NC 4.0" and second["started_from"]["source"] == source
+    assert second["started_from"]["checkpoint"] == str(tmp_path / "run")
+    save_imported(tmp_path / "earlier", params, {"config": {}})  # from before it was recorded
+    assert load_origin(tmp_path / "earlier")["licence"] is None and load_origin(tmp_path / "earlier")["started_from"]["source"] is None
 
 
 # ---------------------------------------------------------------------------------------------- init_from

@@ -6,11 +6,13 @@ import json
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import maskvit
-from maskvit.checkpoints import load_objective_state, load_params
+from maskvit import convert
+from maskvit.checkpoints import load_objective_state, load_params, save_imported
 from maskvit.core.modalities import parse_modalities
 from maskvit.core.types import tree_paths
 from maskvit.data import open_source
@@ -18,8 +20,10 @@ from maskvit.data.batches import train_batches
 from maskvit.data.scenes import CLASS_NAMES, KIND_NAMES
 from maskvit.data.sources import ListSource
 from maskvit.evaluators import reading
+from maskvit.objectives import build_objective
 from maskvit.training import parts, setup
 from tests.runs import make_scenes, same_params, small_run
+from tests.tiny import fresh_params
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "one_device")
 
@@ -74,6 +78,27 @@ def test_classes_that_are_not_the_datas(changes, message, data_dir, tmp_path):
     config["objective"]["task"] |= changes
     with pytest.raises(ValueError, match=message):
         setup.train(str(tmp_path), **config)
+
+
+def test_the_licence_of_the_weights_that_a_run_starts_from(data_dir, tmp_path, caplog):
+    """It stands in the run's checkpoints and in the card of its folder for timm, also where what it started from is gone."""
+    config = fine_tuning(data_dir, total="1 steps", checkpoint=dict(every="1 steps", keep=9), evaluators={})
+    config["objective"] |= dict(head=dict(name="linear"), pool="mean", ema_decay=None, drop_path=0.0)
+    pretrained = {key: small_run(data_dir)[key] for key in ("modalities", "image_size", "objective")}
+    source = dict(file="public.pth", sha256="ab12", family="MultiMAE")
+    params = jax.device_get(fresh_params(build_objective(pretrained)))
+    save_imported(tmp_path / "imported", params, dict(config=pretrained, source=source, licence="CC-BY-NC 4.0"))
+    config["init_from"] = dict(path=str(tmp_path / "imported"))
+    with caplog.at_level("INFO", "maskvit"):
+        setup.train(str(tmp_path / "run"), **config)
+    assert "licence     CC-BY-NC 4.0" in caplog.text
+    shutil.rmtree(tmp_path / "imported")
+    resumed = setup.setup(config | dict(total="1 steps"), str(tmp_path / "run"))
+    resumed.closing.close()
+    for metadata in (load_params(tmp_path / "run")[1], resumed.metadata):
+        assert metadata["licence"] == "CC-BY-NC 4.0" and metadata["started_from"]["source"] == source
+    convert.export(tmp_path / "run", tmp_path / "folder", "timm")
+    assert "license: cc-by-nc-4.0" in (tmp_path / "folder" / "README.md").read_text()
 
 
 class Renamed:

@@ -16,7 +16,7 @@ from absl import logging
 
 import maskvit
 from maskvit.checkpoints.arrays import plain_tree, read_metadata, read_state_part, shaped_like, stored_shapes
-from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint
+from maskvit.checkpoints.manifest import CheckpointError, find_checkpoint, manifest_digest
 from maskvit.checkpoints.store import CheckpointStore
 from maskvit.core.types import Params, tree_paths
 
@@ -95,6 +95,21 @@ def load_epochs_done(path: str | os.PathLike) -> float | None:
     if epochs is not None and not (isinstance(epochs, (int, float)) and 0 <= epochs <= 1e9):
         raise CheckpointError(f"the checkpoint {path} states epochs_done = {str(epochs)[:80]!r}, which is no number of epochs")
     return epochs
+
+
+def load_origin(path: str | os.PathLike) -> dict[str, Any]:
+    """What a run that starts from a verified checkpoint records of it in its own, so that source and licence of the weights are not lost.
+
+    `started_from`: {"checkpoint": path, "digest": of its manifest, "source": the file that was imported, also where runs lie between}.
+    `licence`: that of the weights, None where none is recorded; checkpoints written before it was recorded have neither.
+    """
+    step_dir = find_checkpoint(path)
+    metadata = read_metadata(step_dir)
+    before = metadata.get("started_from")
+    source = metadata.get("source") or (before.get("source") if isinstance(before, Mapping) else None)
+    return dict(
+        started_from=dict(checkpoint=os.fspath(path), digest=manifest_digest(step_dir), source=source), licence=metadata.get("licence")
+    )
 
 
 def load_label_names(path: str | os.PathLike) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from maskvit.checkpoints import save_imported
 from maskvit.convert import distillation, report
 from maskvit.convert.export import LAYOUTS, export
+from maskvit.convert.facts import LICENCE
 from maskvit.convert.families import DISTILLED, FRESH_MAE, KNOWN_FAMILIES, Understood, family_of, matched, names_of, understand_state
 from maskvit.convert.opening import MODELS, Checkpoint, open_checkpoint
 from maskvit.convert.reader import ConversionError, find_files
@@ -158,15 +159,17 @@ def convert(
     source = dict(file=checkpoint.path.name, sha256=checkpoint.digest, family=plan.family, epochs_done=checkpoint.epochs_done)
     if public:
         source |= dict(public_name=public.name, what=public.what)
-    metadata = dict(config=plan.config, source=source, licence=public.licence if public else None)
+    noted = checkpoint.args.get(LICENCE)  # in a file that `export` wrote
+    licence = public.licence if public else noted if isinstance(noted, str) and 0 < len(noted) <= 200 else None
+    metadata = dict(config=plan.config, source=source, licence=licence)
     save_imported(dst, params, metadata, adam, objective_state)
     title = f"{checkpoint.path} (SHA-256 {checkpoint.digest}), {plan.family}, to {dst}"
     report.write(Path(dst) / report.FILE, title, rows, plan.said)
     LOG.info("%s: %s written to %s in %.0f s", src, plan.family, dst, time.monotonic() - started)
     LOG.info("%s; every one is listed in %s", report.summary(rows), Path(dst) / report.FILE)
     LOG.info("optimizer moments: %s; epochs done: %s", "imported" if adam else "none imported", checkpoint.epochs_done or "not said")
-    if public:
-        LOG.info("licence of these weights: %s%s", public.licence, " (not for commercial use)" * (public.licence == NON_COMMERCIAL))
+    if licence:
+        LOG.info("licence of these weights: %s%s", licence, " (not for commercial use)" * (licence == NON_COMMERCIAL))
     return metadata
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from maskvit import __version__
 from maskvit.checkpoints import covering, load_objective_state, load_params, trusting
 from maskvit.convert import distillation, fine_tuned, hub, mae, multimae, report, vit
-from maskvit.convert.facts import OWN, own_facts
+from maskvit.convert.facts import LICENCE, OWN, own_facts
 from maskvit.convert.reader import ConversionError
 from maskvit.convert.report import Allowed, Row, allow_flags, converted
 from maskvit.convert.rules import Rule, listed, nested, path_shapes, to_torch
@@ -260,7 +260,8 @@ def export(src: str | Path, dst: str | Path, layout: str = "multimae", *, allow:
     files = _files_beside(of, layout, metadata, tensors, folder)
     if "config.json" in files and (dst.parent / "config.json").exists():
         raise ConversionError(f"{dst.parent / 'config.json'}: is there already; write to a folder of its own")
-    _write(dst, tensors, own_facts(of.config))
+    licence = metadata.get("licence")
+    _write(dst, tensors, own_facts(of.config) | ({LICENCE: str(licence)} if licence else {}))
     for name, text in files.items():
         (dst.parent / name).write_text(text, encoding="utf-8")
     listed_in = dst.with_name(report.FILE if folder else f"{dst.name}.{report.FILE}")

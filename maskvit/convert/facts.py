@@ -15,6 +15,7 @@ from maskvit.heads.segmenter import SegmenterHead
 
 # Our own notes: an entry of a .pth, a text in a .safetensors file.
 OWN = "maskvit"
+LICENCE = "weights_licence"  # there, the licence that the checkpoint recorded
 DECLARED = "declared_modalities"  # there, inputs and what is answered per pixel, as the config declares them
 # What files call their settings.
 SETTINGS = (OWN, "args", "hyper_parameters", "hparams", "config", "cfg", "model_args", "model_config", "opt", "pretrained_cfg")

@@ -194,12 +194,8 @@ def model_card(
 
 def _training(metadata: Mapping[str, Any]) -> list[str]:
     """What a checkpoint records of its training, as a list; what it does not record is not guessed."""
-    config, source = metadata.get("config") or {}, metadata.get("source")
-    said = []
-    if isinstance(source, Mapping):
-        what = source.get("what") or source.get("family")
-        said.append(f"- converted from `{source.get('file')}` (SHA-256 {source.get('sha256')}), {what}")
-        said += [f"- epochs before that: {source['epochs_done']}"] if source.get("epochs_done") else []
+    config = metadata.get("config") or {}
+    said = _converted_from(metadata.get("source"))
     if "global_batch" in config:
         objective, data = config.get("objective") or {}, (config.get("data") or {}).get("train") or {}
         task = (objective.get("task") or {}).get("name")
@@ -211,7 +207,23 @@ def _training(metadata: Mapping[str, Any]) -> list[str]:
         said.append(f"- optimizer: {optimizer.get('name', 'adamw')}, base learning rate {optimizer.get('base_lr')}")
     if start := _started_from(metadata):
         said.append(f"- started from the weights in `{start}`")
+        said += _converted_from(_origin(metadata).get("source"), of="these weights were ")
     return said or ["The checkpoint records nothing of it."]
+
+
+def _converted_from(source: Any, of: str = "") -> list[str]:
+    """The file that weights were imported from; nothing where none is recorded."""
+    if not isinstance(source, Mapping):
+        return []
+    what = source.get("what") or source.get("family")
+    said = [f"- {of}converted from `{source.get('file')}` (SHA-256 {source.get('sha256')}), {what}"]
+    return said + ([f"- epochs before that: {source['epochs_done']}"] if source.get("epochs_done") else [])
+
+
+def _origin(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run records of the checkpoint that it started from; {} where it is older than that record, or started fresh."""
+    found = metadata.get("started_from")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _started_from(metadata: Mapping[str, Any]) -> str:
@@ -220,7 +232,8 @@ def _started_from(metadata: Mapping[str, Any]) -> str:
 
 def _licence(metadata: Mapping[str, Any]) -> str:
     if licence := metadata.get("licence"):
-        return f"{licence}, as the checkpoint records it." + (" Not for commercial use." if "NC" in str(licence) else "")
+        whose = " of the weights that it started from" if _origin(metadata) else ""
+        return f"{licence}, as the checkpoint records it{whose}." + (" Not for commercial use." if "NC" in str(licence) else "")
     start = _started_from(metadata)
     return "The checkpoint records none." + (f" It was trained on from `{start}`: the licence of those weights holds on." if start else "")
 

@@ -38,7 +38,7 @@ from maskvit.training.painter import Painter
 from maskvit.training.parts import Parts, build_parts, compared_on_resuming, imported_epochs, schedule_of
 from maskvit.training.signals import StopSignals
 from maskvit.training.spikes import Guard
-from maskvit.training.start import first_state, fresh_params, start_report, warn_of_low_rate, write_parameter_table
+from maskvit.training.start import first_state, fresh_params, origin, start_report, warn_of_low_rate, write_parameter_table
 from maskvit.training.step import init_state, train_step
 
 LOG = logging.getLogger("maskvit")
@@ -91,8 +91,8 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             workdir=Path(workdir), total_steps=parts.total_steps, steps_per_epoch=parts.steps_per_epoch, log_every=config["log_every"],
             seed=config["seed"], periods=parts.periods, evaluations=parts.evaluations, evaluators=parts.evaluators,
             draws=parts.periods["picture"] > 0, store=store, log=log, profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
-            metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done), state=state,
-            results=None if jax.process_index() else ResultsFile(workdir, config, resume_step, _initial(parts.init_from["path"])),
+            metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done, **origin(parts.init_from["path"], saved)), state=state,
+            results=None if jax.process_index() else ResultsFile(workdir, config, resume_step, _initial(parts.init_from["path"], saved)),
             best=Best.resumed(parts.best, saved.get("best")) if parts.best else None,
             guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
         )  # fmt: skip
@@ -127,10 +127,13 @@ def _state(
     return state, shardings
 
 
-def _initial(path: str) -> str:
-    """Which weights a run begins with: a checkpoint, and the digest of its manifest."""
+def _initial(path: str, saved: Mapping[str, Any]) -> str:
+    """Which weights a run begins with: a checkpoint, and the digest of its manifest. One that is resumed does not need it any more."""
     if not path:
         return "fresh"
+    if saved:
+        started = saved.get("started_from")
+        return f"{path} ({started['digest']})" if started else path
     step_dir = checkpoints.find_checkpoint(path)
     return f"{step_dir} ({checkpoints.manifest_digest(step_dir)})"
 

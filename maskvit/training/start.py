@@ -79,6 +79,19 @@ def start_params(
     return params, moments
 
 
+def origin(path: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's checkpoints record of the weights at `path` that it starts from (`checkpoints.load_origin`); {} for a fresh start.
+
+    A run that resumes keeps what its checkpoint records, `saved`: the one that it started from may be gone.
+    """
+    if saved:
+        return {name: saved[name] for name in ("started_from", "licence") if name in saved}
+    found = checkpoints.load_origin(path) if path else {}
+    if found.get("licence"):
+        LOG.info("licence     %s: of the weights it starts from, and so of what it trains", found["licence"])
+    return found
+
+
 def check_head(objective: Any, rows: Sequence[checkpoints.LoadRow], path: str, label_names: Sequence[str]) -> None:
     """Raise ValueError where a head is taken over whose classes have other names."""
     if not label_names:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import maskvit
 from maskvit import convert
-from maskvit.checkpoints import save_imported
+from maskvit.checkpoints import load_origin, save_imported
 from maskvit.commands import convert as command
 from maskvit.convert.export import FOLDERS
 from maskvit.convert.reader import ConversionError
@@ -193,6 +193,25 @@ def test_a_card_says_what_the_checkpoint_records(tmp_path):
     assert "of the task classification" in cards["run"] and 'timm.create_model("local-dir:run_timm"' in cards["run"]
     assert "license: other\nlicense_name: \"House 'A'\"" in cards["odd"]
     assert "The checkpoint records nothing of it." in cards["odd"]
+
+
+def test_the_licence_goes_through_a_run_into_its_card_and_its_files(tmp_path):
+    config, source = config_of(**CLASSES), dict(file="vit.pth", sha256="ab12", family="ViT", epochs_done=100)
+    saved(tmp_path / "imported", config, source=source, licence="CC-BY-NC 4.0")
+    run = dict(config, global_batch=64, total="100 epochs", optimizer=dict(base_lr=1e-3), init_from=dict(path="imported"))
+    saved(tmp_path / "run", run, **load_origin(tmp_path / "imported"))
+    convert.export(tmp_path / "run", tmp_path / "folder", "timm")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "Not for commercial use." in card
+    assert "CC-BY-NC 4.0, as the checkpoint records it of the weights that it started from." in card
+    assert "- started from the weights in `imported`\n- these weights were converted from `vit.pth` (SHA-256 ab12), ViT\n" in card
+    assert "- converted from" not in card
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    # A file of ours notes it, and it comes back.
+    assert convert.convert(tmp_path / "folder", tmp_path / "again")["licence"] == "CC-BY-NC 4.0"
+    saved(tmp_path / "free", config)
+    convert.export(tmp_path / "free", tmp_path / "free.safetensors", "timm")
+    assert convert.convert(tmp_path / "free.safetensors", tmp_path / "free_again")["licence"] is None
 
 
 def test_folders_that_cannot_be(tmp_path, capsys):
