@@ -2,6 +2,9 @@
 
 import io
 import json
+import struct
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from maskvit.metrics import accumulate, throughput
 from maskvit.metrics.accumulate import Accumulator
 from maskvit.metrics.progress import Progress
 from maskvit.metrics.throughput import Throughput
+from maskvit.metrics import writers as writers_module
 from maskvit.metrics.writers import JsonlWriter, make_writers
 
 
@@ -130,14 +134,122 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch, name, module):
         make_writers([name], tmp_path, {}, None)
 
 
-def test_tensorboard_events(tmp_path):
+def tensorboard_events(folder):
+    """All events of a folder's event files, by length and checksum of every record, without TensorBoard."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        rest = path.read_bytes()
+        while rest:
+            length, checksum = struct.unpack("<QI", rest[:12])
+            content = rest[12 : 12 + length]
+            assert masked_crc32c(rest[:8]) == checksum
+            assert struct.unpack("<I", rest[12 + length : 16 + length]) == (masked_crc32c(content),)
+            found.append(Event.FromString(content))
+            rest = rest[16 + length :]
+    return found
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
-    writers = make_writers(["tensorboard"], tmp_path, {}, 4)
-    writers.write_scalars(5, {"loss": 1.0})
-    writers.write_images(5, {"masks": np.zeros((4, 4, 3), np.uint8)})
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    writers = make_writers(["tensorboard"], tmp_path, {}, None)
+    writers.write_scalars(4, {"loss": 1.5, "knn/mean/top1_k20": 62.5})
+    writers.write_scalars(5, {"loss": float("nan")})
+    writers.write_images(5, {"masking": picture})
     writers.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes() and (tmp_path / "metrics.jsonl").exists()
+    values = [(event.step, value) for event in tensorboard_events(tmp_path / "tensorboard") for value in event.summary.value]
+    scalars = [(step, value.tag, value.simple_value) for step, value in values if not value.HasField("image")]
+    assert scalars[:2] == [(4, "loss", 1.5), (4, "knn/mean/top1_k20", 62.5)]
+    assert scalars[2][:2] == (5, "loss") and np.isnan(scalars[2][2]) and len(scalars) == 3
+    ((step, image),) = [(step, value) for step, value in values if value.HasField("image")]
+    assert (step, image.tag, image.image.height, image.image.width) == (5, "masking", 4, 6)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.image.encoded_image_string))), picture)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2  # beside it
+
+
+def test_tensorboard_forgets_what_lies_behind_the_checkpoint_of_a_resumed_run(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    for resume_step, steps in ((None, (3, 4, 5)), (3, (4, 5))):
+        writers = make_writers(["tensorboard"], tmp_path, {}, resume_step)
+        for step in steps:
+            writers.write_scalars(step, {"loss": float(10 * step)})
+        writers.close()
+        for path in (tmp_path / "tensorboard").glob("events.*"):  # their names hold the second, and here both have the same
+            path.rename(path.with_name(f"{resume_step or 0}_{path.name}"))
+    events = tensorboard_events(tmp_path / "tensorboard")
+    # TensorBoard leaves out earlier events from the step of a session's start on.
+    starts = [event.step for event in events if event.HasField("session_log") and event.session_log.status == 1]
+    assert starts == [4]
+    assert sorted(event.step for event in events if event.summary.value) == [3, 4, 4, 5, 5]
+
+
+class Wandb(types.ModuleType):
+    """Stands in for the package: keeps what is asked of it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.finished = [], [], 0
+        self.run = types.SimpleNamespace(id="abc123", log=self._log, finish=self._finish)
+
+    def Image(self, array):  # noqa: N802 (the package calls it so)
+        return "picture", array.copy()
+
+    def init(self, **arguments):
+        self.started.append(arguments)
+        return self.run
+
+    def _log(self, values, step):
+        self.logged.append((step, values))
+
+    def _finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_is_given_config_scalars_and_pictures(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = {"seed": 0, "objective": {"name": "mae"}}
+    writers = make_writers(["wandb"], tmp_path, config, None)
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    writers.write_scalars(2, {"loss": 0.5, "epoch": 1})
+    writers.write_images(2, {"masking": picture})
+    writers.close()
+    # Project, entity and mode are the package's own affair (its environment variables): a mode given here would override them.
+    assert wandb.started == [dict(dir=str(tmp_path), id=None, resume=None, config=config)]
+    (first, scalars), (second, pictures) = wandb.logged
+    assert (first, scalars) == (2, {"loss": 0.5, "epoch": 1.0}) and all(type(value) is float for value in scalars.values())
+    kind, shown = pictures["masking"]
+    assert (second, kind) == (2, "picture")
+    np.testing.assert_array_equal(shown, picture)
+    assert wandb.finished == 1 and (tmp_path / "wandb_id.txt").read_text() == "abc123"
+
+
+def test_wandb_continues_the_run_that_is_resumed_and_no_other(tmp_path, wandb):
+    asked = []
+    for resume_step in (None, 4, None):  # a new run, the same resumed, and one that left no checkpoint begun again
+        make_writers(["wandb"], tmp_path, {}, resume_step).close()
+        asked.append((wandb.started[-1]["id"], wandb.started[-1]["resume"]))
+    assert asked == [(None, None), ("abc123", "allow"), (None, None)]
+    (tmp_path / "wandb_id.txt").unlink()  # the writer is new to a run that is resumed
+    make_writers(["wandb"], tmp_path, {}, 4).close()
+    assert wandb.started[-1]["id"] is None
+
+
+def test_other_processes_write_nothing(tmp_path, wandb, monkeypatch):
+    monkeypatch.setattr(writers_module.jax, "process_index", lambda: 1)
+    writers = make_writers(["wandb", "jsonl"], tmp_path, {}, None)
+    writers.write_scalars(1, {"loss": 1.0})
+    writers.close()
+    assert not wandb.started and not list(tmp_path.iterdir())
 
 
 class Clock:
