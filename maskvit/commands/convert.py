@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from maskvit.core.errors import add_debug, all_mistakes, printable, run_command
+from maskvit.core.shipped import find
 
 LAYOUTS = ("multimae", "timm", "huggingface", "mae", "crossmae", "dino", "ibot")
 FOLDERS = ("timm", "huggingface")
@@ -197,6 +198,7 @@ def _without_effect(values: dict[str, Any]) -> list[tuple[bool, str]]:
 
 def run(flags: argparse.Namespace) -> int:
     """Do what the flags say."""
+    flags.src = str(find(flags.src))  # assets/multimae_scenes.pth came with the package
     values = checked(flags)
     from maskvit import convert
 

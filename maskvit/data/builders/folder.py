@@ -154,7 +154,10 @@ class Folder(Packed, skip_registration=True):  # type: ignore[call-arg]
             }
             for split, part in tasks.items():
                 if not part:
-                    raise ValueError(f"val_fraction {val_fraction} of {len(everything)} samples leaves the split {split!r} empty")
+                    raise ValueError(
+                        f"val_fraction {val_fraction} of {len(everything)} samples leaves the split {split!r} empty: "
+                        f"give a {'larger' if split == 'val' else 'smaller'} share"
+                    )
         return tasks
 
     def _list_split(self, root: str) -> list[Task]:
