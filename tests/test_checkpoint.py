@@ -628,6 +628,7 @@ def test_same_config():
     assert "image_size: [224, 224] in the checkpoint, [224, 160] in this config" in str(raised.value)
     assert "data.train.name: 'a' in the checkpoint, 'b' in this config" in str(raised.value)
     assert "log_every:" not in str(raised.value)
+    assert check_same_config({"writers": []}, {"writers": ["tensorboard"]})  # what is computed is the same
     assert check_same_config({"a": {"b": 1}}, {"a": {"b": 2}}, may_differ=("a",)) == ["a.b: 1 in the checkpoint, 2 in this config"]
 
 

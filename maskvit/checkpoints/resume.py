@@ -19,6 +19,7 @@ MAY_DIFFER = (
     "log_every",
     "picture_every",
     "checkpoint",
+    "writers",
     "evaluators",
     "data.workers",
     "data.prefetch",

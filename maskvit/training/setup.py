@@ -91,8 +91,9 @@ def setup(config: Mapping[str, Any], workdir: str, profile: str | None = None) -
             workdir=Path(workdir), total_steps=parts.total_steps, steps_per_epoch=parts.steps_per_epoch, log_every=config["log_every"],
             seed=config["seed"], periods=parts.periods, evaluations=parts.evaluations, evaluators=parts.evaluators,
             draws=parts.periods["picture"] > 0, store=store, log=log, profile=parts.profile, timeout=parts.data["timeout"], saved=saved,
-            metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done, **origin(parts.init_from["path"], saved)), state=state,
+            metadata=dict(same, versions=checkpoints.versions(), imported_epochs=done, **origin(parts.init_from["path"], saved)),
             results=None if jax.process_index() else ResultsFile(workdir, config, resume_step, _initial(parts.init_from["path"], saved)),
+            state=state,
             best=Best.resumed(parts.best, saved.get("best")) if parts.best else None,
             guard=Guard.resumed({name: parts.guard[name] for name in ("max_skipped", "sigmas", "on_spike")}, saved.get("guard")),
         )  # fmt: skip
