@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from maskvit.metrics import accumulate, throughput
+from maskvit.metrics import writers as writers_module
 from maskvit.metrics.accumulate import Accumulator
 from maskvit.metrics.progress import Progress
 from maskvit.metrics.throughput import Throughput
-from maskvit.metrics import writers as writers_module
 from maskvit.metrics.writers import JsonlWriter, make_writers
 
 
