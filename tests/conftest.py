@@ -59,6 +59,7 @@ sys.meta_path[:] = [_WithoutTensorFlow if finder is importlib.machinery.PathFind
 LONG_FILES = (
     "test_train.py",
     "test_topologies.py",
+    "test_tutorials.py",
     "test_grid.py",
     "test_scenes_learnable.py",
     "test_bench.py",
