@@ -212,6 +212,12 @@ ROWS: dict[str, dict[str, Small | str]] = {
             words={"runs/demo/run": "{README}/runs/attention_tail", "DIR": "new"}, makes=("features.html",)
         ),
     },
+    "docs/nine_photos.md": {
+        CONVERT_SCENES: Small(makes=("checkpoints/scenes/conversion.txt",)),
+        "python -m maskvit data pictures": Small(makes=("scenes/labeled", "scenes/classes.txt")),
+        "python -m maskvit segment --checkpoint checkpoints/scenes": Small(makes=("segmented/index.html",)),
+        "python -m maskvit segment --checkpoint checkpoints/vit_b": "the command above, which is run, with files of yours",
+    },
     "docs/objectives.md": {
         "python -m maskvit data scenes": Small(add=FEW_SCENES, makes=("data/objectives_scenes/scenes/*/dataset_info.json",)),
         "python -m maskvit sweep": HOURS,
@@ -276,6 +282,10 @@ ROWS: dict[str, dict[str, Small | str]] = {
         ),
     },
     "docs/speed.md": {"python -m maskvit plan": PLUGIN},
+    "docs/worth_it.md": {
+        "make demo": "six to eight minutes; tests/test_figures.py and tests/test_report.py run its parts",
+        "python -m maskvit worth": "reads what the demo leaves, and takes minutes; tests/test_worth.py runs it in a small form",
+    },
     "docs/methods/attention_guided.md": {
         "python convert_torch_checkpoint.py": "README's, where it is run",
         "python main.py --config=configs/pretrain/multimae_b_attention_tail.py": "README's, where it is run",
