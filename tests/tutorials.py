@@ -127,7 +127,7 @@ CONVERT_SCENES = "python convert_torch_checkpoint.py --src assets/multimae_scene
 
 ROWS: dict[str, dict[str, Small | str]] = {
     "README.md": {
-        "make demo": "six to eight minutes; tests/test_figures.py and tests/test_report.py run its parts",
+        "make demo": "six to eight minutes; tests/test_demo.py builds its page",
         "make docs": "tests/test_site.py builds the site",
         "make test": "is this",
         "python -m maskvit init photos": Small(makes=("photos.py",), says=("python -m maskvit train --config=photos.py",)),
@@ -200,8 +200,8 @@ ROWS: dict[str, dict[str, Small | str]] = {
         "python main.py --config=configs/finetune/own_classes.py": "README's, which is run, with the checkpoint that the config names",
     },
     "docs/guidance_cost.md": {
-        "python -m maskvit bench guidance --batch 8": "minutes at the size of the measurement; tests/test_bench.py runs it in a small form",
-        "python -m maskvit bench guidance --no-time": "needs a ViT and pictures; tests/test_bench.py runs it in a small form",
+        "python -m maskvit bench guidance --batch 8": "minutes at its size; tests/test_bench.py runs its functions on a small model",
+        "python -m maskvit bench guidance --no-time": "needs a trained ViT; tests/test_bench.py runs its functions on a small model",
     },
     "docs/looking.md": {
         "python -m maskvit explore --checkpoint runs/demo/run --images DIR --out": Small(
@@ -227,7 +227,7 @@ ROWS: dict[str, dict[str, Small | str]] = {
         "python -m maskvit data folder": Small(words={"~": "."}, makes=("data/pictures/*/dataset_info.json",)),
         "python -m maskvit train --config=pictures.py": Small(add=(*SHORT, *SMALL_MAE, ONE_OUTPUT), makes=run_in("runs/pictures")),
         "python main.py --config=pictures.py": Small(add=(*SHORT, *SMALL_MAE, ONE_OUTPUT), makes=run_in("runs/color")),
-        "maskvit demo": "six to eight minutes; tests/test_figures.py and tests/test_report.py run its parts",
+        "maskvit demo": "six to eight minutes; tests/test_demo.py builds its page",
         "maskvit train": IMAGENET,
     },
     "docs/own_data.md": {
@@ -283,8 +283,8 @@ ROWS: dict[str, dict[str, Small | str]] = {
     },
     "docs/speed.md": {"python -m maskvit plan": PLUGIN},
     "docs/worth_it.md": {
-        "make demo": "six to eight minutes; tests/test_figures.py and tests/test_report.py run its parts",
-        "python -m maskvit worth": "reads what the demo leaves, and takes minutes; tests/test_worth.py runs it in a small form",
+        "make demo": "six to eight minutes; tests/test_demo.py builds its page",
+        "python -m maskvit worth": "reads what the demo leaves, and takes minutes; tests/test_worth.py runs it on small runs",
     },
     "docs/methods/attention_guided.md": {
         "python convert_torch_checkpoint.py": "README's, where it is run",
