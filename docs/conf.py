@@ -17,11 +17,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # modules are imported, nothing i
 project = "maskvit"
 author = "the authors of maskvit"
 project_copyright = "the authors of maskvit"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "repository_files"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "mathml", "repository_files"]
 exclude_patterns = ["_extensions", "_static"]
 
 # Pages are read in the repository too: plain Markdown, and headings are linked to as GitHub does it.
 myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_double_inline = True
+html_math_renderer = "mathml"
 smartquotes = False  # what stands in quotes is typed as it is
 highlight_language = "none"  # most blocks are shell commands with comments
 
