@@ -299,8 +299,6 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         (["--grid", "optimzer.base_lr=1"], "config has unknown key 'optimzer'; known"),
         (["--grid", "data.train.splitt=a"], "config.data.train has unknown key 'splitt'; known"),
         (["--grid", "total=ten"], "config.total: 'ten' is no duration"),
-        (["--grid", "global_batch=8,64"], "cell 'random,global_batch=64': the training data hold"),
-        (["--grid", "data.train.data_dir=/nowhere"], "cell 'random,data.train.data_dir=_nowhere': no prepared data set"),
         (["--only", "none"], "--only names 'none', which is no cell; the cells: random, half"),
         (["--controls", "none"], "--controls names 'none'"),
     ):
@@ -310,6 +308,13 @@ def test_mistakes_are_found_before_any_run(config, tmp_path, quick, capsys):
         command.main(["--config", config, "--out", out, "--seeds", "0"])
     assert "--seeds: 0 must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not quick[0]
+    for arguments, message in (
+        (["--grid", "global_batch=8,64"], "cell 'random,global_batch=64': the training data hold"),
+        (["--grid", "data.train.data_dir=/nowhere"], "cell 'random,data.train.data_dir=_nowhere': no prepared data set"),
+    ):
+        assert command.main(["--config", config, "--out", out, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir()) and not quick[0]
 
 
 def test_a_damaged_result_is_named(config, tmp_path, quick, capsys):

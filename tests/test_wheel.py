@@ -105,7 +105,7 @@ def test_a_config_that_nobody_has(tmp_path, monkeypatch):
 
 def test_a_demo_without_its_checkpoint(tmp_path, monkeypatch, capsys):
     """Before anything is written."""
-    from maskvit.commands import demo
+    from maskvit.commands.demo import __main__ as demo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "CHECKPOINT", pathlib.Path("assets/nowhere.pth"))

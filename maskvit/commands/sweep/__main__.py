@@ -51,8 +51,8 @@ def run_cells(
                 raise ValueError(f"{option} names {name!r}, which is no cell; the cells: {', '.join(cells)}")
     runs = make_runs(experiment, cells, seeds, out)
     wanted = [run for run in runs if not only or run.cell in only]
-    check_data(wanted)
     make_folder(out)
+    check_data(wanted)
     # Runs that compile the same program, and a sweep that goes on, compile it once.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "compiled"))
