@@ -103,7 +103,8 @@ def demo(workdir: Path) -> int:
     state = timed("continuing with attention-guided masks", setup.train, str(workdir / "run"), **config)
     losses, without_eyes, pictures = compare(config, objective, workdir, jax.device_put(jax.device_get(state.params)))
     tasks, models = fine_tune(experiment, workdir, timed)
-    pictures["answers"] = answers(batches_of(config, objective, "val", 4)[0], models, objective)
+    some = jax.tree.map(lambda x: x[:4], batches_of(config, objective, "val", 4)[0])  # what is behind them is padding
+    pictures["answers"] = answers(some, models, objective)
 
     before, after = (last_figures(workdir / run) for run in ("before", "run"))
     story = Story(
@@ -114,7 +115,7 @@ def demo(workdir: Path) -> int:
         tasks=tasks,
         pictures=pictures,
         rows=read_metrics(workdir / "run"),
-        settings=settings(config),
+        settings=[*settings(config), ("fine-tuning", f"{experiment.EPOCHS} epochs of {experiment.LABELED} labeled images for each task")],
         times=timed.times,
     )
     (workdir / "index.html").write_text(build(story))

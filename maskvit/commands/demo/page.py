@@ -100,7 +100,7 @@ def build(story: Story) -> str:
                   "for. Frozen features are read from the photo alone; they tell which of 12 kinds the nearest object is."),
                 T(head, [*_rows(story.losses), *_rows(story.frozen)]),
                 P("Raw pixels, which no training changes: " + ", ".join(f"{k} {v:.4g}" for k, v in story.references.items()) + "."),
-                P("Fine-tuned from the photo alone, with the labels of a third of the scenes:"),
+                P("Fine-tuned from the photo alone, with few labels:"),
                 T(("figure", "better is", "from random initialization", "from the continued checkpoint", "pretraining made it"),
                   _rows(story.tasks)),
             ]),
@@ -112,7 +112,8 @@ def build(story: Story) -> str:
                 T(("output", "continued", "mean patch", "the model is"), blind),
             ]),
             S("What fine-tuned models answer", [
-                F(story.pictures["answers"], "Held-out scenes. Each answer is made from the photo alone."),
+                F(story.pictures["answers"], "Held-out scenes, each answered from the photo alone: classes of pixels, below them the kind of the "
+                  "nearest object, and depth."),
             ]),
             S("Training", [
                 F(curves.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps of the continuation."),
