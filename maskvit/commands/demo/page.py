@@ -112,8 +112,8 @@ def build(story: Story) -> str:
                 T(("output", "continued", "mean patch", "the model is"), blind),
             ]),
             S("What fine-tuned models answer", [
-                F(story.pictures["answers"], "Held-out scenes, each answered from the photo alone: classes of pixels, below them the kind of the "
-                  "nearest object, and depth."),
+                F(story.pictures["answers"], "Held-out scenes, each answered from the photo alone: classes of pixels, below them the kind "
+                  "of the nearest object, and depth."),
             ]),
             S("Training", [
                 F(curves.curves(series), "Losses on hidden tokens, learning rate, gradient norm and speed over steps of the continuation."),
